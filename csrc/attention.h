@@ -1,0 +1,76 @@
+// Shapes and input checks of the attention family, shared by CPU and CUDA. Letters: B batch, H heads, N tokens, D head channels.
+#pragma once
+
+#include "checks.h"
+
+namespace p3b {
+
+// Bits of `aux` and `which`, as in p3b_ext/reference.py.
+enum Aux : int64_t { kClsAttention = 1, kEntropy = 2, kValueNorm = 4 };
+enum Columns : int64_t { kToCls = 1, kReceived = 2 };
+
+struct Attention {
+  int64_t B, H, N, D;
+  bool gate_per_head;  // channel_gate is [H, D] rather than [D]
+  double scale;
+};
+
+inline Attention check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, const std::optional<Tensor>& key_mask,
+                                 const std::optional<Tensor>& token_size, const std::optional<Tensor>& channel_gate, double scale) {
+  check_dim(op, "q", q, 4);
+  Attention s{q.size(0), q.size(1), q.size(2), q.size(3), false, scale};
+  check_floating(op, "q", q);
+  const Tensor* rest[] = {&q, &k, v};
+  const char* names[] = {"q", "k", "v"};
+  for (int i = 0; i < 3; i++) {
+    if (!rest[i]) continue;
+    const Tensor& t = *rest[i];
+    check_dim(op, names[i], t, 4);
+    for (int64_t axis = 0; axis < 4; axis++) check_size(op, names[i], t, axis, q.size(axis));
+    check_dtype(op, names[i], t, q.scalar_type());
+    check_same_device(op, names[i], t, q);
+    check_rows(op, names[i], t);
+  }
+  P3B_CHECK(s.N > 0 && s.D > 0 && s.H > 0, op, ": q must have at least one head, one token and one channel, got shape ", shape(q));
+  if (key_mask) {
+    check_dtype(op, "key_mask", *key_mask, ScalarType::Bool);
+    check_dim(op, "key_mask", *key_mask, 2);
+    check_size(op, "key_mask", *key_mask, 0, s.B);
+    check_size(op, "key_mask", *key_mask, 1, s.N);
+    check_same_device(op, "key_mask", *key_mask, q);
+  }
+  if (token_size) {
+    check_dtype(op, "token_size", *token_size, acc_dtype(q.scalar_type()));
+    check_dim(op, "token_size", *token_size, 2);
+    check_size(op, "token_size", *token_size, 0, s.B);
+    check_size(op, "token_size", *token_size, 1, s.N);
+    check_same_device(op, "token_size", *token_size, q);
+  }
+  if (channel_gate) {
+    const Tensor& g = *channel_gate;
+    check_dtype(op, "channel_gate", g, acc_dtype(q.scalar_type()));
+    P3B_CHECK(g.dim() == 1 || g.dim() == 2, op, ": channel_gate must be [D] or [H, D], got shape ", shape(g));
+    s.gate_per_head = g.dim() == 2;
+    if (s.gate_per_head) check_size(op, "channel_gate", g, 0, s.H);
+    check_size(op, "channel_gate", g, g.dim() - 1, s.D);
+    check_same_device(op, "channel_gate", g, q);
+  }
+  return s;
+}
+
+inline void check_attention_grad(const char* op, const Attention& s, const Tensor& q, const Tensor& grad_out, const Tensor& out, const Tensor& lse) {
+  const Tensor* both[] = {&grad_out, &out};
+  const char* names[] = {"grad_out", "out"};
+  const int64_t sizes[] = {s.B, s.N, s.H, s.D};
+  for (int i = 0; i < 2; i++) {
+    check_dim(op, names[i], *both[i], 4);
+    for (int64_t axis = 0; axis < 4; axis++) check_size(op, names[i], *both[i], axis, sizes[axis]);
+    check_dtype(op, names[i], *both[i], q.scalar_type());
+    check_same_device(op, names[i], *both[i], q);
+  }
+  P3B_CHECK(lse.dim() == 3 && lse.size(0) == s.B && lse.size(1) == s.H && lse.size(2) == s.N, op, ": lse must be [B, H, N], got shape ", shape(lse));
+  check_dtype(op, "lse", lse, acc_dtype(q.scalar_type()));
+  check_same_device(op, "lse", lse, q);
+}
+
+}  // namespace p3b

@@ -1,0 +1,36 @@
+// Shapes and input checks of the select family, shared by CPU and CUDA. Letters: B batch, S scored tokens, N = S + num_prefix tokens, C channels.
+#pragma once
+
+#include "checks.h"
+
+namespace p3b {
+
+struct Scores {
+  int64_t B, S, num_prefix;
+};
+
+// `drop_or_keep` tokens of S, named `name` in the error.
+inline Scores check_scores(const char* op, const Tensor& scores, const char* name, int64_t count, int64_t num_prefix) {
+  check_dim(op, "scores", scores, 2);
+  check_floating(op, "scores", scores);
+  P3B_CHECK(num_prefix >= 0, op, ": num_prefix must be at least 0, got ", num_prefix);
+  Scores s{scores.size(0), scores.size(1), num_prefix};
+  P3B_CHECK(count >= 0 && count <= s.S, op, ": ", name, " must be between 0 and ", s.S, ", got ", count);
+  return s;
+}
+
+struct Rows {
+  int64_t B, N, M, C;
+};
+
+inline Rows check_select(const char* op, const Tensor& x, const Tensor& index, const char* name = "x") {
+  check_dim(op, name, x, 3);
+  check_floating(op, name, x);
+  check_dim(op, "index", index, 2);
+  check_dtype(op, "index", index, ScalarType::Long);
+  check_size(op, "index", index, 0, x.size(0));
+  check_same_device(op, "index", index, x);
+  return {x.size(0), x.size(1), index.size(1), x.size(2)};
+}
+
+}  // namespace p3b

@@ -1,0 +1,631 @@
+# SPDX-License-Identifier: MIT
+"""Where images come from: one function, `create_data`, that turns a name or a path into two loaders.
+
+Small sets (the digits, .npz arrays, torchvision's CIFAR and MNIST) live whole on the device as uint8 and are resized,
+shifted, flipped and normalised there a batch at a time. Everything else is decoded by worker processes with timm's
+transforms. Either way the images of a batch depend on (seed, epoch) only: not on the number of workers, not on what
+else drew random numbers, and not on whether the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Names that create_data knows without a path; the others are timm's reader prefixes (torch/ is listed one by one).
+TORCHVISION_NAMES = ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "qmnist", "inaturalist", "places365", "imagenet")
+READER_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
+TRAIN_FOLDERS = ("train", "training")
+VAL_FOLDERS = ("val", "valid", "validation", "test")
+AUGMENTS = ("none", "light", "strong")
+SPLIT_SEED = 0  # the train/val split of a set without one is part of the set: it does not move with the run's seed
+
+
+@dataclass(frozen=True)
+class Data:
+    """Two loaders and what a model has to know about them.
+
+    `train` and `val` are iterables with `len()` of (images float32 [B, C, H, W] normalised, labels int64 [B]).
+    `settings` are the arguments that make the same data again: `create_data(**settings)`.
+    """
+
+    train: Any
+    val: Any
+    num_classes: int
+    in_chans: int
+    img_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    description: str
+    class_names: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def create_data(
+    source: str | os.PathLike[str],
+    *,
+    img_size: int | Sequence[int] = 224,
+    batch_size: int = 64,
+    seed: int = 0,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    augment: str = "light",
+    classes: Sequence[int] | None = None,
+    val_share: float = 0.2,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    shift: int | None = None,
+    flip: bool | None = None,
+    crop_pct: float = 0.875,
+    root: str | None = None,
+    download: bool = False,
+    num_classes: int | None = None,
+) -> Data:
+    """Loaders for training and validation from a name or a path.
+
+    source: "digits" (scikit-learn's 1,797 scans); an .npz file with uint8 `x_train`, `x_test` [n, H, W] or
+        [n, H, W, C] and integer `y_train`, `y_test`; a folder with train/ and val/ of one folder per class, or with
+        the class folders themselves (then a fixed share per class is set aside); or a name that timm's
+        `create_dataset` reads: torch/cifar100, hfds/user/name, ... (with `root`, and `download` to fetch it).
+    img_size: edge in pixels, or (height, width); images are resized to it.
+    augment: "none", "light" (arrays: shift and flip; files: random resized crop and flip) or "strong" (files only:
+        RandAugment, colour jitter, random erasing: the DeiT recipe).
+    classes: keep only these labels of an array set and renumber them 0, 1, ... in this order.
+    val_share: share of each class set aside where the source has no validation part.
+    mean, std: per channel in [0, 1]; default: of the training images (arrays), ImageNet's (files).
+    shift, flip: largest shift in pixels and whether to mirror; default by source (digits are never mirrored).
+    num_classes: needed only for streams that do not say it themselves.
+
+    Raises ValueError with one line for anything that cannot be read.
+    """
+    size = _image_size(img_size)
+    _check(source, batch_size, workers, augment, val_share, crop_pct)
+    # A path is stored in full, so that a run folder can be evaluated from another working folder.
+    source = str(Path(source).expanduser().resolve()) if os.path.exists(Path(source).expanduser()) else str(source)
+    settings: dict[str, Any] = dict(
+        source=source, img_size=list(size), batch_size=batch_size, augment=augment, classes=_listed(classes),
+        val_share=val_share, shift=shift, flip=flip, crop_pct=crop_pct, root=root, num_classes=num_classes,
+    )  # fmt: skip
+    arrays = _array_source(source, val_share, root, download)
+    if arrays is not None:
+        data = _from_arrays(arrays, size, batch_size, seed, device, augment, classes, mean, std, shift, flip)
+    else:
+        if classes is not None:
+            raise ValueError(f"data: classes must be left out for {source!r} (only array sets can be cut), got {classes}")
+        files = _file_source(source, val_share, root, download, seed, batch_size, num_classes)
+        data = _from_files(files, size, batch_size, seed, workers, augment, mean, std, flip, crop_pct)
+    settings |= dict(mean=list(data.mean), std=list(data.std))
+    data.settings.update(settings)
+    return data
+
+
+# arrays: whole sets on the device ----------------------------------------------------------------------------------
+
+
+class ArrayLoader:
+    """Batches of a set that lives on the device.
+
+    Iterating yields (images float32 [B, C, H, W], labels int64 [B]). Each pass is one epoch; order and augmentation
+    come from (seed, epoch) alone, and `set_epoch` rewinds or skips. Shift and flip are drawn per image.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        img_size: tuple[int, int],
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        train: bool,
+        shift: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.images, self.labels = images, labels  # uint8 [n, C, h, w], int64 [n]
+        self.img_size, self.batch_size, self.train = img_size, batch_size, train
+        self.shift, self.flip, self.seed = shift, flip, seed
+        self.epoch = 0
+        shape = (1, -1, 1, 1)
+        self._mean = torch.tensor(list(mean), device=images.device).view(shape) * 255
+        self._std = torch.tensor(list(std), device=images.device).view(shape) * 255
+
+    def __len__(self) -> int:
+        n = len(self.labels)
+        # Training drops the last, short batch (one shape for compiled steps), unless it is the only one.
+        return max(1, n // self.batch_size) if self.train else -(-n // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass the one of this epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        self.epoch += 1
+        n = len(self.labels)
+        order = torch.randperm(n, generator=generator) if self.train else torch.arange(n)
+        for i in range(len(self)):
+            index = order[i * self.batch_size : (i + 1) * self.batch_size].to(self.images.device)
+            yield self._prepare(self.images[index], generator), self.labels[index]
+
+    def _prepare(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        x = images.float()
+        if x.shape[-2:] != self.img_size:
+            x = F.interpolate(x, self.img_size, mode="bicubic", antialias=True).clamp_(0, 255)
+        x = (x - self._mean) / self._std
+        if self.train and (self.shift or self.flip):
+            x = shift_and_flip(x, self.shift, self.flip, generator)
+        return x
+
+
+def shift_and_flip(x: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Move every image by up to `shift` pixels in both directions (edges repeat) and mirror it with probability 1/2.
+
+    x [B, C, H, W]; one gather for the whole batch. The random numbers come from a CPU generator, so that a GPU run
+    sees the same images.
+    """
+    b, _, h, w = x.shape
+    dy, dx = torch.randint(-shift, shift + 1, (2, b, 1), generator=generator)
+    rows = (torch.arange(h) + dy).clamp_(0, h - 1)  # [B, H]
+    cols = (torch.arange(w) + dx).clamp_(0, w - 1)  # [B, W]
+    if flip:
+        mirrored = torch.rand(b, 1, generator=generator) < 0.5
+        cols = torch.where(mirrored, cols.flip(1), cols)
+    image = torch.arange(b).view(b, 1, 1)
+    index = [t.to(x.device) for t in (image, rows[:, :, None], cols[:, None, :])]
+    return x.permute(0, 2, 3, 1)[tuple(index)].permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass
+class _Arrays:
+    x_train: np.ndarray  # uint8 [n, H, W] or [n, H, W, C]
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    name: str
+    shift: int
+    flip: bool
+    class_names: tuple[str, ...] = ()
+
+
+def _array_source(source: str, val_share: float, root: str | None, download: bool) -> _Arrays | None:
+    """The arrays of a small set, or None where the source is not one."""
+    if source == "digits":
+        return _digits(val_share)
+    if os.path.isfile(source):
+        if not source.endswith(".npz"):
+            raise ValueError(f"data: source must be a folder or an .npz file, got the file {source!r}")
+        return _npz(source)
+    if source.startswith("torch/"):
+        return _torchvision_arrays(source, root, download)
+    return None
+
+
+def _digits(val_share: float) -> _Arrays:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the scans have 17 grey levels, 0 to 16
+    train, val = _split_per_class(digits.target, val_share)
+    # Shifts are drawn after the resize; two pixels of 32 are half a pixel of the scan.
+    return _Arrays(
+        pixels[train], digits.target[train], pixels[val], digits.target[val], "digits (scikit-learn)", 2, False,
+        tuple(str(i) for i in range(10)),
+    )  # fmt: skip
+
+
+def _npz(path: str) -> _Arrays:
+    wanted = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [name for name in wanted if name not in archive.files]
+            if missing:
+                raise ValueError(f"needs the arrays {', '.join(wanted)}, but has {', '.join(archive.files) or 'none'}")
+            parts = {name: archive[name] for name in wanted}
+    except Exception as error:  # numpy raises anything from zipfile.BadZipFile to EOFError for a damaged file
+        raise ValueError(f"data: {path} must be a readable .npz file, got: {error}") from error
+    for part in ("train", "test"):
+        x, y = parts[f"x_{part}"], parts[f"y_{part}"]
+        if x.dtype != np.uint8 or x.ndim not in (3, 4):
+            raise ValueError(f"data: x_{part} of {path} must be uint8 [n, H, W] or [n, H, W, C], got {x.dtype} {list(x.shape)}")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+            raise ValueError(f"data: y_{part} of {path} must be {len(x)} integers, got {y.dtype} {list(y.shape)}")
+        if len(y) == 0 or y.min() < 0:
+            raise ValueError(f"data: y_{part} of {path} must be labels 0, 1, ..., got {'none' if len(y) == 0 else y.min()}")
+    if parts["x_train"].shape[3:] != parts["x_test"].shape[3:]:
+        shapes = list(parts["x_train"].shape), list(parts["x_test"].shape)
+        raise ValueError(f"data: x_train and x_test of {path} must have the same channels, got {shapes[0]} and {shapes[1]}")
+    grey = parts["x_train"].ndim == 3 or parts["x_train"].shape[3] == 1
+    # Colour arrays are photographs as a rule; grey ones are often characters, which must not be mirrored.
+    return _Arrays(parts["x_train"], parts["y_train"], parts["x_test"], parts["y_test"], Path(path).name, 2, not grey)
+
+
+def _torchvision_arrays(source: str, root: str | None, download: bool) -> _Arrays | None:
+    """CIFAR and MNIST sets keep their images in one array: take it, rather than decode them one by one."""
+    train, val = _timm_datasets(source, root, download, seed=0, batch_size=1)
+    if not all(hasattr(part, "data") and hasattr(part, "targets") for part in (train, val)):
+        return None
+    x = [np.asarray(part.data) for part in (train, val)]
+    y = [np.asarray(part.targets) for part in (train, val)]
+    names = tuple(str(name) for name in getattr(train, "classes", ()))
+    return _Arrays(x[0], y[0], x[1], y[1], source, 2, x[0].ndim == 4, names)
+
+
+def _from_arrays(
+    arrays: _Arrays,
+    size: tuple[int, int],
+    batch_size: int,
+    seed: int,
+    device: str | torch.device,
+    augment: str,
+    classes: Sequence[int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    shift: int | None,
+    flip: bool | None,
+) -> Data:
+    if augment == "strong":
+        raise ValueError(f"data: augment must be 'none' or 'light' for {arrays.name} (an array set), got 'strong'")
+    num_classes = int(max(arrays.y_train.max(), arrays.y_test.max())) + 1
+    names = arrays.class_names or tuple(str(i) for i in range(num_classes))
+    x, y = [arrays.x_train, arrays.x_test], [arrays.y_train, arrays.y_test]
+    if classes is not None:
+        classes = [int(c) for c in classes]
+        if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(num_classes)):
+            raise ValueError(f"data: classes must be two or more different labels below {num_classes}, got {classes}")
+        for part in range(2):
+            chosen = np.isin(y[part], classes)
+            x[part], y[part] = x[part][chosen], np.argsort(np.argsort(classes))[np.searchsorted(sorted(classes), y[part][chosen])]
+        num_classes, names = len(classes), tuple(names[c] for c in classes)
+    channels_first = [np.ascontiguousarray(a[:, None] if a.ndim == 3 else a.transpose(0, 3, 1, 2)) for a in x]
+    images = [torch.from_numpy(a).to(device) for a in channels_first]  # uint8 [n, C, H, W]
+    labels = [torch.from_numpy(a.astype(np.int64)).to(device) for a in y]
+    in_chans = images[0].shape[1]
+    if mean is None or std is None:
+        pixels = channels_first[0].reshape(len(channels_first[0]), in_chans, -1)
+        stds = np.maximum(pixels.std(axis=(0, 2)) / 255, 1e-3)  # a constant channel must not divide by zero
+        mean = mean or [round(float(v), 6) for v in pixels.mean(axis=(0, 2)) / 255]
+        std = std or [round(float(v), 6) for v in stds]
+    mean, std = _channel_values("mean", mean, in_chans), _channel_values("std", std, in_chans)
+    move = augment == "light"
+    loaders = [
+        ArrayLoader(
+            images[part], labels[part], img_size=size, batch_size=batch_size, mean=mean, std=std, train=part == 0,
+            shift=(arrays.shift if shift is None else shift) * move, flip=(arrays.flip if flip is None else flip) and move,
+            seed=seed,
+        )
+        for part in range(2)
+    ]  # fmt: skip
+    counts = f"{len(labels[0]):,} training and {len(labels[1]):,} validation images"
+    text = f"{arrays.name}: {num_classes} classes, {counts} of {x[0].shape[1]} x {x[0].shape[2]}, read at {size[0]} x {size[1]}"
+    return Data(loaders[0], loaders[1], num_classes, in_chans, size, mean, std, text, names)
+
+
+# files: decoded by workers with timm's transforms ------------------------------------------------------------------
+
+
+class SeededImages(torch.utils.data.Dataset):
+    """Decoded, transformed images; the random numbers of image i depend on (seed, epoch, i) only.
+
+    An image that cannot be read comes back as a message, so that the main process can raise it in one line.
+    """
+
+    def __init__(self, read: Callable[[int], tuple[Any, int]], count: int, transform: Callable[[Any], Tensor], seed: int):
+        self.read, self.count, self.transform, self.seed, self.epoch = read, count, transform, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        try:
+            image, label = self.read(index)
+        except Exception as error:  # PIL and the readers raise what they like for a damaged file
+            return f"data: {self.describe(index)} must be a readable image, got: {error}"
+        with _seeded(_mix(self.seed, self.epoch, index)):
+            return self.transform(image), int(label)
+
+    def describe(self, index: int) -> str:
+        describe = getattr(self.read, "describe", None)
+        return describe(index) if describe else f"image {index}"
+
+
+class FileLoader:
+    """Batches of decoded images: the same contract as ArrayLoader, with worker processes behind it."""
+
+    def __init__(self, dataset: Any, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool) -> None:
+        self.dataset, self.batch_size, self.workers, self.train = dataset, batch_size, workers, train
+        self.seed, self.pin, self.epoch = seed, pin, 0
+
+    def __len__(self) -> int:
+        n = len(self.dataset)
+        return max(1, n // self.batch_size) if self.train else -(-n // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass the one of this epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        order: list[int] | None = None
+        if isinstance(self.dataset, SeededImages):
+            self.dataset.epoch = epoch
+            n = len(self.dataset)
+            shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(_mix(self.seed, epoch)))
+            order = (shuffled if self.train else torch.arange(n)).tolist()
+        elif hasattr(self.dataset, "set_epoch"):  # streams shuffle themselves
+            self.dataset.set_epoch(epoch)
+        loader = torch.utils.data.DataLoader(
+            self.dataset, self.batch_size, sampler=order, num_workers=self.workers, collate_fn=_collate,
+            drop_last=self.train and len(self.dataset) >= self.batch_size, pin_memory=self.pin,
+        )  # fmt: skip
+        try:
+            for batch in loader:
+                if isinstance(batch, str):
+                    raise ValueError(batch)
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(f"data: a worker process died, try --workers 0 to see why: {error}") from error
+
+
+def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    for item in items:
+        if isinstance(item, str):
+            return item
+    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items], dtype=torch.int64)
+
+
+@dataclass
+class _Files:
+    train: Any  # callable index -> (PIL image, label), or a stream
+    val: Any
+    counts: tuple[int, int]
+    class_names: tuple[str, ...]
+    name: str
+
+
+class _FolderReader:
+    def __init__(self, samples: list[tuple[str, int]]) -> None:
+        self.samples = samples
+
+    def __call__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        path, label = self.samples[index]
+        with Image.open(path) as image:
+            return image.convert("RGB"), label
+
+    def describe(self, index: int) -> str:
+        return self.samples[index][0]
+
+
+class _DatasetReader:
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __call__(self, index: int) -> tuple[Any, int]:
+        image, label = self.dataset[index]
+        return image.convert("RGB"), int(label)
+
+
+def _file_source(
+    source: str, val_share: float, root: str | None, download: bool, seed: int, batch_size: int, num_classes: int | None
+) -> _Files:
+    if os.path.isdir(source):
+        return _image_folder(source, val_share)
+    if source.startswith(READER_PREFIXES) or source.startswith("torch/"):
+        train, val = _timm_datasets(source, root, download, seed, batch_size)
+        names = _class_names(train, num_classes)
+        if not names:
+            raise ValueError(f"data: num_classes must be given for {source!r}, which does not say it itself (--num-classes)")
+        streams = isinstance(train, torch.utils.data.IterableDataset)
+        readers = (train, val) if streams else (_DatasetReader(train), _DatasetReader(val))
+        return _Files(*readers, (len(train), len(val)), names, source)
+    raise ValueError(_unknown_source(source))
+
+
+def _unknown_source(source: str) -> str:
+    known = ["digits", *(f"torch/{name}" for name in TORCHVISION_NAMES)]
+    near = difflib.get_close_matches(source, known, n=3, cutoff=0.5)
+    near += [f"torch/{n}" for n in difflib.get_close_matches(source, TORCHVISION_NAMES, n=3) if f"torch/{n}" not in near]
+    folder = Path(source).parent
+    if os.path.isdir(folder) and str(folder) != ".":
+        near += [str(folder / n) for n in difflib.get_close_matches(Path(source).name, sorted(os.listdir(folder)), n=2)]
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    prefixes = ", ".join(f"{p}NAME" for p in READER_PREFIXES)
+    return f"data: source must be an existing folder or .npz file, 'digits', torch/NAME, {prefixes}, got {source!r}{hint}"
+
+
+def _image_folder(folder: str, val_share: float) -> _Files:
+    train_folder = next((os.path.join(folder, n) for n in TRAIN_FOLDERS if os.path.isdir(os.path.join(folder, n))), None)
+    val_folder = next((os.path.join(folder, n) for n in VAL_FOLDERS if os.path.isdir(os.path.join(folder, n))), None)
+    if train_folder is None:
+        images = _class_images(folder)
+        names = tuple(images)
+        paths = [(path, names.index(name)) for name in names for path in images[name]]
+        train, val = _split_per_class(np.array([label for _, label in paths]), val_share)
+        samples = [paths[i] for i in train], [paths[i] for i in val]
+    else:
+        parts = [_class_images(train_folder), _class_images(val_folder) if val_folder else {}]
+        names = tuple(parts[0])
+        unknown = sorted(set(parts[1]) - set(names))
+        if unknown:
+            raise ValueError(f"data: {val_folder} must have the classes of {train_folder}, got also {', '.join(unknown[:5])}")
+        paths = [[(path, names.index(name)) for name in part for path in part[name]] for part in parts]
+        if val_folder:
+            samples = paths[0], paths[1]
+        else:
+            train, val = _split_per_class(np.array([label for _, label in paths[0]]), val_share)
+            samples = [paths[0][i] for i in train], [paths[0][i] for i in val]
+    if len(names) < 2:
+        raise ValueError(f"data: {folder} must hold images of two or more classes, got only {names[0]!r}")
+    readers = [_FolderReader(part) for part in samples]
+    return _Files(readers[0], readers[1], (len(samples[0]), len(samples[1])), names, folder)
+
+
+def _class_images(folder: str) -> dict[str, list[str]]:
+    """Class name -> image paths; a class is a folder that holds images, named by its path below `folder`."""
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    extensions = get_img_extensions(as_set=True)
+    classes: dict[str, list[str]] = {}
+    loose = 0
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        images = sorted(os.path.join(path, f) for f in files if os.path.splitext(f)[1].lower() in extensions)
+        if path == folder:
+            loose = len(images)
+        elif images:
+            classes[Path(path).relative_to(folder).as_posix()] = images
+    if not classes:
+        wanted = "train/CLASS/image.jpg and val/CLASS/image.jpg, or CLASS/image.jpg"
+        found = f"{loose} images outside any class folder" if loose else "no images"
+        raise ValueError(f"data: {folder} must hold one folder per class ({wanted}), got {found}")
+    return dict(sorted(classes.items()))
+
+
+def _timm_datasets(source: str, root: str | None, download: bool, seed: int, batch_size: int) -> tuple[Any, Any]:
+    from timm.data import create_dataset
+
+    name = source.removeprefix("torch/")
+    if source.startswith("torch/") and name not in TORCHVISION_NAMES:
+        raise ValueError(_unknown_source(source))
+    stream = source.startswith(("hfids/", "tfds/", "wds/"))
+    try:
+        return tuple(
+            create_dataset(
+                source, root=root or ".", split=split, is_training=split == "train", download=download,
+                **(dict(batch_size=batch_size, seed=seed) if stream else {}),
+            )
+            for split in ("train", "validation")
+        )  # fmt: skip
+    except Exception as error:  # each reader raises its own kind, for a missing download, package or split
+        where = f" (searched {root or 'the current folder'}; --data-root sets it, --download fetches the set)"
+        raise ValueError(f"data: {source!r} must be readable by timm's create_dataset, got: {error}{where}") from error
+
+
+def _class_names(dataset: Any, num_classes: int | None) -> tuple[str, ...]:
+    if num_classes:
+        return tuple(str(i) for i in range(num_classes))
+    if getattr(dataset, "classes", None):
+        return tuple(str(name) for name in dataset.classes)
+    mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    return tuple(str(name) for name in mapping) if mapping else ()
+
+
+def _from_files(
+    files: _Files,
+    size: tuple[int, int],
+    batch_size: int,
+    seed: int,
+    workers: int,
+    augment: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    flip: bool | None,
+    crop_pct: float,
+) -> Data:
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+
+    mean = _channel_values("mean", mean or IMAGENET_DEFAULT_MEAN, 3)
+    std = _channel_values("std", std or IMAGENET_DEFAULT_STD, 3)
+    common = dict(input_size=(3, *size), interpolation="bicubic", mean=mean, std=std, crop_pct=crop_pct)
+    mirrored = 0.5 if flip is None or flip else 0.0
+    strong = dict(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, re_prob=0.25, re_mode="pixel", hflip=mirrored)
+    train_settings = {"none": None, "light": dict(color_jitter=None, hflip=mirrored, scale=(0.35, 1.0)), "strong": strong}
+    chosen = train_settings[augment]
+    transforms = [create_transform(is_training=chosen is not None, **(chosen or {}), **common), create_transform(**common)]
+    loaders = []
+    for part, reader in enumerate((files.train, files.val)):
+        if isinstance(reader, torch.utils.data.IterableDataset):
+            reader.transform, dataset = transforms[part], reader
+        else:
+            dataset = SeededImages(reader, files.counts[part], transforms[part], seed)
+        pin = torch.cuda.is_available()
+        loaders.append(FileLoader(dataset, batch_size=batch_size, workers=workers, train=part == 0, seed=seed, pin=pin))
+    counts = f"{files.counts[0]:,} training and {files.counts[1]:,} validation images"
+    text = f"{files.name}: {len(files.class_names)} classes, {counts}, read at {size[0]} x {size[1]}"
+    return Data(loaders[0], loaders[1], len(files.class_names), 3, size, mean, std, text, files.class_names)
+
+
+# small parts -------------------------------------------------------------------------------------------------------
+
+
+def _check(source: Any, batch_size: int, workers: int, augment: str, val_share: float, crop_pct: float) -> None:
+    if not str(source):
+        raise ValueError("data: source must be a name or a path, got an empty string")
+    if batch_size < 1:
+        raise ValueError(f"data: batch_size must be 1 or more, got {batch_size}")
+    if workers < 0:
+        raise ValueError(f"data: workers must be 0 or more, got {workers}")
+    if augment not in AUGMENTS:
+        raise ValueError(f"data: augment must be one of {', '.join(AUGMENTS)}, got {augment!r}")
+    if not 0 < val_share < 1:
+        raise ValueError(f"data: val_share must be between 0 and 1, got {val_share}")
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"data: crop_pct must be in (0, 1], got {crop_pct}")
+
+
+def _image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(int(s) for s in img_size)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"data: img_size must be one or two edges in pixels, got {img_size}")
+    return sizes[0], sizes[1]
+
+
+def _channel_values(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) != channels or (name == "std" and min(values) <= 0):
+        kind = "positive numbers" if name == "std" else "numbers"
+        raise ValueError(f"data: {name} must be {channels} {kind}, one per channel, got {list(values)}")
+    return tuple(float(v) for v in values)
+
+
+def _listed(values: Sequence[int] | None) -> list[int] | None:
+    return None if values is None else [int(v) for v in values]
+
+
+def _split_per_class(labels: np.ndarray, val_share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of train and val: of each class a fixed random share, at least one image on each side."""
+    generator = np.random.default_rng(SPLIT_SEED)
+    train, val = [], []
+    for label in np.unique(labels):
+        index = generator.permutation(np.flatnonzero(labels == label))
+        if len(index) < 2:
+            raise ValueError(f"data: every class must have two or more images to split, got one of class {label}")
+        cut = min(max(round(len(index) * val_share), 1), len(index) - 1)
+        val.append(index[:cut])
+        train.append(index[cut:])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several small numbers."""
+    return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators (timm's transforms use all three) at `seed`, put back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
