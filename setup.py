@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 from setuptools import setup
 
@@ -90,102 +91,124 @@ def gencode(arch_list: str) -> list[str]:
     return flags
 
 
-def extension():
+def require_torch():
+    """torch's cpp_extension of a torch that is new enough."""
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        fail("building needs torch 2.11 or newer; install it first or build with isolation")
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 11):
+        fail("building needs torch 2.11 or newer; install it first, or build with isolation")
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
         fail(f"building needs torch 2.11 or newer, got {torch.__version__}; run pip install -U torch")
-    try:
-        import pybind11
-    except ImportError:
-        fail("building needs pybind11; run pip install pybind11")
+    return cpp_extension
 
-    nvcc = find_nvcc()
-    sanitize = os.environ.get("P3B_EXT_SANITIZE") == "1"
-    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
-    cxx = ["-O1" if sanitize else "-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-    cxx += checks if sanitize else []
-    defines = [f"-DTORCH_TARGET_VERSION={TARGET}"]
-    # pip's pybind11 before torch's own, which does not compile under TORCH_TARGET_VERSION.
-    includes = [pybind11.get_include(), os.path.abspath("csrc")]
-    sources = ["csrc/library.cpp", "csrc/module.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
-    compile_args = {"cxx": [*cxx, *defines], "nvcc": []}
-    libraries, library_dirs = [], []
-    if nvcc:
-        root = cuda_root(nvcc)
+
+def has_cuda(cpp_extension) -> bool:
+    return os.path.exists(os.path.join(cpp_extension.library_paths()[0], "libtorch_cuda.so"))
+
+
+class Plan:
+    """Compilers, sources and flags: all that the build decides."""
+
+    def __init__(self, cpp_extension):
+        try:
+            import pybind11
+        except ImportError:
+            fail("building needs pybind11; run pip install pybind11")
+        self.cxx = os.environ.get("CXX", "c++")
+        self.nvcc = find_nvcc()
+        if self.nvcc and not has_cuda(cpp_extension):
+            if os.environ.get("P3B_EXT_CUDA") == "1":
+                fail(
+                    "P3B_EXT_CUDA=1 asks for CUDA kernels, but the installed torch is a CPU build; install a CUDA build"
+                )
+            self.nvcc = None
+        self.sanitize = os.environ.get("P3B_EXT_SANITIZE") == "1"
+        checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+        checks = checks if self.sanitize else []
+        # pip's pybind11 before torch's own, which does not compile under TORCH_TARGET_VERSION.
+        paths = [pybind11.get_include(), os.path.abspath("csrc"), *cpp_extension.include_paths()]
+        common = [f"-I{path}" for path in [*paths, sysconfig.get_path("include")]]
+        common += [f"-DTORCH_TARGET_VERSION={TARGET}", "-std=c++20"]
+        warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+        self.sources = ["csrc/library.cpp", "csrc/module.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+        self.flags = {"cxx": [*common, "-O1" if self.sanitize else "-O3", "-fvisibility=hidden", *warnings, *checks]}
+        self.link = [f"-L{cpp_extension.library_paths()[0]}", "-ltorch_cpu", "-ltorch", *checks]
+        if self.nvcc:
+            self.add_cuda(common)
+
+    def add_cuda(self, common):
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a+PTX"
-        sources += sorted(glob.glob("csrc/cuda/*.cu"))
-        compile_args["cxx"] += ["-DUSE_CUDA", f'-DP3B_CUDA_ARCHS="{archs}"']
-        compile_args["nvcc"] = ["-O3", "-std=c++20", "-DUSE_CUDA", *defines, *gencode(archs), "--expt-relaxed-constexpr"]
-        compile_args["nvcc"] += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-I", os.path.join(root, "include")]
-        library_dirs.append(next(d for d in (f"{root}/lib64", f"{root}/targets/x86_64-linux/lib", f"{root}/lib") if os.path.isdir(d)))
-        libraries.append("cudart_static")
+        root = cuda_root(self.nvcc)
+        libraries = next(d for d in (f"{root}/lib64", f"{root}/lib") if os.path.isdir(d))
+        self.sources += sorted(glob.glob("csrc/cuda/*.cu"))
+        self.flags["cxx"] += ["-DUSE_CUDA", f"-DP3B_CUDA_ARCHS='\"{archs}\"'"]
+        self.flags["nvcc"] = [*common, "-O3", "-DUSE_CUDA", *gencode(archs), "--expt-relaxed-constexpr"]
+        self.flags["nvcc"] += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        self.link += ["-ltorch_cuda", f"-L{libraries}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
+    def ninja_file(self, folder: str, target: str) -> str:
+        """build.ninja: torch's own cannot give one file its own flags, nor take an nvcc far from its headers."""
+        depend = "\n  depfile = $out.d\n  deps = gcc"
+        lines = [
+            f"rule cxx\n  command = {self.cxx} -MMD -MF $out.d -fPIC $flags -c $in -o $out{depend}",
+            f"rule nvcc\n  command = {self.nvcc} -MD -MF $out.d $flags -c $in -o $out{depend}",
+            # To a temporary name first: a process that has the old file mapped keeps it.
+            f"rule link\n  command = {self.cxx} -shared $in $flags -o $out.tmp && mv -f $out.tmp $out",
+        ]
+        objects = []
+        for source in self.sources:
+            rule = "nvcc" if source.endswith(".cu") else "cxx"
+            flags = self.flags[rule] + (isa_flags(source) if rule == "cxx" else [])
+            objects.append(os.path.join(folder, source.replace("/", "_") + ".o"))
+            lines.append(f"build {objects[-1]}: {rule} {os.path.abspath(source)}\n  flags = {' '.join(flags)}")
+        lines.append(f"build {target}: link {' '.join(objects)}\n  flags = {' '.join(self.link)}")
+        return "\n".join(lines) + "\n"
+
+
+def extension():
+    cpp_extension = require_torch()
+    plan = Plan(cpp_extension)
 
     class BuildExtension(cpp_extension.BuildExtension):
-        """torch's, with instruction-set flags for each source, our own nvcc, and errors of one sentence."""
+        """torch's command with a ninja file of our own, and errors of one sentence."""
 
         def build_extensions(self):
             try:
-                subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, check=True)
+                subprocess.run([plan.cxx, "--version"], capture_output=True, check=True)
             except (OSError, subprocess.CalledProcessError):
-                fail(f"building needs a C++ compiler; {os.environ.get('CXX', 'c++')} does not run (install g++ or set CXX)")
+                fail(f"building needs a C++ compiler; {plan.cxx} does not run (install g++ or set CXX)")
+            folder = os.path.abspath(os.path.join(self.build_temp, "sanitize" if plan.sanitize else "release"))
+            target = os.path.abspath(self.get_ext_fullpath(self.extensions[0].name))
+            os.makedirs(folder, exist_ok=True)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(os.path.join(folder, "build.ninja"), "w") as file:
+                file.write(plan.ninja_file(folder, target))
+            jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
             try:
-                ninja_build(self)
+                subprocess.run([*ninja_command(), "-C", folder, *jobs], check=True)
             except subprocess.CalledProcessError as error:
                 fail(f"the compiler failed (exit code {error.returncode}); its messages stand above")
 
-    def ninja_build(command):
-        """Compile by a build.ninja of our own: torch's cannot give one file its own flags, nor take nvcc by path."""
-        (ext,) = command.extensions
-        out = os.path.abspath(os.path.join(command.build_temp, "sanitize" if sanitize else "release"))
-        os.makedirs(out, exist_ok=True)
-        target = os.path.abspath(command.get_ext_fullpath(ext.name))
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        torch_includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-        import sysconfig
+    return [cpp_extension.CppExtension("p3b_ext._C", plan.sources)], {"build_ext": BuildExtension}
 
-        common = [*[f"-I{path}" for path in includes], *torch_includes, f"-I{sysconfig.get_path('include')}"]
-        rules = [
-            f"cxx = {os.environ.get('CXX', 'c++')}",
-            f"nvcc = {nvcc or ''}",
-            "rule cxx\n  command = $cxx -MMD -MF $out.d -fPIC $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule nvcc\n  command = $nvcc -MD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            # To a temporary name first: a process that has the old file mapped keeps it.
-            "rule link\n  command = $cxx -shared $in $flags -o $out.tmp && mv -f $out.tmp $out",
-        ]
-        objects = []
-        for source in ext.sources:
-            obj = os.path.join(out, source.replace("/", "_") + ".o")
-            objects.append(obj)
-            rule = "nvcc" if source.endswith(".cu") else "cxx"
-            flags = [*common, *compile_args[rule], *(isa_flags(source) if rule == "cxx" else [])]
-            rules.append(f"build {obj}: {rule} {os.path.abspath(source)}\n  flags = {' '.join(flags)}")
-        torch_lib = cpp_extension.library_paths()[0]
-        link = [f"-L{torch_lib}", "-ltorch_cpu", "-ltorch", *(["-ltorch_cuda"] if nvcc and cuda_torch() else []), *(checks if sanitize else [])]
-        link += [f"-L{d}" for d in library_dirs] + [f"-l{name}" for name in libraries] + (["-lrt", "-ldl", "-lpthread"] if nvcc else [])
-        rules.append(f"build {target}: link {' '.join(objects)}\n  flags = {' '.join(link)}")
-        with open(os.path.join(out, "build.ninja"), "w") as file:
-            file.write("\n".join(rules) + "\n")
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        ninja = shutil.which("ninja") or [sys.executable, "-m", "ninja"]
-        subprocess.run([*([ninja] if isinstance(ninja, str) else ninja), "-C", out, *jobs], check=True)
 
-    def cuda_torch() -> bool:
-        return os.path.exists(os.path.join(cpp_extension.library_paths()[0], "libtorch_cuda.so"))
-
-    if nvcc and not cuda_torch():
-        if os.environ.get("P3B_EXT_CUDA") == "1":
-            fail("P3B_EXT_CUDA=1 asks for CUDA kernels, but the installed torch is a CPU build; install a CUDA build of torch")
-        os.environ["P3B_EXT_CUDA"] = "0"
-        return extension()
-    module = cpp_extension.CppExtension("p3b_ext._C", sources)
-    return [module], {"build_ext": BuildExtension}
+def ninja_command() -> list[str]:
+    try:
+        import ninja
+    except ImportError:
+        if shutil.which("ninja"):
+            return ["ninja"]
+        fail("building needs ninja; run pip install ninja")
+    return [os.path.join(ninja.BIN_DIR, "ninja")]
 
 
 modules, commands = extension() if BUILDING else ([], {})
 packages = {name: path for name, path in PACKAGES.items() if os.path.isdir(path)}
-setup(packages=list(packages), package_dir=packages, package_data={"p3b.recipes": ["*"]}, ext_modules=modules, cmdclass=commands)
+setup(
+    packages=list(packages),
+    package_dir=packages,
+    package_data={"p3b.recipes": ["*"]},
+    ext_modules=modules,
+    cmdclass=commands,
+)

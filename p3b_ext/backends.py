@@ -1,0 +1,135 @@
+"""Which implementation may run a call and, if none may, why not. The choice falls in Python, before dispatch.
+
+Order: cuda, triton, reference for tensors on a GPU; cpu, reference elsewhere. `backend(...)` or the environment
+variable P3B_EXT_BACKEND forces one.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_HEAD_DIM = 128  # of the cuda and triton attention kernels
+MAX_TOKENS = 4096  # of the cuda and triton ranking and matching kernels
+
+try:
+    _C = importlib.import_module("p3b_ext._C")
+    _C_ERROR = ""
+except ImportError as error:
+    _C, _C_ERROR = None, str(error)
+
+
+def _named(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend: name must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_forced: str | None = _named(os.environ["P3B_EXT_BACKEND"]) if os.environ.get("P3B_EXT_BACKEND") else None
+CHECK_VALUES = os.environ.get("P3B_EXT_CHECK") == "1"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the `with` block on one backend: "cpu", "cuda", "triton" or "reference".
+
+    ValueError for an unknown name; a call that the backend cannot run raises NotImplementedError with the reason.
+    """
+    global _forced
+    before, _forced = _forced, _named(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.cache
+def unavailable(name: str) -> str:
+    """Why backend `name` cannot run anything here; the empty string if it can."""
+    if name == "reference":
+        return ""
+    if name == "triton":
+        try:
+            importlib.import_module("triton")
+            importlib.import_module("p3b_ext.kernels")
+        except ImportError as error:
+            return f"triton cannot be imported ({error})"
+        if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+            return ""
+        return "there is no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
+    if _C is None:
+        return f"the extension is not built ({_C_ERROR}); run pip install -e ."
+    if name == "cuda":
+        if _C.compiled()["cuda"] != "yes":
+            return "the extension was built without CUDA (no nvcc, or P3B_EXT_CUDA=0)"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("p3b_ext::masked_attention", "CUDA"):
+            return "the extension has no CUDA kernels"
+        if not torch.cuda.is_available():
+            return "there is no GPU"
+    return ""
+
+
+def _cannot(name: str, x: Tensor, family: str) -> str:
+    """Why backend `name` cannot run an op of `family` on x; the empty string if it can."""
+    reason = unavailable(name)
+    if reason or name == "reference":
+        return reason
+    on_gpu = x.device.type == "cuda"
+    if name == "cpu" and x.device.type != "cpu":
+        return f"the tensors are on {x.device}"
+    if name == "cuda" and not on_gpu:
+        return f"the tensors are on {x.device}"
+    if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {x.device}"
+    if name in ("cuda", "triton"):
+        if x.dtype == torch.float64:
+            return "float64 is not supported"
+        if family == "attention" and x.shape[-1] > MAX_HEAD_DIM:
+            return f"head channels must be at most {MAX_HEAD_DIM}, got {x.shape[-1]}"
+        if family in ("select", "merge") and x.shape[1] > MAX_TOKENS:
+            return f"tokens must be at most {MAX_TOKENS}, got {x.shape[1]}"
+    return ""
+
+
+def choose(op: str, x: Tensor, family: str) -> str:
+    """The backend that runs `op` on tensors like x; NotImplementedError where a forced one cannot."""
+    if _forced is not None:
+        reason = _cannot(_forced, x, family)
+        if reason:
+            raise NotImplementedError(f"{op}: backend {_forced!r} cannot run this call: {reason}")
+        return _forced
+    for name in ORDER.get(x.device.type, ("reference",)):
+        if not _cannot(name, x, family):
+            return name
+    return "reference"
+
+
+def check_values(op: str, name: str, ok: Tensor, expected: str, *, backend: str) -> None:
+    """Raise ValueError where not all of `ok` holds. The compiled CPU kernels look for themselves; elsewhere this reads
+    a value back from the device, so on a GPU it happens only under P3B_EXT_CHECK=1, and never while compiling."""
+    if backend == "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return
+    if (ok.device.type == "cpu" or CHECK_VALUES) and not bool(ok.all()):
+        raise ValueError(f"{op}: {name} must be {expected}, got other values")
+
+
+def build_info() -> dict:
+    """What was compiled, for what, and which backend would run here (and why the others would not)."""
+    info: dict = {"version": importlib.import_module("p3b_ext").__version__, "torch": torch.__version__}
+    info["compiled"] = _C.compiled() if _C else {"error": _C_ERROR}
+    if _C:
+        info["cpu_isa"] = _C.isa()
+        info["cpu_isa_available"] = _C.isa_available()
+    info["backends"] = {name: unavailable(name) or "ready" for name in NAMES}
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    info["default"] = {d: next(n for n in ORDER[d] if not unavailable(n)) for d in devices}
+    if _forced:
+        info["forced"] = _forced
+    return info

@@ -1,0 +1,143 @@
+"""Token selection: ranking by score and gathering rows; public functions, fakes, gradients."""
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from .checks import check_device, check_int, check_tensor, second_derivative
+
+ORDERS = ("position", "score")
+
+
+def topk_tokens(scores: Tensor, keep: int, num_prefix: int = 1, order: str = "position") -> Tensor:
+    """Positions in x of the prefix tokens and of the `keep` tokens with the highest scores.
+
+    Equivalent to `cat([arange(P), (topk(scores, keep).indices + P).sort().values])` for P = num_prefix.
+
+    Args:
+        scores: `[B, N - num_prefix]`, one per token behind the prefix.
+        keep: how many of them stay, 0 to N - num_prefix.
+        num_prefix: class, distillation and register tokens in front, always kept.
+        order: "position" (as in x) or "score" (descending, as PPT publishes).
+
+    Returns:
+        int64 `[B, num_prefix + keep]`. Equal scores: lower position first.
+
+    Raises:
+        ValueError: shapes, names; NaN scores (on a GPU only with P3B_EXT_CHECK=1, else NaN ranks last).
+        TypeError: dtypes.
+    """
+    op = "topk_tokens"
+    backend, by_score = _check_scores(op, scores, "keep", keep, num_prefix, order)
+    return _impl(backend, "topk_tokens")(scores.detach(), keep, num_prefix, by_score)
+
+
+def prune_slots(scores: Tensor, r: int, num_prefix: int = 1, order: str = "position") -> Tensor:
+    """Output row of every token when the `r` lowest scores are dropped.
+
+    Args, order of ties and errors: as `topk_tokens` with keep = N - num_prefix - r.
+
+    Returns:
+        slot int32 `[B, N]`: row in the output, -1 where the token is dropped.
+    """
+    op = "prune_slots"
+    backend, by_score = _check_scores(op, scores, "r", r, num_prefix, order)
+    return _impl(backend, "prune_slots")(scores.detach(), r, num_prefix, by_score)
+
+
+def select_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` of each image.
+
+    Equivalent to `x.gather(1, index[..., None].expand(-1, -1, C))`.
+
+    Args:
+        x: `[B, N, C]`. Differentiable.
+        index: int64 `[B, M]`, each in [0, N).
+
+    Returns:
+        `[B, M, C]`.
+
+    Raises:
+        ValueError: shapes, devices; an index out of range (on a GPU only with P3B_EXT_CHECK=1).
+        TypeError: dtypes.
+    """
+    op = "select_tokens"
+    check_tensor(op, "x", x, "B N C")
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise TypeError(f"{op}: index must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+    if index.dim() != 2 or index.shape[0] != x.shape[0]:
+        raise ValueError(f"{op}: index must be [{x.shape[0]}, M], got shape {list(index.shape)}")
+    check_device(op, "index", index, x)
+    backend = backends.choose(op, x, "select")
+    backends.check_values(
+        op, "index", (index >= 0) & (index < x.shape[1]), f"between 0 and {x.shape[1] - 1}", backend=backend
+    )
+    return _impl(backend, "select_tokens")(x, index)
+
+
+def _check_scores(op, scores, count_name, count, num_prefix, order) -> tuple[str, bool]:
+    check_tensor(op, "scores", scores, "B N-num_prefix")
+    check_int(op, "num_prefix", num_prefix, 0)
+    check_int(op, count_name, count, 0, scores.shape[1])
+    if order not in ORDERS:
+        raise ValueError(f"{op}: order must be one of {', '.join(ORDERS)}, got {order!r}")
+    backend = backends.choose(op, scores, "select")
+    backends.check_values(op, "scores", ~scores.isnan(), "numbers, not NaN", backend=backend)
+    return backend, order == "score"
+
+
+def _impl(backend: str, op: str):
+    if backend == "reference":
+        return getattr(reference, op)
+    if backend == "triton":
+        from ..kernels import select
+
+        return getattr(select, op)
+    return getattr(torch.ops.p3b_ext, op)
+
+
+# Fakes ----------------------------------------------------------------------------------------
+
+
+def fake_topk(scores, keep, num_prefix, by_score):
+    return scores.new_empty((scores.shape[0], num_prefix + keep), dtype=torch.int64)
+
+
+def fake_prune_slots(scores, r, num_prefix, by_score):
+    return scores.new_empty((scores.shape[0], scores.shape[1] + num_prefix), dtype=torch.int32)
+
+
+def fake_select(x, index):
+    return x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
+
+
+def fake_select_backward(grad, index, num_tokens):
+    return grad.new_empty((grad.shape[0], num_tokens, grad.shape[2]))
+
+
+# Gradients ----------------------------------------------------------------------------------------
+
+
+def register(namespace: str) -> None:
+    """Gradients of the select ops of `namespace` (p3b_ext, p3b_ext_triton), through its own backward op."""
+    ops = getattr(torch.ops, namespace)
+
+    def setup_context(ctx, inputs, output):
+        x, index = inputs
+        ctx.num_tokens = x.shape[1]
+        ctx.save_for_backward(index)
+
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return ops.select_tokens_backward(grad.contiguous(), index, ctx.num_tokens), None
+
+    torch.library.register_autograd(f"{namespace}::select_tokens", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{namespace}::select_tokens_backward", second_derivative("select_tokens"))
+
+
+if backends._C is not None:
+    torch.library.register_fake("p3b_ext::topk_tokens", fake_topk)
+    torch.library.register_fake("p3b_ext::prune_slots", fake_prune_slots)
+    torch.library.register_fake("p3b_ext::select_tokens", fake_select)
+    torch.library.register_fake("p3b_ext::select_tokens_backward", fake_select_backward)
+    register("p3b_ext")
