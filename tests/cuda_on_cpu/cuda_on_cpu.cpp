@@ -66,6 +66,10 @@ size_t home_bytes;
 long barrier_generation;
 uint64_t start_tag, end_tag, barrier_tag[2], warp_tag[32][2];  // addresses that carry ThreadSanitizer's happens-before
 
+// Called through pointers, so that the sanitizers' versions run and not 16 bytes moved in place.
+void* (*volatile copy_bytes)(void*, const void*, size_t) = memcpy;
+void* (*volatile fill_bytes)(void*, int, size_t) = memset;
+
 void switch_to(ucontext_t* from, ucontext_t* to, void** save, const void* bottom, size_t bytes, void* tsan) {
   (void)save, (void)bottom, (void)bytes, (void)tsan;
 #if defined(__SANITIZE_ADDRESS__)
@@ -218,7 +222,7 @@ void copy_async(void* shared, const void* global, bool valid) {
   if (valid && reinterpret_cast<uintptr_t>(global) % 16) fail("cp.async: global address not aligned to 16 bytes");
   Fiber* f = current;
   if (f->num_copies == kMaxCopies) fail("too many cp.async in flight");
-  memset(shared, 0xff, 16);
+  fill_bytes(shared, 0xff, 16);
   f->copies[f->num_copies++] = {shared, global, valid, f->group};
 }
 
@@ -230,8 +234,8 @@ void copy_async_wait(int pending_groups) {
   for (int i = 0; i < f->num_copies; i++) {
     Copy c = f->copies[i];
     if (c.group >= f->group - pending_groups) f->copies[kept++] = c;
-    else if (c.valid) memcpy(c.shared, c.global, 16);
-    else memset(c.shared, 0, 16);
+    else if (c.valid) copy_bytes(c.shared, c.global, 16);
+    else fill_bytes(c.shared, 0, 16);
   }
   f->num_copies = kept;
 }
