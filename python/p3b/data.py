@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Where images come from: one function, `create_data`, that turns a name or a path into two loaders.
 
-Small sets (the digits, .npz arrays, torchvision's CIFAR and MNIST) live whole on the device as uint8 and are resized,
-shifted, flipped and normalised there a batch at a time. Everything else is decoded by worker processes with timm's
-transforms. Either way the images of a batch depend on (seed, epoch) only: not on the number of workers, not on what
-else drew random numbers, and not on whether the run was interrupted.
+Small sets (the digits, .npz arrays, torchvision's CIFAR and MNIST) live whole on the device as uint8 and are
+resized, shifted, flipped and normalised there a batch at a time. Everything else is decoded by workers with
+timm's transforms. Either way the images of a batch depend on (seed, epoch) only: not on the number of
+workers, not on what else drew random numbers, and not on whether the run was interrupted.
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Names that create_data knows without a path; the others are timm's reader prefixes (torch/ is listed one by one).
-TORCHVISION_NAMES = ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "qmnist", "inaturalist", "places365", "imagenet")
+# What create_data knows without a path: torch/ names one by one, and timm's other reader prefixes.
+TORCHVISION_NAMES = (
+    *("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "qmnist"),
+    *("inaturalist", "places365", "imagenet"),
+)
 READER_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 AUGMENTS = ("none", "light", "strong")
-SPLIT_SEED = 0  # the train/val split of a set without one is part of the set: it does not move with the run's seed
+SPLIT_SEED = 0  # the split of a set without one is part of the set: it does not move with the run's seed
 
 
 @dataclass(frozen=True)
 class Data:
     """Two loaders and what a model has to know about them.
 
-    `train` and `val` are iterables with `len()` of (images float32 [B, C, H, W] normalised, labels int64 [B]).
+    `train` and `val` are iterables with `len()` of (images float32 [B, C, H, W], labels int64 [B]).
     `settings` are the arguments that make the same data again: `create_data(**settings)`.
     """
 
@@ -75,12 +78,13 @@ def create_data(
     """Loaders for training and validation from a name or a path.
 
     source: "digits" (scikit-learn's 1,797 scans); an .npz file with uint8 `x_train`, `x_test` [n, H, W] or
-        [n, H, W, C] and integer `y_train`, `y_test`; a folder with train/ and val/ of one folder per class, or with
-        the class folders themselves (then a fixed share per class is set aside); or a name that timm's
-        `create_dataset` reads: torch/cifar100, hfds/user/name, ... (with `root`, and `download` to fetch it).
+        [n, H, W, C] and integer `y_train`, `y_test`; a folder with train/ and val/ of a folder per class,
+        or with the class folders themselves (then a fixed share per class is set aside); or a name that
+        timm's `create_dataset` reads: torch/cifar100, hfds/user/name, ... (with `root`, and `download` to
+        fetch it).
     img_size: edge in pixels, or (height, width); images are resized to it.
-    augment: "none", "light" (arrays: shift and flip; files: random resized crop and flip) or "strong" (files only:
-        RandAugment, colour jitter, random erasing: the DeiT recipe).
+    augment: "none", "light" (arrays: shift and flip; files: random resized crop and flip) or "strong" (files
+        only: RandAugment, colour jitter, random erasing: the DeiT recipe).
     classes: keep only these labels of an array set and renumber them 0, 1, ... in this order.
     val_share: share of each class set aside where the source has no validation part.
     mean, std: per channel in [0, 1]; default: of the training images (arrays), ImageNet's (files).
@@ -92,17 +96,29 @@ def create_data(
     size = _image_size(img_size)
     _check(source, batch_size, workers, augment, val_share, crop_pct)
     # A path is stored in full, so that a run folder can be evaluated from another working folder.
-    source = str(Path(source).expanduser().resolve()) if os.path.exists(Path(source).expanduser()) else str(source)
+    path = Path(source).expanduser()
+    source = str(path.resolve()) if path.exists() else str(source)
     settings: dict[str, Any] = dict(
-        source=source, img_size=list(size), batch_size=batch_size, augment=augment, classes=_listed(classes),
-        val_share=val_share, shift=shift, flip=flip, crop_pct=crop_pct, root=root, num_classes=num_classes,
-    )  # fmt: skip
+        source=source,
+        img_size=list(size),
+        batch_size=batch_size,
+        augment=augment,
+        classes=_listed(classes),
+        val_share=val_share,
+        shift=shift,
+        flip=flip,
+        crop_pct=crop_pct,
+        root=root,
+        num_classes=num_classes,
+    )
     arrays = _array_source(source, val_share, root, download)
     if arrays is not None:
         data = _from_arrays(arrays, size, batch_size, seed, device, augment, classes, mean, std, shift, flip)
     else:
         if classes is not None:
-            raise ValueError(f"data: classes must be left out for {source!r} (only array sets can be cut), got {classes}")
+            raise ValueError(
+                f"data: classes must be left out for {source!r} (not an array set), got {classes}"
+            )
         files = _file_source(source, val_share, root, download, seed, batch_size, num_classes)
         data = _from_files(files, size, batch_size, seed, workers, augment, mean, std, flip, crop_pct)
     settings |= dict(mean=list(data.mean), std=list(data.std))
@@ -110,14 +126,12 @@ def create_data(
     return data
 
 
-# arrays: whole sets on the device ----------------------------------------------------------------------------------
-
-
 class ArrayLoader:
     """Batches of a set that lives on the device.
 
-    Iterating yields (images float32 [B, C, H, W], labels int64 [B]). Each pass is one epoch; order and augmentation
-    come from (seed, epoch) alone, and `set_epoch` rewinds or skips. Shift and flip are drawn per image.
+    Iterating yields (images float32 [B, C, H, W], labels int64 [B]). Each pass is one epoch; order and
+    augmentation come from (seed, epoch) alone, and `set_epoch` rewinds or skips. Shift and flip are drawn per
+    image.
     """
 
     def __init__(
@@ -171,9 +185,9 @@ class ArrayLoader:
 
 
 def shift_and_flip(x: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Move every image by up to `shift` pixels in both directions (edges repeat) and mirror it with probability 1/2.
+    """Move every image by up to `shift` pixels both ways (edges repeat) and mirror it with probability 1/2.
 
-    x [B, C, H, W]; one gather for the whole batch. The random numbers come from a CPU generator, so that a GPU run
+    x [B, C, H, W]; one gather for the whole batch. The random numbers come from a CPU generator: a GPU run
     sees the same images.
     """
     b, _, h, w = x.shape
@@ -220,10 +234,8 @@ def _digits(val_share: float) -> _Arrays:
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the scans have 17 grey levels, 0 to 16
     train, val = _split_per_class(digits.target, val_share)
     # Shifts are drawn after the resize; two pixels of 32 are half a pixel of the scan.
-    return _Arrays(
-        pixels[train], digits.target[train], pixels[val], digits.target[val], "digits (scikit-learn)", 2, False,
-        tuple(str(i) for i in range(10)),
-    )  # fmt: skip
+    x, y = digits.target, tuple(str(i) for i in range(10))
+    return _Arrays(pixels[train], x[train], pixels[val], x[val], "digits (scikit-learn)", 2, False, y)
 
 
 def _npz(path: str) -> _Arrays:
@@ -232,24 +244,27 @@ def _npz(path: str) -> _Arrays:
         with np.load(path, allow_pickle=False) as archive:
             missing = [name for name in wanted if name not in archive.files]
             if missing:
-                raise ValueError(f"needs the arrays {', '.join(wanted)}, but has {', '.join(archive.files) or 'none'}")
+                raise ValueError(f"arrays {', '.join(archive.files) or 'none'}, not {', '.join(missing)}")
             parts = {name: archive[name] for name in wanted}
     except Exception as error:  # numpy raises anything from zipfile.BadZipFile to EOFError for a damaged file
-        raise ValueError(f"data: {path} must be a readable .npz file, got: {error}") from error
+        raise ValueError(f"data: {path} must be a readable .npz file, got {error}") from error
     for part in ("train", "test"):
         x, y = parts[f"x_{part}"], parts[f"y_{part}"]
         if x.dtype != np.uint8 or x.ndim not in (3, 4):
-            raise ValueError(f"data: x_{part} of {path} must be uint8 [n, H, W] or [n, H, W, C], got {x.dtype} {list(x.shape)}")
+            wanted = "uint8 [n, H, W] or [n, H, W, C]"
+            raise ValueError(f"data: x_{part} of {path} must be {wanted}, got {x.dtype} {list(x.shape)}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            raise ValueError(f"data: y_{part} of {path} must be {len(x)} integers, got {y.dtype} {list(y.shape)}")
+            got = f"{y.dtype} {list(y.shape)}"
+            raise ValueError(f"data: y_{part} of {path} must be {len(x)} integers, got {got}")
         if len(y) == 0 or y.min() < 0:
-            raise ValueError(f"data: y_{part} of {path} must be labels 0, 1, ..., got {'none' if len(y) == 0 else y.min()}")
+            got = y.min() if len(y) else "none"
+            raise ValueError(f"data: y_{part} of {path} must be labels 0, 1, ..., got {got}")
     if parts["x_train"].shape[3:] != parts["x_test"].shape[3:]:
-        shapes = list(parts["x_train"].shape), list(parts["x_test"].shape)
-        raise ValueError(f"data: x_train and x_test of {path} must have the same channels, got {shapes[0]} and {shapes[1]}")
+        shapes = " and ".join(str(list(parts[name].shape)) for name in ("x_train", "x_test"))
+        raise ValueError(f"data: x_train and x_test of {path} must have the same channels, got {shapes}")
     grey = parts["x_train"].ndim == 3 or parts["x_train"].shape[3] == 1
     # Colour arrays are photographs as a rule; grey ones are often characters, which must not be mirrored.
-    return _Arrays(parts["x_train"], parts["y_train"], parts["x_test"], parts["y_test"], Path(path).name, 2, not grey)
+    return _Arrays(*(parts[name] for name in wanted), Path(path).name, 2, not grey)
 
 
 def _torchvision_arrays(source: str, root: str | None, download: bool) -> _Arrays | None:
@@ -277,17 +292,25 @@ def _from_arrays(
     flip: bool | None,
 ) -> Data:
     if augment == "strong":
-        raise ValueError(f"data: augment must be 'none' or 'light' for {arrays.name} (an array set), got 'strong'")
+        raise ValueError(
+            f"data: augment must be 'none' or 'light' for {arrays.name} (an array set), got 'strong'"
+        )
     num_classes = int(max(arrays.y_train.max(), arrays.y_test.max())) + 1
     names = arrays.class_names or tuple(str(i) for i in range(num_classes))
     x, y = [arrays.x_train, arrays.x_test], [arrays.y_train, arrays.y_test]
     if classes is not None:
         classes = [int(c) for c in classes]
-        if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(num_classes)):
-            raise ValueError(f"data: classes must be two or more different labels below {num_classes}, got {classes}")
+        if (
+            len(set(classes)) != len(classes)
+            or len(classes) < 2
+            or not set(classes) <= set(range(num_classes))
+        ):
+            wanted = f"two or more different labels below {num_classes}"
+            raise ValueError(f"data: classes must be {wanted}, got {classes}")
         for part in range(2):
             chosen = np.isin(y[part], classes)
-            x[part], y[part] = x[part][chosen], np.argsort(np.argsort(classes))[np.searchsorted(sorted(classes), y[part][chosen])]
+            place = np.searchsorted(sorted(classes), y[part][chosen])
+            x[part], y[part] = x[part][chosen], np.argsort(classes)[place]
         num_classes, names = len(classes), tuple(names[c] for c in classes)
     channels_first = [np.ascontiguousarray(a[:, None] if a.ndim == 3 else a.transpose(0, 3, 1, 2)) for a in x]
     images = [torch.from_numpy(a).to(device) for a in channels_first]  # uint8 [n, C, H, W]
@@ -299,21 +322,27 @@ def _from_arrays(
         mean = mean or [round(float(v), 6) for v in pixels.mean(axis=(0, 2)) / 255]
         std = std or [round(float(v), 6) for v in stds]
     mean, std = _channel_values("mean", mean, in_chans), _channel_values("std", std, in_chans)
-    move = augment == "light"
+    shift = (arrays.shift if shift is None else shift) if augment == "light" else 0
+    flip = (arrays.flip if flip is None else flip) if augment == "light" else False
     loaders = [
         ArrayLoader(
-            images[part], labels[part], img_size=size, batch_size=batch_size, mean=mean, std=std, train=part == 0,
-            shift=(arrays.shift if shift is None else shift) * move, flip=(arrays.flip if flip is None else flip) and move,
+            images[part],
+            labels[part],
+            img_size=size,
+            batch_size=batch_size,
+            mean=mean,
+            std=std,
+            train=part == 0,
+            shift=shift,
+            flip=flip,
             seed=seed,
         )
         for part in range(2)
-    ]  # fmt: skip
+    ]
     counts = f"{len(labels[0]):,} training and {len(labels[1]):,} validation images"
-    text = f"{arrays.name}: {num_classes} classes, {counts} of {x[0].shape[1]} x {x[0].shape[2]}, read at {size[0]} x {size[1]}"
+    native = f"{x[0].shape[1]} x {x[0].shape[2]}"
+    text = f"{arrays.name}: {num_classes} classes, {counts} of {native}, read at {size[0]} x {size[1]}"
     return Data(loaders[0], loaders[1], num_classes, in_chans, size, mean, std, text, names)
-
-
-# files: decoded by workers with timm's transforms ------------------------------------------------------------------
 
 
 class SeededImages(torch.utils.data.Dataset):
@@ -322,7 +351,13 @@ class SeededImages(torch.utils.data.Dataset):
     An image that cannot be read comes back as a message, so that the main process can raise it in one line.
     """
 
-    def __init__(self, read: Callable[[int], tuple[Any, int]], count: int, transform: Callable[[Any], Tensor], seed: int):
+    def __init__(
+        self,
+        read: Callable[[int], tuple[Any, int]],
+        count: int,
+        transform: Callable[[Any], Tensor],
+        seed: int,
+    ) -> None:
         self.read, self.count, self.transform, self.seed, self.epoch = read, count, transform, seed, 0
 
     def __len__(self) -> int:
@@ -344,7 +379,9 @@ class SeededImages(torch.utils.data.Dataset):
 class FileLoader:
     """Batches of decoded images: the same contract as ArrayLoader, with worker processes behind it."""
 
-    def __init__(self, dataset: Any, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool) -> None:
+    def __init__(
+        self, dataset: Any, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool
+    ) -> None:
         self.dataset, self.batch_size, self.workers, self.train = dataset, batch_size, workers, train
         self.seed, self.pin, self.epoch = seed, pin, 0
 
@@ -367,9 +404,14 @@ class FileLoader:
         elif hasattr(self.dataset, "set_epoch"):  # streams shuffle themselves
             self.dataset.set_epoch(epoch)
         loader = torch.utils.data.DataLoader(
-            self.dataset, self.batch_size, sampler=order, num_workers=self.workers, collate_fn=_collate,
-            drop_last=self.train and len(self.dataset) >= self.batch_size, pin_memory=self.pin,
-        )  # fmt: skip
+            self.dataset,
+            self.batch_size,
+            sampler=order,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            drop_last=self.train and len(self.dataset) >= self.batch_size,
+            pin_memory=self.pin,
+        )
         try:
             for batch in loader:
                 if isinstance(batch, str):
@@ -385,7 +427,8 @@ def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | s
     for item in items:
         if isinstance(item, str):
             return item
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items], dtype=torch.int64)
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
 
 
 @dataclass
@@ -422,7 +465,13 @@ class _DatasetReader:
 
 
 def _file_source(
-    source: str, val_share: float, root: str | None, download: bool, seed: int, batch_size: int, num_classes: int | None
+    source: str,
+    val_share: float,
+    root: str | None,
+    download: bool,
+    seed: int,
+    batch_size: int,
+    num_classes: int | None,
 ) -> _Files:
     if os.path.isdir(source):
         return _image_folder(source, val_share)
@@ -430,7 +479,7 @@ def _file_source(
         train, val = _timm_datasets(source, root, download, seed, batch_size)
         names = _class_names(train, num_classes)
         if not names:
-            raise ValueError(f"data: num_classes must be given for {source!r}, which does not say it itself (--num-classes)")
+            raise ValueError(f"data: num_classes must be given for {source!r}, which does not say it itself")
         streams = isinstance(train, torch.utils.data.IterableDataset)
         readers = (train, val) if streams else (_DatasetReader(train), _DatasetReader(val))
         return _Files(*readers, (len(train), len(val)), names, source)
@@ -440,40 +489,37 @@ def _file_source(
 def _unknown_source(source: str) -> str:
     known = ["digits", *(f"torch/{name}" for name in TORCHVISION_NAMES)]
     near = difflib.get_close_matches(source, known, n=3, cutoff=0.5)
-    near += [f"torch/{n}" for n in difflib.get_close_matches(source, TORCHVISION_NAMES, n=3) if f"torch/{n}" not in near]
+    near += [f"torch/{n}" for n in difflib.get_close_matches(source, TORCHVISION_NAMES, n=3)]
     folder = Path(source).parent
     if os.path.isdir(folder) and str(folder) != ".":
-        near += [str(folder / n) for n in difflib.get_close_matches(Path(source).name, sorted(os.listdir(folder)), n=2)]
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    prefixes = ", ".join(f"{p}NAME" for p in READER_PREFIXES)
-    return f"data: source must be an existing folder or .npz file, 'digits', torch/NAME, {prefixes}, got {source!r}{hint}"
+        beside = difflib.get_close_matches(Path(source).name, sorted(os.listdir(folder)), n=2)
+        near += [str(folder / name) for name in beside]
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    names = ", ".join(["'digits'", "torch/NAME", *(f"{prefix}NAME" for prefix in READER_PREFIXES)])
+    return f"data: source must be an existing folder or .npz file, or one of {names}, got {source!r}{hint}"
 
 
 def _image_folder(folder: str, val_share: float) -> _Files:
-    train_folder = next((os.path.join(folder, n) for n in TRAIN_FOLDERS if os.path.isdir(os.path.join(folder, n))), None)
-    val_folder = next((os.path.join(folder, n) for n in VAL_FOLDERS if os.path.isdir(os.path.join(folder, n))), None)
-    if train_folder is None:
-        images = _class_images(folder)
-        names = tuple(images)
-        paths = [(path, names.index(name)) for name in names for path in images[name]]
-        train, val = _split_per_class(np.array([label for _, label in paths]), val_share)
-        samples = [paths[i] for i in train], [paths[i] for i in val]
-    else:
-        parts = [_class_images(train_folder), _class_images(val_folder) if val_folder else {}]
-        names = tuple(parts[0])
-        unknown = sorted(set(parts[1]) - set(names))
-        if unknown:
-            raise ValueError(f"data: {val_folder} must have the classes of {train_folder}, got also {', '.join(unknown[:5])}")
-        paths = [[(path, names.index(name)) for name in part for path in part[name]] for part in parts]
-        if val_folder:
-            samples = paths[0], paths[1]
-        else:
-            train, val = _split_per_class(np.array([label for _, label in paths[0]]), val_share)
-            samples = [paths[0][i] for i in train], [paths[0][i] for i in val]
+    train_folder = _sub_folder(folder, TRAIN_FOLDERS) or folder
+    val_folder = _sub_folder(folder, VAL_FOLDERS) if train_folder != folder else None
+    parts = [_class_images(train_folder), _class_images(val_folder) if val_folder else {}]
+    label_of = {name: label for label, name in enumerate(parts[0])}
+    names = tuple(label_of)
+    unknown = ", ".join(sorted(set(parts[1]) - set(names))[:5])
+    if unknown:
+        raise ValueError(f"data: {val_folder} must have the classes of {train_folder}, got also {unknown}")
+    samples = [[(path, label_of[name]) for name in part for path in part[name]] for part in parts]
+    if not val_folder:
+        split = _split_per_class(np.array([label for _, label in samples[0]]), val_share)
+        samples = [[samples[0][i] for i in index] for index in split]
     if len(names) < 2:
         raise ValueError(f"data: {folder} must hold images of two or more classes, got only {names[0]!r}")
     readers = [_FolderReader(part) for part in samples]
     return _Files(readers[0], readers[1], (len(samples[0]), len(samples[1])), names, folder)
+
+
+def _sub_folder(folder: str, names: Sequence[str]) -> str | None:
+    return next((os.path.join(folder, n) for n in names if os.path.isdir(os.path.join(folder, n))), None)
 
 
 def _class_images(folder: str) -> dict[str, list[str]]:
@@ -497,7 +543,9 @@ def _class_images(folder: str) -> dict[str, list[str]]:
     return dict(sorted(classes.items()))
 
 
-def _timm_datasets(source: str, root: str | None, download: bool, seed: int, batch_size: int) -> tuple[Any, Any]:
+def _timm_datasets(
+    source: str, root: str | None, download: bool, seed: int, batch_size: int
+) -> tuple[Any, Any]:
     from timm.data import create_dataset
 
     name = source.removeprefix("torch/")
@@ -507,14 +555,19 @@ def _timm_datasets(source: str, root: str | None, download: bool, seed: int, bat
     try:
         return tuple(
             create_dataset(
-                source, root=root or ".", split=split, is_training=split == "train", download=download,
+                source,
+                root=root or ".",
+                split=split,
+                is_training=split == "train",
+                download=download,
                 **(dict(batch_size=batch_size, seed=seed) if stream else {}),
             )
             for split in ("train", "validation")
-        )  # fmt: skip
+        )
     except Exception as error:  # each reader raises its own kind, for a missing download, package or split
-        where = f" (searched {root or 'the current folder'}; --data-root sets it, --download fetches the set)"
-        raise ValueError(f"data: {source!r} must be readable by timm's create_dataset, got: {error}{where}") from error
+        where = f"in {root or 'the current folder'} (data_root sets it, download fetches the set)"
+        message = f"data: {source!r} must be readable by timm's create_dataset {where}, got: {error}"
+        raise ValueError(message) from error
 
 
 def _class_names(dataset: Any, num_classes: int | None) -> tuple[str, ...]:
@@ -544,10 +597,18 @@ def _from_files(
     std = _channel_values("std", std or IMAGENET_DEFAULT_STD, 3)
     common = dict(input_size=(3, *size), interpolation="bicubic", mean=mean, std=std, crop_pct=crop_pct)
     mirrored = 0.5 if flip is None or flip else 0.0
-    strong = dict(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, re_prob=0.25, re_mode="pixel", hflip=mirrored)
-    train_settings = {"none": None, "light": dict(color_jitter=None, hflip=mirrored, scale=(0.35, 1.0)), "strong": strong}
-    chosen = train_settings[augment]
-    transforms = [create_transform(is_training=chosen is not None, **(chosen or {}), **common), create_transform(**common)]
+    moves = {
+        "none": {},
+        "light": dict(color_jitter=None, hflip=mirrored, scale=(0.35, 1.0)),
+        "strong": dict(
+            auto_augment="rand-m9-mstd0.5-inc1",
+            color_jitter=0.4,
+            re_prob=0.25,
+            re_mode="pixel",
+            hflip=mirrored,
+        ),
+    }[augment]
+    transforms = [create_transform(is_training=bool(moves), **moves, **common), create_transform(**common)]
     loaders = []
     for part, reader in enumerate((files.train, files.val)):
         if isinstance(reader, torch.utils.data.IterableDataset):
@@ -555,16 +616,18 @@ def _from_files(
         else:
             dataset = SeededImages(reader, files.counts[part], transforms[part], seed)
         pin = torch.cuda.is_available()
-        loaders.append(FileLoader(dataset, batch_size=batch_size, workers=workers, train=part == 0, seed=seed, pin=pin))
+        loader = FileLoader(
+            dataset, batch_size=batch_size, workers=workers, train=part == 0, seed=seed, pin=pin
+        )
+        loaders.append(loader)
     counts = f"{files.counts[0]:,} training and {files.counts[1]:,} validation images"
     text = f"{files.name}: {len(files.class_names)} classes, {counts}, read at {size[0]} x {size[1]}"
     return Data(loaders[0], loaders[1], len(files.class_names), 3, size, mean, std, text, files.class_names)
 
 
-# small parts -------------------------------------------------------------------------------------------------------
-
-
-def _check(source: Any, batch_size: int, workers: int, augment: str, val_share: float, crop_pct: float) -> None:
+def _check(
+    source: Any, batch_size: int, workers: int, augment: str, val_share: float, crop_pct: float
+) -> None:
     if not str(source):
         raise ValueError("data: source must be a name or a path, got an empty string")
     if batch_size < 1:
@@ -604,7 +667,7 @@ def _split_per_class(labels: np.ndarray, val_share: float) -> tuple[np.ndarray, 
     for label in np.unique(labels):
         index = generator.permutation(np.flatnonzero(labels == label))
         if len(index) < 2:
-            raise ValueError(f"data: every class must have two or more images to split, got one of class {label}")
+            raise ValueError(f"data: every class must have two or more images to split, got one of {label}")
         cut = min(max(round(len(index) * val_share), 1), len(index) - 1)
         val.append(index[:cut])
         train.append(index[cut:])
@@ -618,11 +681,11 @@ def _mix(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's generators (timm's transforms use all three) at `seed`, put back afterwards."""
+    """Python's, NumPy's and torch's generators (timm's transforms use all three) at `seed`, then put back."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed every GPU
     try:
         yield
     finally:

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""What a model costs: parameters, multiply-accumulates, images per second, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters of a model, each shared tensor once: sum(p.numel() for p in model.parameters())."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
+    """Multiply-accumulates of one image: the papers' "FLOPs", half of what FlopCounterMode reports.
+
+    input_size: (C, H, W) of one image. A CPU copy of the model runs once, in eval mode, on random numbers
+    of that size, and every matrix product, convolution and attention is counted with the shapes it really
+    has: pruned widths and reduced tokens count as they are. Softmax, norms, activations and the choice of
+    tokens are left out, as in the usual formula N0 3 P^2 D + sum over blocks (3 n D^2 + 2 n^2 D + n D^2 + 2
+    h n D^2) + D K (DeiT-S at 224: 4.599 G).
+    """
+    copied = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    counter = _MacCounter()
+    # Not inference_mode: there composite operators (conv2d, linear) reach the counter whole, under other
+    # names.
+    with torch.no_grad(), counter:
+        copied(_random_image(input_size))
+    return counter.macs
+
+
+def throughput(
+    model: nn.Module | Mapping[str, nn.Module], images: Tensor, *, repeats: int = 15, warmup: int = 3
+) -> Any:
+    """Images per second of a forward pass: the median over `repeats`, after `warmup` passes.
+
+    Given several models by name, their repeats are interleaved (a, b, a, b, ...), so that a machine that
+    slows down or is shared does so for all of them, and the answer is a dict. images [B, C, H, W] on the
+    models' device.
+    """
+    models = model if isinstance(model, Mapping) else {"": model}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with contextlib.ExitStack() as stack:
+        for each in models.values():
+            stack.enter_context(_eval_mode(each))
+        stack.enter_context(torch.inference_mode())
+        for i in range(warmup + repeats):
+            for name, each in models.items():
+                _synchronize(images)
+                start = time.perf_counter()
+                each(images)
+                _synchronize(images)
+                if i >= warmup:
+                    seconds[name].append(time.perf_counter() - start)
+    rates = {name: len(images) / statistics.median(times) for name, times in seconds.items()}
+    return rates if isinstance(model, Mapping) else rates[""]
+
+
+def peak_memory(model: nn.Module, images: Tensor) -> int:
+    """Bytes of tensors alive at the worst moment of one forward pass, the weights and the images included.
+
+    images [B, C, H, W] on the model's device. On CUDA: torch.cuda.max_memory_allocated. On the CPU: the
+    running sum of PyTorch's own allocation events (its profiler), exact for tensors, blind to what a
+    library such as oneDNN keeps in a pool of its own.
+    """
+    kept = _bytes(model.parameters()) + _bytes(model.buffers()) + _bytes([images])
+    with _eval_mode(model), torch.inference_mode():
+        model(images)  # caches of the first call are not this model's cost
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+            torch.cuda.reset_peak_memory_stats(images.device)
+            before = torch.cuda.memory_allocated(images.device)
+            model(images)
+            return kept + torch.cuda.max_memory_allocated(images.device) - before
+        # Kineto greets and complains about missing GPUs on stderr unless told not to before its first use.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            model(images)
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return kept + peak
+
+
+class _MacCounter(TorchDispatchMode):
+    """Adds up the products of every operator that passes the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.macs += _macs(func._schema.name.split("::")[-1], (*args, *(kwargs or {}).values()), out)
+        return out
+
+
+def _macs(name: str, args: Sequence[Any], out: Any) -> int:
+    if name in ("addmm", "baddbmm", "addmv", "addbmm"):  # bias + left @ right
+        return args[1].numel() * args[2].shape[-1]
+    if name in ("mm", "bmm", "mv"):
+        return out.numel() * args[0].shape[-1]
+    if (
+        "linear" in name and isinstance(out, Tensor) and "backward" not in name
+    ):  # aten, mkldnn and p3b_ext linears
+        return out.numel() * args[0].shape[-1]
+    if name in ("convolution", "_convolution", "_convolution_pointwise", "mkldnn_convolution"):
+        weight = args[1]  # [out, in / groups, kernel...]
+        return out.numel() * math.prod(weight.shape[1:])
+    if "attention" in name and "backward" not in name and len(args) >= 3:
+        query, key, value = args[:3]  # [B, H, N, D]
+        return (
+            query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _random_image(input_size: Sequence[int]) -> Tensor:
+    return torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _synchronize(images: Tensor) -> None:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)

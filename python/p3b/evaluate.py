@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""How good a model is and how it compares: accuracy, costs, and the table dense / pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .costs import count_macs, count_params, peak_memory, throughput
+
+HEADINGS = ("model", "top-1 %", "params M", "GMACs", "peak MiB", "images/s")
+RELATIVE_HEADINGS = ("against {}", "accuracy improvement", "parameter reduction", "FLOPs reduction")
+RELATIVE_HEADINGS += ("throughput improvement",)
+
+
+def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Top-1 and top-5 in percent, mean cross-entropy in nats, and the number of images.
+
+    The model is put in eval mode and left in the mode it came in; batches go to its device. top5 is 100 for
+    five classes or fewer. Accuracy is counted on the device and read once, at the end.
+    """
+    parameter = next(model.parameters())
+    training = model.training
+    model.eval()
+    counts = torch.zeros(3, dtype=torch.float64, device=parameter.device)  # hits at 1, hits at 5, sum of losses
+    images_seen = 0
+    with torch.inference_mode():
+        for images, labels in loader:
+            images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
+            logits = model(images).float()
+            if labels.ndim == 2:  # soft targets
+                labels = labels.argmax(1)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            counts[0] += best[:, 0].sum()
+            counts[1] += best.sum()
+            counts[2] += F.cross_entropy(logits, labels, reduction="sum")
+            images_seen += len(labels)
+    model.train(training)
+    if images_seen == 0:
+        raise ValueError("evaluate: loader must give one or more batches, got none")
+    hits1, hits5, loss = (counts / images_seen).tolist()
+    return {"top1": 100 * hits1, "top5": 100 * hits5, "loss": loss, "images": images_seen}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a model's accuracy and costs."""
+
+    name: str
+    top1: float
+    """Top-1 accuracy in percent."""
+    params: int
+    """Parameters."""
+    macs: int
+    """Multiply-accumulates of one image."""
+    peak_memory: int
+    """Peak bytes of one forward pass of the timed batch (costs.peak_memory)."""
+    images_per_second: float
+    """Median throughput of the timed batch (costs.throughput)."""
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    batch_size: int = 64,
+    repeats: int = 15,
+) -> list[Row]:
+    """A Row for each model: accuracy on the loader, costs on its first images; the models are timed interleaved."""
+    images = _first_images(loader, batch_size, next(iter(models.values())))
+    rates = throughput(models, images, repeats=repeats)
+    return [
+        Row(
+            name,
+            evaluate(model, loader)["top1"],
+            count_params(model),
+            count_macs(model, images.shape[1:]),
+            peak_memory(model, images),
+            rates[name],
+        )
+        for name, model in models.items()
+    ]
+
+
+def relative(base: Row, row: Row) -> dict[str, float]:
+    """The thesis's four figures of a model against its base.
+
+    accuracy_improvement in points of top-1 (pruned - base); parameter_reduction, flops_reduction and
+    throughput_improvement in percent of the base: 100 (1 - new / old) for the reductions, 100 (new / old -
+    1) for the throughput.
+    """
+    return {
+        "accuracy_improvement": row.top1 - base.top1,
+        "parameter_reduction": 100 * (1 - row.params / base.params),
+        "flops_reduction": 100 * (1 - row.macs / base.macs),
+        "throughput_improvement": 100 * (row.images_per_second / base.images_per_second - 1),
+    }
+
+
+def metrics(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows and their relative figures as plain dicts for metrics.json; the first row is the base."""
+    return {
+        "rows": [asdict(row) for row in rows],
+        "relative": {row.name: relative(rows[0], row) for row in rows[1:]},
+    }
+
+
+def tables(rows: Sequence[Row], *, markdown: bool = False) -> str:
+    """The table of all rows and, below it, the relative figures of every row against the first."""
+    absolute = [
+        (
+            row.name,
+            f"{row.top1:.2f}",
+            f"{row.params / 1e6:.3f}",
+            f"{row.macs / 1e9:.4f}",
+            f"{row.peak_memory / 2**20:.1f}",
+            f"{row.images_per_second:.0f}",
+        )
+        for row in rows
+    ]
+    text = _table(HEADINGS, absolute, markdown)
+    if len(rows) > 1:
+        figures = []
+        for row in rows[1:]:
+            change = relative(rows[0], row)
+            points, *percents = change.values()
+            figures.append((row.name, f"{points:+.2f} points", *(f"{value:+.1f} %" for value in percents)))
+        headings = (RELATIVE_HEADINGS[0].format(rows[0].name), *RELATIVE_HEADINGS[1:])
+        text += "\n\n" + _table(headings, figures, markdown)
+    return text
+
+
+def _table(headings: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(headings, *lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(padded) + " |" if markdown else "  ".join(padded)
+
+    if markdown:
+        rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    else:
+        rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(headings), rule, *(line(cells) for cells in lines)])
+
+
+def _first_images(loader: Iterable[tuple[Tensor, Tensor]], count: int, model: nn.Module) -> Tensor:
+    """`count` images of the loader on the model's device, repeated where it has fewer."""
+    parameter = next(model.parameters())
+    batches, have = [], 0
+    for images, _ in loader:
+        batches.append(images)
+        have += len(images)
+        if have >= count:
+            break
+    if have == 0:
+        raise ValueError("measure: loader must give one or more batches, got none")
+    images = torch.cat(batches)
+    images = images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
+    return images.to(parameter.device, parameter.dtype)
