@@ -54,9 +54,10 @@ def masked_attention(q, k, v, key_mask, token_size, channel_gate, scale: float, 
     none = lse.new_empty(0)
     cls_attention = p[:, :, 0].detach() if aux & CLS_ATTENTION else none
     entropy = none
-    if aux & ENTROPY:  # H = lse - sum_j p_ij s_ij, where 0 * -inf counts as 0
-        ps = torch.where(p > 0, p * s, 0.0).sum(-1)
-        entropy = torch.where(lse > -torch.inf, lse - ps, 0.0).clamp_min(0.0).detach()
+    if aux & ENTROPY:  # lse - sum_j p_ij s_ij; both relative to the row's largest logit, so that nothing cancels
+        z = torch.where(lse[..., None] > -torch.inf, s - s.amax(-1, keepdim=True), 0.0)
+        pz = torch.where(p > 0, p * z, 0.0).sum(-1)
+        entropy = torch.where(lse > -torch.inf, z.exp().sum(-1).log() - pz, 0.0).clamp_min(0.0).detach()
     value_norm = gated_v.square().sum((1, 3)).sqrt().detach() if aux & VALUE_NORM else none
     return out, lse.detach(), cls_attention, entropy, value_norm
 
@@ -74,9 +75,9 @@ def attention_columns(q, k, lse, key_mask, token_size, channel_gate, scale: floa
 def _rank(scores: Tensor) -> Tensor:
     """Positions by descending score, lower index first among equals, NaN last; int64 [B, S]."""
     s = scores.detach().to(acc_dtype(scores.dtype))
-    order = s.masked_fill(s.isnan(), -torch.inf).argsort(-1, descending=True, stable=True)
+    order = s.masked_fill(s.isnan(), -torch.inf).argsort(dim=-1, descending=True, stable=True)
     nan = s.isnan().gather(1, order)
-    return order.gather(1, nan.to(torch.int8).argsort(-1, stable=True))  # -inf before NaN
+    return order.gather(1, nan.to(torch.int8).argsort(dim=-1, stable=True))  # -inf before NaN
 
 
 def topk_tokens(scores: Tensor, keep: int, num_prefix: int, by_score: bool) -> Tensor:
@@ -118,12 +119,12 @@ def match_tokens(metric: Tensor, r: int, num_prefix: int, source: Tensor | None)
     best, partner = similarity.max(-1)  # the first maximum on a CPU; ties are settled below for every device
     partner = (similarity == best[..., None]).to(torch.int8).argmax(-1) if n else partner
     best = best.masked_fill(~is_source, -torch.inf)
-    rank = best.argsort(-1, descending=True, stable=True).argsort(-1)
+    rank = best.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     merged = (rank < r) & is_source
     stays = ~merged
     # Stable sort by class (prefix 0, unmerged source 1, destination 2, merged 3) gives the published row order.
     kind = torch.where(prefix, 0, torch.where(merged, 3, torch.where(is_source, 1, 2)))
-    row = kind.argsort(-1, stable=True).argsort(-1)
+    row = kind.argsort(dim=-1, stable=True).argsort(-1)
     return torch.where(stays, row, row.gather(1, partner)).to(torch.int32)
 
 

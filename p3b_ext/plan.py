@@ -1,0 +1,321 @@
+"""TokenPlan: one integer map for pruning, merging and fusing tokens; and the functions that make one.
+
+Everything here has static shapes and reads nothing back to the host: it compiles with fullgraph=True and exports.
+Letters: B batch, H heads, N tokens in, M tokens out, C model channels. Prefix: class, distillation, register tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import check_values
+from .ops.attention import AttentionAux
+from .ops.checks import check_int, check_shape, check_tensor
+from .ops.merge import match_tokens, merge_tokens, unmerge_tokens
+from .ops.select import ORDERS, prune_slots, select_tokens, topk_tokens
+from .reference import acc_dtype
+
+SCORES = {  # score -> the side outputs it is computed from
+    "cls_value": ("cls_attention", "value_norm"),
+    "entropy_value": ("entropy", "value_norm"),
+    "cls": ("cls_attention",),
+    "to_cls": ("to_cls",),
+    "received": ("received",),
+}
+CLASS_SCORES = ("cls_value", "cls", "to_cls")  # these need a class token
+UNITS = ("variance", "cv2")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPlan:
+    """Where every token goes: input token n of image b to output row slot[b, n].
+
+    slot: int32 `[B, N]`, -1 = dropped.
+    num_out: M, the number of rows.
+    weight: `[B, N]`, of the tokens within their row; None: their sizes.
+    normalize: divide each row by the sum of its weights (a mean) or not (a sum).
+    index: int64 `[B, M]`, the one token of each row, where the plan only selects.
+    """
+
+    slot: Tensor
+    num_out: int
+    weight: Tensor | None = None
+    normalize: bool = True
+    index: Tensor | None = None
+
+    def apply(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Reduce x `[B, N, C]` and size `[B, N]` (None: 1 each) to y `[B, M, C]` and their sizes `[B, M]`.
+
+        Equivalent, with w = weight, else size, to `y[b, m] = sum_{slot[b, n] = m} w x / sum w`; sizes are summed.
+        Differentiable in x, size and weight. Sizes are float32 (float64 beside float64 x).
+
+        Raises:
+            ValueError: x is not of the batch and length that the plan was made for; sizes <= 0 or NaN.
+        """
+        op = "TokenPlan.apply"
+        check_tensor(op, "x", x, "B N C")
+        if x.shape[:2] != self.slot.shape:
+            raise ValueError(
+                f"{op}: x must be [{self.slot.shape[0]}, {self.slot.shape[1]}, C] as the plan was made for, "
+                f"got shape {list(x.shape)}"
+            )
+        if size is not None:
+            check_tensor(op, "size", size, "B N", x)
+            check_shape(op, "size", size, tuple(self.slot.shape))
+        if self.index is None:
+            return merge_tokens(x, self.slot, self.num_out, size, self.weight, self.normalize)
+        y = select_tokens(x, self.index)
+        dtype = acc_dtype(x.dtype)
+        if size is None:
+            return y, torch.ones(self.index.shape, dtype=dtype, device=x.device)
+        check_values(op, "size", size > 0, "> 0", backend="reference")  # no kernel reads it on this way
+        return y, size.to(dtype).gather(1, self.index)
+
+    def restore(self, y: Tensor, fill: float = 0.0) -> Tensor:
+        """Bring y `[B, M, C]` back to `[B, N, C]`: every token gets its row, dropped tokens `fill`.
+
+        Equivalent to `where(slot >= 0, y.gather(1, slot), fill)`. Differentiable in y.
+        """
+        check_tensor("TokenPlan.restore", "y", y, "B M C")
+        if y.shape[:2] != (self.slot.shape[0], self.num_out):
+            raise ValueError(
+                f"TokenPlan.restore: y must be [{self.slot.shape[0]}, {self.num_out}, C] as the plan puts out, "
+                f"got shape {list(y.shape)}"
+            )
+        return unmerge_tokens(y, self.slot, fill)
+
+    def compose(self, then: "TokenPlan") -> "TokenPlan":
+        """The plan that does this and then `then`: one map from this plan's input to that one's output.
+
+        Equivalent to `where(slot >= 0, then.slot.gather(1, slot), -1)`.
+
+        Raises:
+            ValueError: `then` is for another batch or another number of tokens.
+            NotImplementedError: a mean of one plan inside a weighted sum of the other, which no single plan computes.
+        """
+        op = "TokenPlan.compose"
+        if not isinstance(then, TokenPlan):
+            raise TypeError(f"{op}: then must be a TokenPlan, got {type(then).__name__}")
+        if then.slot.shape != (self.slot.shape[0], self.num_out):
+            raise ValueError(
+                f"{op}: then must be a plan for [{self.slot.shape[0]}, {self.num_out}] tokens, "
+                f"got one for {list(then.slot.shape)}"
+            )
+        kept, row = self.slot >= 0, self.slot.clamp_min(0).long()
+        slot = torch.where(kept, then.slot.gather(1, row), -1)
+        if self.index is not None and then.index is not None:
+            return TokenPlan(slot, then.num_out, index=self.index.gather(1, then.index))
+        if self.weight is None and then.weight is None:
+            if all(plan.normalize or plan.index is not None for plan in (self, then)):
+                return TokenPlan(slot, then.num_out)  # means of means weighted by size are means
+        elif not any(plan.normalize and plan.index is None for plan in (self, then)):
+            weight = _ones_or(then.weight, then.slot, self.weight).gather(1, row)
+            weight = torch.where(kept, weight * _ones_or(self.weight, self.slot, then.weight), 0)
+            return TokenPlan(slot, then.num_out, weight, normalize=False)
+        raise NotImplementedError(
+            f"{op}: means and weighted sums must not be mixed; apply the plans one after the other"
+        )
+
+
+def _ones_or(weight: Tensor | None, slot: Tensor, like: Tensor | None) -> Tensor:
+    return torch.ones(slot.shape, dtype=like.dtype, device=slot.device) if weight is None else weight
+
+
+def token_scores(aux: AttentionAux, method: str, num_prefix: int = 1) -> Tensor:
+    """How important each token behind the prefix is, from the attention's side outputs; sums to 1 in every image.
+
+    With A the attention `[B, H, N, N]`, v the values of all heads, E the entropy of each query's attention:
+
+    - "cls_value": sum_h A[h, 0, i] |v_i| (ATS, ECCV 2022; PPT; the thesis's baseline)
+    - "entropy_value": mean_h E[h, i] |v_i| (Kulboboev's thesis, diversity score)
+    - "cls": mean_h A[h, 0, i] (EViT, ICLR 2022; the thesis's average score)
+    - "to_cls": mean_h A[h, i, 0], attention paid to the class token
+    - "received": mean_h mean_q A[h, q, i], attention received from all tokens (LTMP, MCTF)
+
+    Args:
+        aux: from `masked_attention(..., aux=...)` with the side outputs that `p3b_ext.plan.SCORES[method]` names.
+        method: a name from above.
+        num_prefix: tokens in front without a score. The class token is token 0.
+
+    Returns:
+        `[B, N - num_prefix]`, float32 (float64 for float64 inputs). All zero scores become equal ones.
+
+    Raises:
+        ValueError: an unknown method, a side output that is missing, a class score without a class token.
+    """
+    op = "token_scores"
+    if method not in SCORES:
+        raise ValueError(f"{op}: method must be one of {', '.join(SCORES)}, got {method!r}")
+    needed = SCORES[method]
+    missing = [name for name in needed if getattr(aux, name) is None]
+    if missing:
+        raise ValueError(f"{op}: aux must hold {', '.join(missing)} for {method!r}; ask masked_attention(aux={needed})")
+    check_int(op, "num_prefix", num_prefix, 1 if method in CLASS_SCORES else 0)
+    score = getattr(aux, needed[0]).mean(1)
+    if "value_norm" in needed:
+        score = score * aux.value_norm
+    score = score[:, num_prefix:]
+    total = score.sum(1, keepdim=True)
+    return torch.where(total == 0, 1 / max(score.shape[1], 1), score / total)
+
+
+def plan_prune(scores: Tensor, r: int, num_prefix: int = 1, order: str = "position") -> TokenPlan:
+    """Drop the r tokens with the lowest scores.
+
+    Args:
+        scores: `[B, N - num_prefix]`.
+        r: at most N - num_prefix tokens go; a larger r is lowered to that.
+        num_prefix: tokens in front that always stay.
+        order: "position", or "score": descending, as PPT publishes.
+
+    Raises:
+        ValueError: r negative, NaN scores, an unknown order. TypeError: r not an int.
+    """
+    op = "plan_prune"
+    check_tensor(op, "scores", scores, "B N-num_prefix")
+    check_int(op, "r", r, 0)
+    keep = scores.shape[1] - min(r, scores.shape[1])
+    index = topk_tokens(scores, keep, num_prefix, order)
+    return _selection(index, scores.shape[1] + num_prefix)
+
+
+def plan_fuse(scores: Tensor, keep: int, num_prefix: int = 1, weight: Tensor | None = None) -> TokenPlan:
+    """Keep the best tokens and fuse all others into one extra token, the last: sum of weight_j x_j (EViT, ICLR 2022).
+
+    Args:
+        scores: `[B, N - num_prefix]`.
+        keep: tokens behind the prefix that stay; at N - num_prefix nothing is fused.
+        weight: `[B, N - num_prefix]` of the fused tokens. Default: scores.
+    """
+    op = "plan_fuse"
+    check_tensor(op, "scores", scores, "B N-num_prefix")
+    batch, n = scores.shape
+    check_int(op, "keep", keep, 0, n)
+    check_int(op, "num_prefix", num_prefix, 0)
+    slot = prune_slots(scores, n - keep, num_prefix)
+    if keep == n:
+        return TokenPlan(slot, num_prefix + n, index=torch.arange(num_prefix + n, device=slot.device).expand_as(slot))
+    weight = scores if weight is None else weight
+    check_shape(op, "weight", weight, (batch, n))
+    weight = torch.cat([weight.new_ones(batch, num_prefix), weight], 1)
+    fused = slot < 0
+    slot = torch.where(fused, num_prefix + keep, slot)
+    return TokenPlan(slot, num_prefix + keep + 1, torch.where(fused, weight, 1), normalize=False)
+
+
+def plan_merge(
+    metric: Tensor,
+    r: int,
+    num_prefix: int = 1,
+    *,
+    source: int | str | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> TokenPlan:
+    """Merge r tokens into their most similar partner: bipartite soft matching (ToMe, ICLR 2023).
+
+    Each source finds the destination with the highest cosine similarity of `metric`; the r best pairs merge. Prefix
+    tokens never merge and come out first, then unmerged sources, then destinations, each by position.
+
+    Args:
+        metric: `[B, N, D]`, as published the keys averaged over heads.
+        r: a larger r than there are pairs is lowered, as published: to (N - num_prefix) // 2 by default.
+        source: which tokens may merge into the others. None: even positions. An int k: all but every k-th position
+            (ToMe's every-k-th variant, which merges all of them: give a large r). "random": r tokens of each image,
+            drawn anew (ToMe's random variant). A bool tensor `[B, N]` with at least r sources and one destination per
+            image.
+        generator: for "random".
+
+    Raises:
+        ValueError: r negative, NaN in metric, a source mask with too few. TypeError: r not an int.
+    """
+    op = "plan_merge"
+    check_tensor(op, "metric", metric, "B N D")
+    batch, n, _ = metric.shape
+    check_int(op, "r", r, 0)
+    check_int(op, "num_prefix", num_prefix, 0, n)
+    free = n - num_prefix
+    if source is None:
+        r = min(r, free // 2)
+        return TokenPlan(match_tokens(metric, r, num_prefix), n - r)
+    if isinstance(source, Tensor):
+        return TokenPlan(match_tokens(metric, r, num_prefix, source), n - r)
+    if isinstance(source, str):
+        if source != "random":
+            raise ValueError(f"{op}: source must be None, an int, 'random' or a bool tensor, got {source!r}")
+        r = min(r, max(free - 1, 0))
+        noise = torch.rand(batch, free, device=metric.device, generator=generator)
+        mask = noise.argsort(1).argsort(1) < r
+    else:
+        check_int(op, "source", source, 2)
+        destination = torch.arange(num_prefix, n, device=metric.device) % source == source - 1
+        count = n // source - num_prefix // source  # destinations behind the prefix
+        r = min(r, free - count) if count else 0
+        mask = (~destination).expand(batch, -1)
+    mask = torch.cat([mask.new_zeros(batch, num_prefix), mask], 1)
+    return TokenPlan(match_tokens(metric, r, num_prefix, mask), n - r)
+
+
+def plan_ppt(
+    scores: Tensor,
+    metric: Tensor,
+    r: int,
+    threshold: float | Tensor,
+    num_prefix: int = 1,
+    *,
+    unit: str = "variance",
+) -> TokenPlan:
+    """Per image: drop the r lowest scores where their spread reaches the threshold, else merge r tokens (PPT).
+
+    One map for a mixed batch: `where(spread >= threshold, prune, merge)`. Pruned images keep their tokens in the order
+    of their scores, as published.
+
+    Args:
+        scores: `[B, N - num_prefix]`, as `token_scores` gives them.
+        metric: `[B, N, D]`.
+        r: lowered to (N - num_prefix) // 2, as published.
+        threshold: of `score_spread(scores, unit)`; a number, or a tensor that broadcasts to `[B]`.
+        unit: "variance" as published, or "cv2", which does not depend on the number of tokens or the scale of scores.
+
+    Raises:
+        ValueError: r negative, threshold NaN, NaN scores, unlike shapes. TypeError: r not an int.
+    """
+    op = "plan_ppt"
+    check_tensor(op, "metric", metric, "B N D")
+    check_int(op, "num_prefix", num_prefix, 0, metric.shape[1])
+    check_tensor(op, "scores", scores, "B N-num_prefix", metric)
+    check_shape(op, "scores", scores, (metric.shape[0], metric.shape[1] - num_prefix))
+    check_int(op, "r", r, 0)
+    if not isinstance(threshold, Tensor) and math.isnan(threshold):
+        raise ValueError(f"{op}: threshold must be a number, got nan")
+    r = min(r, scores.shape[1] // 2)
+    prune = score_spread(scores, unit) >= threshold
+    pruned = prune_slots(scores, r, num_prefix, "score")
+    merged = match_tokens(metric, r, num_prefix)
+    return TokenPlan(torch.where(prune[:, None], pruned, merged), metric.shape[1] - r)
+
+
+def score_spread(scores: Tensor, unit: str = "variance") -> Tensor:
+    """PPT's criterion `[B]` of scores `[B, S]`: their unbiased variance, or with "cv2" that over the squared mean.
+
+    For scores that sum to 1, cv2 = variance * S ** 2. float32 (a variance of 1e-5 is subnormal in float16).
+    """
+    if unit not in UNITS:
+        raise ValueError(f"score_spread: unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    scores = scores.detach().to(acc_dtype(scores.dtype))
+    mean = scores.mean(1, keepdim=True)
+    spread = (scores - mean).square().sum(1) / max(scores.shape[1] - 1, 1)
+    return spread if unit == "variance" else spread / mean.squeeze(1).square()
+
+
+def _selection(index: Tensor, n: int) -> TokenPlan:
+    """The plan that keeps the tokens at index [B, M] out of n."""
+    batch, m = index.shape
+    rows = torch.arange(m, dtype=torch.int32, device=index.device).expand(batch, m)
+    slot = torch.full((batch, n), -1, dtype=torch.int32, device=index.device).scatter(1, index, rows)
+    return TokenPlan(slot, m, index=index)
+
+
+__all__ = ["ORDERS", "SCORES", "UNITS", "TokenPlan"]
+__all__ += ["plan_fuse", "plan_merge", "plan_ppt", "plan_prune", "score_spread", "token_scores"]
