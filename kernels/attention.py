@@ -1,6 +1,7 @@
 """Fused masked attention in Triton: the ops of csrc/library.cpp's attention family, with their names and signatures.
 
-Arguments are taken as the public functions of p3b_ext/ops checked them. Inside a kernel logits and log-sum-exp are in
+Arguments are taken as the public functions of p3b_ext/ops checked them; the ops are registered as p3b_ext_triton::*,
+so that Inductor sees into them. Inside a kernel logits and log-sum-exp are in
 units of log2, so that every exponential is one exp2. Nothing is N x N in memory, nothing is atomic: sums over blocks,
 heads and images are written as partial sums and reduced by a second, deterministic step. Letters: B batch, H heads,
 N tokens, D head channels.
@@ -10,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+from torch.library import triton_op, wrap_triton
 
 from p3b_ext.reference import CLS_ATTENTION, ENTROPY, RECEIVED, TO_CLS, VALUE_NORM
 
@@ -446,21 +447,8 @@ def _gate(channel_gate: Tensor | None, unused: Tensor) -> tuple[Tensor, int]:
     return gate, gate.shape[1] if gate.dim() == 2 else 0
 
 
-def masked_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    token_size: Tensor | None,
-    channel_gate: Tensor | None,
-    scale: float,
-    aux: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """softmax(scale q k^T + log size) v and its side outputs: p3b_ext.reference.masked_attention in one pass.
-
-    q, k, v [B, H, N, D] -> out [B, N, H, D], lse, cls_attention, entropy [B, H, N], value_norm [B, N]; [0] where not
-    asked for. NotImplementedError for float64 and D > 128.
-    """
+def _forward(q, k, v, key_mask, token_size, channel_gate, scale, aux):
+    """The launch behind masked_attention and masked_attention_packed."""
     _check("masked_attention", q)
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
     batch, heads, n, d = q.shape
@@ -487,6 +475,26 @@ def masked_attention(
     return out, lse, cls_attention, entropy, value_norm
 
 
+@triton_op("p3b_ext_triton::masked_attention", mutates_args=())
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    token_size: Tensor | None,
+    channel_gate: Tensor | None,
+    scale: float,
+    aux: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """softmax(scale q k^T + log size) v and its side outputs: p3b_ext.reference.masked_attention in one pass.
+
+    q, k, v [B, H, N, D] -> out [B, N, H, D], lse, cls_attention, entropy [B, H, N], value_norm [B, N]; [0] where not
+    asked for. NotImplementedError for float64 and D > 128.
+    """
+    return _forward(q, k, v, key_mask, token_size, channel_gate, scale, aux)
+
+
+@triton_op("p3b_ext_triton::masked_attention_backward", mutates_args=())
 def masked_attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -538,6 +546,7 @@ def masked_attention_backward(
     return grad_qkv, grad_token_size, grad_channel_gate
 
 
+@triton_op("p3b_ext_triton::attention_columns", mutates_args=())
 def attention_columns(
     q: Tensor,
     k: Tensor,
@@ -573,6 +582,7 @@ def attention_columns(
     return to_cls, received
 
 
+@triton_op("p3b_ext_triton::masked_attention_packed", mutates_args=())
 def masked_attention_packed(
     qkv: Tensor,
     key_mask: Tensor | None,
@@ -583,4 +593,4 @@ def masked_attention_packed(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """masked_attention on the three views of qkv [B, N, 3, H, D], read in place."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return masked_attention(q, k, v, key_mask, token_size, channel_gate, scale, aux)
+    return _forward(q, k, v, key_mask, token_size, channel_gate, scale, aux)
