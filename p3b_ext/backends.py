@@ -5,13 +5,14 @@ variable P3B_EXT_BACKEND forces one.
 """
 
 import contextlib
-import functools
 import importlib
 import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from . import reference
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -50,35 +51,38 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-@functools.cache
-def unavailable(name: str) -> str:
-    """Why backend `name` cannot run anything here; the empty string if it can."""
-    if name == "reference":
-        return ""
-    if name == "triton":
-        try:
-            importlib.import_module("triton")
-            importlib.import_module("p3b_ext.kernels")
-        except ImportError as error:
-            return f"triton cannot be imported ({error})"
-        if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
-            return ""
+def _triton_reason() -> str:
+    interpret = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpret and not torch.cuda.is_available():
         return "there is no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
-    if _C is None:
-        return f"the extension is not built ({_C_ERROR}); run pip install -e ."
-    if name == "cuda":
-        if _C.compiled()["cuda"] != "yes":
-            return "the extension was built without CUDA (no nvcc, or P3B_EXT_CUDA=0)"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("p3b_ext::masked_attention", "CUDA"):
-            return "the extension has no CUDA kernels"
-        if not torch.cuda.is_available():
-            return "there is no GPU"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
     return ""
+
+
+def _cuda_reason() -> str:
+    if _C is None:
+        return _cpu_reason()
+    if _C.compiled()["cuda"] != "yes":
+        return "the extension was built without CUDA (no nvcc, or P3B_EXT_CUDA=0)"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("p3b_ext::masked_attention", "CUDA"):
+        return "the extension has no CUDA kernels"
+    return "" if torch.cuda.is_available() else "there is no GPU"
+
+
+def _cpu_reason() -> str:
+    return "" if _C is not None else f"the extension is not built ({_C_ERROR}); run pip install -e ."
+
+
+# Why a backend cannot run anything here; empty if it can. Asked once, so that torch.compile traces a dict look-up.
+UNAVAILABLE = {"cpu": _cpu_reason(), "cuda": _cuda_reason(), "triton": _triton_reason(), "reference": ""}
 
 
 def _cannot(name: str, x: Tensor, family: str) -> str:
     """Why backend `name` cannot run an op of `family` on x; the empty string if it can."""
-    reason = unavailable(name)
+    reason = UNAVAILABLE[name]
     if reason or name == "reference":
         return reason
     on_gpu = x.device.type == "cuda"
@@ -111,6 +115,15 @@ def choose(op: str, x: Tensor, family: str) -> str:
     return "reference"
 
 
+def implementation(backend: str, family: str, op: str):
+    """The function of `op` on `backend`; all have the signature of csrc/library.cpp."""
+    if backend == "reference":
+        return getattr(reference, op)
+    if backend == "triton":
+        return getattr(importlib.import_module(f"p3b_ext.kernels.{family}"), op)
+    return getattr(torch.ops.p3b_ext, op)
+
+
 def check_values(op: str, name: str, ok: Tensor, expected: str, *, backend: str) -> None:
     """Raise ValueError where not all of `ok` holds. The compiled CPU kernels look for themselves; elsewhere this reads
     a value back from the device, so on a GPU it happens only under P3B_EXT_CHECK=1, and never while compiling."""
@@ -127,9 +140,9 @@ def build_info() -> dict:
     if _C:
         info["cpu_isa"] = _C.isa()
         info["cpu_isa_available"] = _C.isa_available()
-    info["backends"] = {name: unavailable(name) or "ready" for name in NAMES}
+    info["backends"] = {name: UNAVAILABLE[name] or "ready" for name in NAMES}
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    info["default"] = {d: next(n for n in ORDER[d] if not unavailable(n)) for d in devices}
+    info["default"] = {d: next(n for n in ORDER[d] if not UNAVAILABLE[n]) for d in devices}
     if _forced:
         info["forced"] = _forced
     return info

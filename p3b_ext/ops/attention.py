@@ -79,7 +79,7 @@ def masked_attention(
     if token_size is not None:
         backends.check_values(op, "token_size", token_size > 0, "> 0", backend=backend)
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (q, k, v))
-    results = _forward(backend)(q, k, v, key_mask, token_size, channel_gate, scale, bits)
+    results = _impl(backend, op)(q, k, v, key_mask, token_size, channel_gate, scale, bits)
     out = results[0].transpose(1, 2)
     if aux is None:
         return out
@@ -114,7 +114,7 @@ def packed_attention(
     if backend == "reference":
         results = reference.masked_attention(q, k, v, key_mask, token_size, channel_gate, scale, bits)
     else:
-        results = _packed_forward(backend)(qkv, key_mask, token_size, channel_gate, scale, bits)
+        results = _impl(backend, "masked_attention_packed")(qkv, key_mask, token_size, channel_gate, scale, bits)
     out = results[0].transpose(1, 2)
     if aux is None:
         return out
@@ -229,35 +229,17 @@ def _aux_bits(op: str, aux: Sequence[str] | None) -> tuple[int, int]:
     return bits, columns
 
 
+def _impl(backend: str, op: str):
+    return backends.implementation(backend, "attention", op)
+
+
 def _collect(aux, backend, results, columns, q, k, key_mask, token_size, channel_gate, scale) -> AttentionAux:
     found = dict(zip(AUX_BITS, results[1:], strict=True))
     if columns:
         inputs = [None if t is None else t.detach() for t in (q, k, results[1], key_mask, token_size, channel_gate)]
-        pair = _columns(backend)(*inputs, scale, columns)
+        pair = _impl(backend, "attention_columns")(*inputs, scale, columns)
         found.update(zip(COLUMN_BITS, pair, strict=True))
     return AttentionAux(**{name: found[name] for name in aux})
-
-
-def _triton():
-    from ..kernels import attention
-
-    return attention
-
-
-def _forward(backend: str):
-    if backend == "reference":
-        return reference.masked_attention
-    return _triton().masked_attention if backend == "triton" else torch.ops.p3b_ext.masked_attention
-
-
-def _packed_forward(backend: str):
-    return _triton().masked_attention_packed if backend == "triton" else torch.ops.p3b_ext.masked_attention_packed
-
-
-def _columns(backend: str):
-    if backend == "reference":
-        return reference.attention_columns
-    return _triton().attention_columns if backend == "triton" else torch.ops.p3b_ext.attention_columns
 
 
 # Fakes ----------------------------------------------------------------------------------------
@@ -357,3 +339,7 @@ if backends._C is not None:
     torch.library.register_fake("p3b_ext::masked_attention_backward", fake_backward)
     torch.library.register_fake("p3b_ext::attention_columns", fake_columns)
     register("p3b_ext")
+if not backends.UNAVAILABLE["triton"]:
+    from ..kernels import attention as _kernels  # noqa: F401  (defines the ops)
+
+    register("p3b_ext_triton")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends
 from ..reference import acc_dtype
 from .checks import check_bool, check_device, check_int, check_shape, check_tensor, second_derivative
 
@@ -132,13 +132,7 @@ def _check_weight(op: str, name: str, w: Tensor | None, x: Tensor) -> Tensor | N
 
 
 def _impl(backend: str, op: str):
-    if backend == "reference":
-        return getattr(reference, op)
-    if backend == "triton":
-        from ..kernels import merge
-
-        return getattr(merge, op)
-    return getattr(torch.ops.p3b_ext, op)
+    return backends.implementation(backend, "merge", op)
 
 
 # Fakes ----------------------------------------------------------------------------------------
@@ -228,3 +222,7 @@ if backends._C is not None:
     torch.library.register_fake("p3b_ext::unmerge_tokens", fake_unmerge)
     torch.library.register_fake("p3b_ext::unmerge_tokens_backward", fake_unmerge_backward)
     register("p3b_ext")
+if not backends.UNAVAILABLE["triton"]:
+    from ..kernels import merge as _kernels  # noqa: F401  (defines the ops)
+
+    register("p3b_ext_triton")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends
 from .checks import check_device, check_int, check_tensor, second_derivative
 
 ORDERS = ("position", "score")
@@ -87,13 +87,7 @@ def _check_scores(op, scores, count_name, count, num_prefix, order) -> tuple[str
 
 
 def _impl(backend: str, op: str):
-    if backend == "reference":
-        return getattr(reference, op)
-    if backend == "triton":
-        from ..kernels import select
-
-        return getattr(select, op)
-    return getattr(torch.ops.p3b_ext, op)
+    return backends.implementation(backend, "select", op)
 
 
 # Fakes ----------------------------------------------------------------------------------------
@@ -141,3 +135,7 @@ if backends._C is not None:
     torch.library.register_fake("p3b_ext::select_tokens", fake_select)
     torch.library.register_fake("p3b_ext::select_tokens_backward", fake_select_backward)
     register("p3b_ext")
+if not backends.UNAVAILABLE["triton"]:
+    from ..kernels import select as _kernels  # noqa: F401  (defines the ops)
+
+    register("p3b_ext_triton")

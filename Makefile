@@ -1,0 +1,55 @@
+# Each target does its own set-up on a fresh machine: Python 3.11 or newer and a C++ compiler are all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The oldest torch and timm that are supported: headers to compile against, a package to run the patch tests with.
+OLD_TORCH := 2.11.0
+OLD_TIMM := 1.0.23
+
+.PHONY: demo test bench fuzz lint format setup clean
+
+demo: setup  ## the main job on real images, minutes on two cores
+	$(BIN)/p3b demo --output runs/demo
+
+test: setup $(VENV)/.oldest  ## everything that CI runs
+	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
+	P3B_OLD_TORCH=$(abspath $(VENV))/torch-$(OLD_TORCH) $(BIN)/python -m pytest tests
+	PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/test_patch.py tests/test_modules.py
+
+bench: setup  ## kernel microbenchmarks, as tables
+	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-enable -o addopts="--import-mode=importlib -q"
+
+fuzz: setup  ## random calls under AddressSanitizer and UndefinedBehaviorSanitizer: make fuzz CALLS=100000 SEED=0
+	PYTHON=$(abspath $(BIN))/python tests/fuzz/run.sh $(or $(CALLS),100000) $(SEED)
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: setup
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+setup: $(VENV)/.built
+
+# Without build isolation, so that the extension is built against the torch it will run with, downloaded once.
+$(VENV)/.packages: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "p3b_ext needs Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q --disable-pip-version-check "torch>=2.11" torchvision "timm>=1.0.23" numpy safetensors scikit-learn matplotlib tqdm tensorboard ninja "pybind11>=2.12" pytest pytest-benchmark ruff "clang-format==18.1.8" cmake
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.oldest: $(VENV)/.packages
+	$(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: -d $(VENV)/wheels torch==$(OLD_TORCH)
+	$(BIN)/python -m zipfile -e $(VENV)/wheels/torch-$(OLD_TORCH)*.whl $(VENV)/torch-$(OLD_TORCH) && rm -rf $(VENV)/wheels
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/timm-$(OLD_TIMM) timm==$(OLD_TIMM)
+	@touch $@
+
+clean:
+	rm -rf build $(VENV) p3b_ext/*.so *.egg-info
