@@ -1,0 +1,9 @@
+"""P3B: prune Vision Transformers by block benefit. `p3b.prune(model, train_loader, val_loader, p3b.Config())`."""
+
+from . import budget, gates
+from .checkpoint import load, save
+from .config import Config, recipes
+from .surgery import shrink
+from .train import Result, finetune, prune
+
+__all__ = ["Config", "Result", "budget", "finetune", "gates", "load", "prune", "recipes", "save", "shrink"]

@@ -1,0 +1,114 @@
+"""A timm ViT in words: constructor arguments read off a model, so that it can be built again without a registry or a pickle."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import timm.layers
+from timm.layers import LayerScale, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+CLASSES = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
+NORMS = {
+    "LayerNorm": timm.layers.LayerNorm,
+    "LayerNormFp32": timm.layers.LayerNormFp32,
+    "RmsNorm": timm.layers.RmsNorm,
+    "RmsNormFp32": timm.layers.RmsNormFp32,
+    "torch.LayerNorm": nn.LayerNorm,
+    "torch.RMSNorm": nn.RMSNorm,
+}
+ACTIVATIONS = {
+    "GELU": nn.GELU,
+    "GELUTanh": timm.layers.GELUTanh,
+    "QuickGELU": timm.layers.QuickGELU,
+    "timm.GELU": timm.layers.GELU,
+    "ReLU": nn.ReLU,
+    "SiLU": nn.SiLU,
+}
+
+
+def describe(model: VisionTransformer) -> dict[str, Any]:
+    """Class name and constructor arguments of a whole (not yet pruned) timm ViT, as plain JSON.
+
+    Raises NotImplementedError, which names the part, for a model that these cannot rebuild.
+    """
+    cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("p3b_ext"))  # patched models are subclasses
+    name = next((key for key, known in CLASSES.items() if cls is known), None)
+    _expect(name is not None, "model", f"one of {', '.join(CLASSES)}", model)
+    _expect(type(model.patch_embed) is PatchEmbed, "patch_embed", "timm's PatchEmbed", model.patch_embed)
+    _expect(model.global_pool not in ("map", "prr"), "global_pool", "token, avg, avgmax, max or none", model.attn_pool)
+    _expect(isinstance(model.patch_embed.norm, nn.Identity), "patch_embed.norm", "none", model.patch_embed.norm)
+    _expect(model.num_classes > 0, "head", "a classifier", model.head)
+    block = model.blocks[0]
+    norm_layer, eps = _norm(block.norm1)
+    has_norm, has_fc_norm = not isinstance(model.norm, nn.Identity), not isinstance(model.fc_norm, nn.Identity)
+    drop_paths = [getattr(b.drop_path2, "drop_prob", 0.0) or 0.0 for b in model.blocks]
+    arguments = {
+        "img_size": list(model.patch_embed.img_size or ()),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+        "proj_bias": block.attn.proj.bias is not None,
+        "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
+        "no_embed_class": model.no_embed_class,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": has_norm or has_fc_norm,
+        "fc_norm": has_fc_norm,
+        "pool_include_prefix": model.pool_include_prefix,
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        "drop_path_rate": drop_paths[-1],
+    }
+    if name == "VisionTransformer":
+        arguments |= {"class_token": model.cls_token is not None, "reg_tokens": model.num_reg_tokens}
+    return {
+        "class": name,
+        "arguments": arguments,
+        "norm_layer": norm_layer,
+        "norm_eps": eps,
+        "act_layer": _key(ACTIVATIONS, block.mlp.act, "activation"),
+    }
+
+
+def build(description: dict[str, Any]) -> VisionTransformer:
+    """The whole ViT that `describe` described, with fresh weights."""
+    arguments = dict(description["arguments"])
+    for size in ("img_size", "patch_size"):
+        arguments[size] = tuple(arguments[size]) or None
+    norm_layer = NORMS[description["norm_layer"]]
+    if description["norm_eps"] is not None:
+        norm_layer = partial(norm_layer, eps=description["norm_eps"])
+    cls = CLASSES[description["class"]]
+    return cls(**arguments, norm_layer=norm_layer, act_layer=ACTIVATIONS[description["act_layer"]])
+
+
+def _norm(norm: nn.Module) -> tuple[str, float | None]:
+    return _key(NORMS, norm, "norm"), norm.eps
+
+
+def _key(known: dict[str, type], module: nn.Module, part: str) -> str:
+    name = next((key for key, cls in known.items() if type(module) is cls), None)
+    _expect(name is not None, part, f"one of {', '.join(known)}", module)
+    return name
+
+
+def _expect(good: bool, part: str, expected: str, got: object) -> None:
+    if not good:
+        raise NotImplementedError(f"{part} must be {expected}, got {type(got).__name__}")

@@ -1,0 +1,147 @@
+"""From block benefit to keep ratios under one global budget, and from keep ratios to counts of kept elements.
+
+Everything here is a pure function of small tensors (methods of P3B, arXiv 2506.23675), computed in float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+KEPT_EPSILON = 1e-6  # published; keeps the division finite when a sub-block holds nothing
+CLAMP_SLOPE = 1.4  # published slope of the smooth clamp
+
+
+def importance(benefit: Tensor, kept_params: Tensor, temperature: float = 10.0) -> Tensor:
+    """Importance of each sub-block per kept parameter, with mean 1.
+
+    `x = T * benefit / benefit.max(); f = softplus(1.4 x) - softplus(1.4 x - T); g = f / (kept + 1e-6); g / g.mean()`
+
+    benefit: `[S]` mean loss before minus after each sub-block, in nats. kept_params: `[S]` what each holds now. Returns float64 `[S]`.
+    Where no benefit is positive the formula has no meaning (its sign flips): the result is uniform, with a warning.
+    """
+    benefit = _vector("importance", "benefit", benefit)
+    kept = _vector("importance", "kept_params", kept_params, len(benefit))
+    if temperature <= 0:
+        raise ValueError(f"importance: temperature must be above 0, got {temperature}")
+    best = benefit.max()
+    if best <= 0:
+        warnings.warn("importance: no sub-block has a positive benefit; all count alike", stacklevel=2)
+        return torch.ones_like(benefit)
+    x = CLAMP_SLOPE * temperature * benefit / best
+    clamped = softplus(x) - softplus(x - temperature)
+    per_parameter = clamped / (kept + KEPT_EPSILON)
+    return per_parameter / per_parameter.mean()
+
+
+def keep_ratios(
+    importance: Tensor, block_params: Tensor, outside_params: float, prune_ratio: float, floor: float = 0.0
+) -> Tensor:
+    """Water-filling: the keep ratios in proportion to importance that meet the budget, none above 1 or below `floor`.
+
+    `kappa = (s * importance).clamp(floor, 1)` with the one `s` for which
+    `(kappa * block_params).sum() + outside_params == (1 - prune_ratio) * (block_params.sum() + outside_params)`
+
+    importance, block_params: `[S]`; outside_params: what is never pruned, in the same unit. Returns float64 `[S]`.
+    Sub-blocks of importance <= 0 get `floor`, and share what is left when all others are whole.
+    Raises ValueError, which names the smallest model possible, when the budget is below what the blocks can give.
+    """
+    weight = _vector("keep_ratios", "block_params", block_params)
+    imp = _vector("keep_ratios", "importance", importance, len(weight))
+    if not 0 <= floor < 1:
+        raise ValueError(f"keep_ratios: floor must be in [0, 1), got {floor}")
+    if not 0 <= prune_ratio < 1:
+        raise ValueError(f"keep_ratios: prune_ratio must be in [0, 1), got {prune_ratio}")
+    if (weight <= 0).any():
+        raise ValueError(f"keep_ratios: block_params must be above 0, got {weight.min().item():g}")
+    dense = float(weight.sum()) + float(outside_params)
+    wanted = (1 - prune_ratio) * dense - float(outside_params)
+    smallest = floor * float(weight.sum())
+    if wanted < smallest:
+        least = smallest + float(outside_params)
+        raise ValueError(
+            f"keep_ratios: prune_ratio must be at most {1 - least / dense:.4f} (the smallest possible model keeps {least:,.0f} "
+            f"of {dense:,.0f}: what lies outside the blocks and a floor of {floor:g}), got {prune_ratio}"
+        )
+    live = imp > 0
+    imp = torch.where(live, imp, torch.zeros_like(imp))
+    most = float(torch.where(live, weight, floor * weight).sum())
+    if wanted >= most:
+        rest = float(weight[~live].sum())
+        share = min(1.0, floor + (wanted - most) / rest) if rest else 1.0
+        return torch.where(live, torch.ones_like(weight), torch.full_like(weight, share))
+
+    def spent(scale: Tensor) -> Tensor:
+        return ((scale[:, None] * imp).clamp(floor, 1.0) * weight).sum(1)
+
+    # spent() is piecewise linear and rising; it bends where a sub-block leaves the floor or becomes whole
+    bends = torch.cat((torch.zeros(1, dtype=imp.dtype), floor / imp[live], 1.0 / imp[live])).sort().values
+    cost = spent(bends)
+    right = int(torch.searchsorted(cost, torch.tensor(wanted, dtype=cost.dtype)).clamp(1, len(bends) - 1))
+    low, high = cost[right - 1], cost[right]
+    step = (wanted - low) / (high - low) if high > low else torch.zeros(())
+    scale = bends[right - 1] + step * (bends[right] - bends[right - 1])
+    return (scale * imp).clamp(floor, 1.0)
+
+
+def ramp(goal: Tensor, step: int, start_step: int, sparse_step: int) -> Tensor:
+    """The keep ratios in force at a step on the way from one to their goal: `1 - (1 - goal) * p`.
+
+    `p = clip((step + 1 - start_step) / (sparse_step - start_step), 0, 1)`; goal `[S]`, steps are optimizer steps.
+    """
+    if sparse_step <= start_step:
+        raise ValueError(f"ramp: sparse_step must be above start_step = {start_step}, got {sparse_step}")
+    progress = min(1.0, max(0.0, (step + 1 - start_step) / (sparse_step - start_step)))
+    return 1 - (1 - goal) * progress
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a sub-block as a function of its kept counts: in channels a, inner channels q (head channels or hidden), out channels o.
+
+    `a_q * a * q + q_o * q * o + a * in_ + q * inner + o * out`; nothing where o is 0; `constant * o` where a or q is 0, because what
+    is left then adds the same vector to every token.
+    """
+
+    a_q: float
+    q_o: float
+    in_: float
+    inner: float
+    out: float
+    constant: float = 0
+
+    def __call__(self, a: Tensor, q: Tensor, o: Tensor) -> Tensor:
+        """Cost of kept counts (any shape, broadcast), float64."""
+        a, q, o = (torch.as_tensor(n, dtype=torch.float64) for n in (a, q, o))
+        whole = self.a_q * a * q + self.q_o * q * o + self.in_ * a + self.inner * q + self.out * o
+        return torch.where(o == 0, 0.0, torch.where(a * q == 0, self.constant * o, whole))
+
+
+def prune_count(gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, target: float) -> int:
+    """How many elements, counted from the lowest rank, to prune so that the cost comes closest to `target`: exact, no search.
+
+    `argmin_p |cost(counts after pruning the p lowest) - target|`; the smaller p where two are equally close.
+
+    gate_of_rank: int `[E]`, the gate (0 in, 1 out, 2 inner) of each element in ascending order of its score.
+    sizes: elements of the gates (in, out, inner), adding up to E.
+    """
+    if sum(sizes) != len(gate_of_rank):
+        raise ValueError(f"prune_count: sizes must add up to {len(gate_of_rank)} elements, got {sizes}")
+    one_hot = torch.nn.functional.one_hot(gate_of_rank.long(), 3)
+    pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long), one_hot.cumsum(0)))
+    kept = torch.tensor(sizes) - pruned  # [E + 1, 3]
+    return int((cost(kept[:, 0], kept[:, 2], kept[:, 1]) - target).abs().argmin())
+
+
+def _vector(op: str, name: str, value: Tensor, length: int | None = None) -> Tensor:
+    vector = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    expected = "one value per sub-block [S]" if length is None else f"of shape [{length}]"
+    if vector.ndim != 1 or len(vector) == 0 or (length is not None and len(vector) != length):
+        raise ValueError(f"{op}: {name} must be {expected}, got shape {list(vector.shape)}")
+    if not torch.isfinite(vector).all():
+        raise ValueError(f"{op}: {name} must be finite, got {vector.tolist()}")
+    return vector

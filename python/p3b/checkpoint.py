@@ -1,0 +1,128 @@
+"""A pruned model on disk: `model.safetensors` (weights) and `model.json` (how to build what they belong to). No pickle.
+
+`model.json` describes the whole ViT by its constructor's arguments and lists the kept channels of every gate, so a folder can be read
+without the run that made it and without timm's registry of names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from p3b_ext.patch import patch
+
+from .architecture import build, describe
+from .surgery import cut
+from .train import Result
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+FORMAT, VERSION = "p3b", 1
+
+def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | None = None) -> Path:
+    """Writes a pruned (or whole) model into a folder, which it makes; returns the folder.
+
+    result: what `p3b.prune` returned, or a model. meta: anything JSON-able (preprocessing, data set, accuracy), given back by
+    `read_meta`. Both files are written under other names and then renamed, the description last: a folder that has one is complete.
+    Raises ValueError when the folder already holds a model, and before anything is written when the model could not be read back.
+    """
+    model = result.model if isinstance(result, Result) else result
+    folder = Path(folder)
+    if (folder / DESCRIPTION).exists() or (folder / WEIGHTS).exists():
+        raise ValueError(f"save: folder must not hold a model yet, got {folder}; choose another name or remove it")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save: folder must be a folder, got the file {folder}")
+    kept = getattr(model, "p3b_kept", None)
+    whole = getattr(model, "p3b_description", None) or describe(model)
+    if "unsupported" in whole:
+        raise NotImplementedError(f"save: {whole['unsupported']}")
+    description = {"format": FORMAT, "version": VERSION, "model": whole, "kept": kept, "meta": meta or {}}
+    if isinstance(result, Result):
+        description |= {"config": result.config.to_dict(), "summary": result.summary}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        text = json.dumps(description, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save: meta must be plain JSON values, got {error}") from None
+    with torch.device("meta"):
+        _load_weights(_skeleton(json.loads(text)), {name: w.to("meta") for name, w in weights.items()}, "save")
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, lambda path: save_file(weights, path))
+    _replace(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    return folder
+
+
+def load(folder: str | Path) -> VisionTransformer:
+    """Reads a model back from its folder, in eval mode on the CPU, with p3b_ext's attention (`p3b_ext.unpatch` gives timm's back).
+
+    Raises ValueError, in one line, for a folder without a model and for files that are cut short or do not belong together.
+    """
+    folder = Path(folder)
+    description = _read(folder)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except FileNotFoundError:
+        raise ValueError(f"load: folder must hold {WEIGHTS}, got {folder} without it") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load: {folder / WEIGHTS} must be a whole safetensors file, got a broken one ({error})") from None
+    with torch.random.fork_rng([]):  # building draws fresh weights; the caller's generator stays where it was
+        model = _skeleton(description)
+    _load_weights(model, weights, "load")
+    return patch(model.eval())
+
+
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    """What was given to `save` as `meta`."""
+    return _read(Path(folder))["meta"]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"load: folder must hold {DESCRIPTION}, got {folder} without it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"load: {path} must be whole JSON, got a broken file ({error})") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"load: {path} must describe a p3b model, got something else")
+    if description.get("version") != VERSION:
+        raise ValueError(f"load: {path} must have version {VERSION}, got {description.get('version')!r}")
+    return description
+
+
+def _skeleton(description: dict[str, Any]) -> VisionTransformer:
+    try:
+        model = build(description["model"])
+        if description["kept"] is not None:
+            cut(model, description["kept"])
+        model.p3b_description = description["model"]
+    except (KeyError, TypeError, AssertionError, IndexError) as error:
+        raise ValueError(f"load: {DESCRIPTION} must describe a timm ViT, got {type(error).__name__}: {error}") from None
+    return model
+
+
+def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], op: str) -> None:
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ValueError(f"{op}: weights must fit the described model, got {detail}") from None
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

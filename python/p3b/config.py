@@ -1,0 +1,192 @@
+"""Settings of a pruning run: one dataclass, one sentence per field, every relation checked when it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Config:
+    """Settings of `p3b.prune` and `p3b.finetune`. Epoch numbers count from 0; the prune run ends at `final_epoch`.
+
+    Defaults are P3B's published constants where it has one (methods of arXiv 2506.23675); learning rates are for AdamW.
+    Raises ValueError (values) or TypeError (types) that name the field, what was expected and what came.
+    """
+
+    prune_ratio: float = 0.5
+    """Share of the model's cost (all of it, what lies outside the blocks included) that the pruned model gives up, in (0, 1)."""
+    budget: str = "params"
+    """What `prune_ratio` counts: "params" or "macs" (multiply-accumulates of one image)."""
+    floor: float = 0.0
+    """Smallest keep ratio that any sub-block may be given, in [0, 1); keeps a late block from starving."""
+
+    start_epoch: int = 2
+    """Warm-up: before this epoch model and probes train, the gates stay at one and nothing is measured."""
+    sparse_epoch: int = 7
+    """The keep ratios go linearly from one (at `start_epoch`) to their goal, reached at this epoch."""
+    final_epoch: int = 10
+    """The soft masks sharpen from `sparse_epoch` on and are hard at this epoch, where the prune run ends and the model shrinks."""
+    finetune_epochs: int = 14
+    """Epochs of ordinary fine-tuning after the shrink."""
+    updates_per_epoch: int = 3
+    """Mask updates per epoch."""
+
+    alpha: float = 0.5
+    """Weight of the class-token benefit; the patch benefit has 1 - alpha. Models without class token use patches only."""
+    gamma: float = 0.2
+    """Weight of the newest importance in its running mean, in (0, 1]."""
+    momentum: str = "published"
+    """"published" divides by the parameters kept so far and averages; "sqrt" goes to the fixed point of that rule, sqrt(f / w), at once."""
+    temperature: float = 10.0
+    """Upper end T of the smooth clamp that turns benefit into importance."""
+    min_kept_share: float = 0.05
+    """An emptied sub-block counts as this share of its size when benefit is divided by size, so that it cannot take the whole budget."""
+    tau_max: float = 0.1
+    """Width of the soft mask, as a share of a sub-block's gate elements, until sharpening starts."""
+    scale_attn_in: float = 1.0
+    """Factor on the ranks of the attention's input channels; larger keeps more of them."""
+    scale_attn_qkv: float = 1.0
+    """Factor on the ranks of the head channels (shared by q, k, v and all heads)."""
+    scale_attn_out: float = 1.5
+    """Factor on the ranks of the attention's output channels."""
+    scale_mlp_in: float = 1.0
+    """Factor on the ranks of the MLP's input channels."""
+    scale_mlp_hid: float = 0.75
+    """Factor on the ranks of the MLP's hidden channels."""
+    scale_mlp_out: float = 1.5
+    """Factor on the ranks of the MLP's output channels."""
+    rank_zero_by: str = "gradient"
+    """How elements with mask 0 (their score (m * g)^2 vanishes) are ordered below the others: "gradient", by today's g^2, or "last", by
+    their last score before they fell asleep. Today's gradient is the default: a last score was measured on a network that has changed since."""
+
+    patch_probe: str = "pointwise"
+    """Form of the patch probe: "conv" (published: two 3x3 convolutions), "pointwise" (one 1x1 convolution) or "linear" (none);
+    each ends in the mean over tokens and a linear layer."""
+    patch_probe_width: int = 0
+    """Hidden channels of the patch probe; 0: the model's width for "conv", a quarter of it for "pointwise"."""
+    probe_share: float = 1.0
+    """Share of each batch that the probes read and learn from, in (0, 1]."""
+    probe_every: int = 1
+    """The probes read every how-manieth step."""
+    probe_lr: float = 5e-4
+    """Learning rate of the probes, constant."""
+    probe_weight_decay: float = 0.05
+    """Weight decay of the probes' weights."""
+
+    opt: str = "adamw"
+    """Optimizer of the model, a name that timm's create_optimizer_v2 knows."""
+    lr: float = 5e-4
+    """Learning rate of the prune run, constant."""
+    weight_decay: float = 0.05
+    """Weight decay of weights with two or more axes."""
+    finetune_lr: float = 1e-3
+    """Peak learning rate of fine-tuning."""
+    schedule: str = "one-cycle"
+    """Learning rate over fine-tuning: "one-cycle" (10 % warm-up, then cosine to zero), "cosine" or "constant"."""
+    label_smoothing: float = 0.1
+    """Smoothing of integer labels, in [0, 1); soft targets are taken as they come."""
+    clip_grad: float = 0.0
+    """Largest 2-norm of the model's gradient; 0 does not clip."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one optimizer step; steps, schedules and mask updates count optimizer steps."""
+
+    seed: int = 0
+    """Seed of Python's, NumPy's and PyTorch's generators."""
+    amp: str = "none"
+    """Mixed precision of forward passes: "none" or "bfloat16"."""
+    device: str = "auto"
+    """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._coerce(field)
+        self._check("prune_ratio", 0 < self.prune_ratio < 1, "in (0, 1)")
+        self._choice("budget", ("params", "macs"))
+        self._check("floor", 0 <= self.floor < 1, "in [0, 1)")
+        self._check("start_epoch", self.start_epoch >= 0, "0 or more")
+        self._check("sparse_epoch", self.sparse_epoch > self.start_epoch, f"above start_epoch = {self.start_epoch}")
+        self._check("final_epoch", self.final_epoch >= self.sparse_epoch, f"at least sparse_epoch = {self.sparse_epoch}")
+        self._check("finetune_epochs", self.finetune_epochs >= 0, "0 or more")
+        self._check("updates_per_epoch", self.updates_per_epoch >= 1, "1 or more")
+        self._check("alpha", 0 <= self.alpha <= 1, "in [0, 1]")
+        self._check("gamma", 0 < self.gamma <= 1, "in (0, 1]")
+        self._choice("momentum", ("published", "sqrt"))
+        self._check("temperature", self.temperature > 0, "above 0")
+        self._check("min_kept_share", 0 < self.min_kept_share <= 1, "in (0, 1]")
+        self._check("tau_max", self.tau_max >= 0, "0 or more")
+        for gate in ("attn_in", "attn_qkv", "attn_out", "mlp_in", "mlp_hid", "mlp_out"):
+            self._check(f"scale_{gate}", getattr(self, f"scale_{gate}") > 0, "above 0")
+        self._choice("rank_zero_by", ("gradient", "last"))
+        self._choice("patch_probe", ("conv", "pointwise", "linear"))
+        self._check("patch_probe_width", self.patch_probe_width >= 0, "0 or more")
+        self._check("probe_share", 0 < self.probe_share <= 1, "in (0, 1]")
+        self._check("probe_every", self.probe_every >= 1, "1 or more")
+        for rate in ("probe_lr", "lr", "finetune_lr"):
+            self._check(rate, getattr(self, rate) > 0, "above 0")
+        for decay in ("weight_decay", "probe_weight_decay", "clip_grad"):
+            self._check(decay, getattr(self, decay) >= 0, "0 or more")
+        self._choice("schedule", ("one-cycle", "cosine", "constant"))
+        self._check("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+        self._check("accumulate", self.accumulate >= 1, "1 or more")
+        self._check("seed", self.seed >= 0, "0 or more")
+        self._choice("amp", ("none", "bfloat16"))
+
+    def _coerce(self, field: dataclasses.Field) -> None:
+        value = getattr(self, field.name)
+        kind = {"int": int, "float": float, "str": str}[field.type]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            setattr(self, field.name, float(value))
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"config: {field.name} must be {field.type}, got {value!r}")
+        elif kind is float and not math.isfinite(value):
+            raise ValueError(f"config: {field.name} must be finite, got {value!r}")
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ValueError(f"config: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _choice(self, name: str, known: tuple[str, ...]) -> None:
+        self._check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+
+    @property
+    def gate_scales(self) -> dict[str, float]:
+        """Rank factor by gate name: attn_in, attn_out, attn_qkv, mlp_in, mlp_out, mlp_hid."""
+        names = ("attn_in", "attn_out", "attn_qkv", "mlp_in", "mlp_out", "mlp_hid")
+        return {name: getattr(self, f"scale_{name}") for name in names}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """A Config from plain keys and values; an unknown key is a ValueError that lists the known ones."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"config: key must be one of {', '.join(known)}, got {', '.join(unknown)}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Config:
+        """A Config from a TOML file of plain keys, or from a shipped recipe by its name (see `recipes()`)."""
+        file = Path(path)
+        if not file.is_file():
+            file = Path(__file__).parent / "recipes" / f"{path}.toml"
+        if not file.is_file():
+            raise ValueError(f"config: recipe must be a TOML file or one of {', '.join(recipes())}, got {str(path)!r}")
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"config: {file} must be TOML, got {error}") from None
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain keys and values, ready for JSON; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that ship with p3b."""
+    return sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.toml"))

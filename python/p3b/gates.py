@@ -1,0 +1,501 @@
+"""Gates: one number per prunable channel, folded into the neighbouring weights while the model trains.
+
+A gate multiplies activations; scaling the norm's affine weights (reads), rows of a Linear (writes, head channels) or its columns
+(hidden channels) computes the same thing at O(parameters). Modules keep their names and their state-dict keys: only their class is
+swapped while the gates are attached. Gate values live in one flat tensor outside the model, where no optimizer finds them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerScale, RmsNorm
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from p3b_ext.linear import OneDnnLinear
+from p3b_ext.linear import linear as onednn_linear
+
+from . import budget
+
+ASLEEP = 1e-3  # a mask below this has a score too small to order by: (m * g)^2 then repeats the order of the last mask
+HARD = 0.5  # published: an element counts as kept at m >= 0.5
+
+
+def soft_mask(ranks: Tensor, threshold_rank: float, tau: float) -> Tensor:
+    """Soft mask over the rank axis: 0.5 at the threshold, 0.1 and 0.9 at `tau` times the number of elements below and above.
+
+    `sigmoid(log(9) * (ranks - threshold_rank) / (tau * len(ranks) + 1e-8))`
+
+    ranks: `[E]`, 1 for the lowest score. With tau = 0 a step; an element exactly at the threshold stays at 0.5, hence kept: pass the
+    number of elements to prune plus one half. Float64 in, float64 out; else float32.
+    """
+    ranks = torch.as_tensor(ranks)
+    if ranks.ndim != 1:
+        raise ValueError(f"soft_mask: ranks must be of shape [E], got {list(ranks.shape)}")
+    if not tau >= 0:
+        raise ValueError(f"soft_mask: tau must be 0 or more, got {tau}")
+    if not ranks.is_floating_point():
+        ranks = ranks.float()
+    return torch.sigmoid(math.log(9.0) * (ranks - threshold_rank) / (tau * len(ranks) + 1e-8))
+
+
+def sharpening(step: int, sparse_step: int, final_step: int, tau_max: float) -> float:
+    """Width tau of the soft mask at a step: `tau_max` until `sparse_step`, then linearly to 0 at `final_step`."""
+    if step < sparse_step:
+        return tau_max
+    if final_step <= sparse_step:
+        return 0.0
+    return tau_max * max(0.0, (final_step - step) / (final_step - sparse_step))
+
+
+class _ScaledWeight(torch.autograd.Function):
+    """`weight * rows[:, None] * cols` whose backward passes over the weights as rarely as it can."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, rows, cols)
+        if rows is None:
+            return weight * cols
+        scaled = weight * rows[:, None]
+        return scaled if cols is None else scaled.mul_(cols)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        weight, rows, cols = ctx.saved_tensors
+        need_weight, need_rows, need_cols = ctx.needs_input_grad
+        grad_rows = grad_cols = grad_weight = None
+        if need_rows or need_cols:
+            product = grad * weight
+            if need_rows:
+                grad_rows = product.sum(1) if cols is None else product @ cols
+            if need_cols:
+                grad_cols = product.sum(0) if rows is None else rows @ product
+        if need_weight:
+            grad_weight = grad * (cols if rows is None else rows[:, None])
+            if rows is not None and cols is not None:
+                grad_weight.mul_(cols)
+        return grad_weight, grad_rows, grad_cols
+
+
+class GatedLinear(nn.Linear):
+    """A Linear whose rows and columns are scaled by gates; takes the place of a Linear by class swap."""
+
+    row_gate: Tensor | None
+    row_repeat: int
+    ungated_rows: int
+    col_gate: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, cols, bias = None, None, self.bias
+        if self.row_gate is not None:
+            rows = self.row_gate.to(self.weight.dtype).repeat(self.row_repeat)
+            if self.ungated_rows:
+                rows = torch.cat((rows.new_ones(self.ungated_rows), rows))
+            bias = None if bias is None else bias * rows
+        if self.col_gate is not None:
+            cols = self.col_gate.to(self.weight.dtype)
+        linear = onednn_linear if issubclass(self._ungated_class, OneDnnLinear) else F.linear
+        return linear(input, _ScaledWeight.apply(self.weight, rows, cols), bias)
+
+
+class GatedLayerNorm(nn.LayerNorm):
+    """A LayerNorm over the full width whose output channels are scaled by a gate (through its affine weights)."""
+
+    gate: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        gate = self.gate.to(input.dtype if self.weight is None else self.weight.dtype)
+        weight = gate if self.weight is None else self.weight * gate
+        bias = None if self.bias is None else self.bias * gate
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class GatedRmsNorm(nn.Module):
+    """The same for RMS norms."""
+
+    gate: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        gate = self.gate.to(input.dtype if self.weight is None else self.weight.dtype)
+        weight = gate if self.weight is None else self.weight * gate
+        return F.rms_norm(input, self.normalized_shape, weight, self.eps)
+
+
+class GatedScale(LayerScale):
+    """A LayerScale whose channels are scaled by a gate."""
+
+    gate: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.gamma * self.gate.to(self.gamma.dtype))
+
+
+class KeptLayerNorm(nn.LayerNorm):
+    """A LayerNorm that takes its statistics over the kept channels (weighted by the gate) and scales its output by the gate.
+
+    Cutting channels whose gate is 0 therefore changes nothing; a gate of ones makes it the plain norm.
+    """
+
+    gate: Tensor
+    gate_repeat: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        gate = self.gate.repeat(self.gate_repeat)
+        x, count = input.float(), gate.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        mean = (x * gate).sum(-1, keepdim=True) / count
+        centred = x - mean
+        variance = (centred.square() * gate).sum(-1, keepdim=True) / count
+        y = centred * torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            y = y * self.weight
+        if self.bias is not None:
+            y = y + self.bias
+        return (y * gate).to(input.dtype)
+
+
+class KeptRmsNorm(nn.Module):
+    """The same for RMS norms."""
+
+    gate: Tensor
+    gate_repeat: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        gate = self.gate.repeat(self.gate_repeat)
+        x, count = input.float(), gate.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
+        y = x * torch.rsqrt((x.square() * gate).sum(-1, keepdim=True) / count + eps)
+        if self.weight is not None:
+            y = y * self.weight
+        return (y * gate).to(input.dtype)
+
+
+@dataclass(frozen=True)
+class SubBlock:
+    """One prunable half of a transformer block: where its modules and gates are, and what its kept channels cost."""
+
+    name: str  # "blocks.3.attn", "blocks.3.mlp"
+    kind: str  # "attn" | "mlp"
+    block: int
+    sizes: tuple[int, int, int]  # elements of the gates in, out, inner (head channels or hidden)
+    start: int  # place of its first element in the flat tensors
+    params: budget.Cost
+    macs: budget.Cost
+
+    @property
+    def gate_names(self) -> tuple[str, str, str]:
+        return ("attn_in", "attn_out", "attn_qkv") if self.kind == "attn" else ("mlp_in", "mlp_out", "mlp_hid")
+
+    @property
+    def stop(self) -> int:
+        return self.start + sum(self.sizes)
+
+    def slices(self) -> list[slice]:
+        """Places of the gates in, out, inner in the flat tensors."""
+        bounds = np.cumsum((self.start, *self.sizes))
+        return [slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
+
+    def full(self, unit: str) -> float:
+        """Cost of the whole sub-block, "params" or "macs"."""
+        cost = self.params if unit == "params" else self.macs
+        size_in, size_out, size_inner = self.sizes
+        return float(cost(size_in, size_inner, size_out))
+
+
+def _per_channel(module: nn.Module, channels: int) -> int:
+    return sum(p.numel() for p in module.parameters()) // channels
+
+
+def _expect(good: bool, name: str, expected: str, got: object) -> None:
+    if not good:
+        raise NotImplementedError(f"gates: {name} must be {expected}, got {type(got).__name__}")
+
+
+def num_tokens(model: VisionTransformer) -> int:
+    """Tokens that enter the first block at the model's own image size, prefix included."""
+    return model.patch_embed.num_patches + model.num_prefix_tokens
+
+
+def sub_blocks(model: nn.Module) -> list[SubBlock]:
+    """The 2L prunable sub-blocks of a timm VisionTransformer, in order; NotImplementedError names the first part that P3B cannot gate."""
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(f"gates: model must be a timm VisionTransformer (ViT, DeiT), got {type(model).__name__}")
+    found: list[SubBlock] = []
+    width, tokens, start = model.embed_dim, num_tokens(model), 0
+    for i, block in enumerate(model.blocks):
+        where = f"blocks.{i}"
+        _expect(isinstance(block, Block), where, "a pre-norm timm Block", block)
+        attn, mlp = block.attn, block.mlp
+        for part in ("qkv", "proj"):
+            _expect(isinstance(getattr(attn, part, None), nn.Linear), f"{where}.attn", "attention with Linear qkv and proj", attn)
+        _expect(getattr(attn, "gate", None) is None, f"{where}.attn", "attention without an output gate", attn)
+        for part in ("fc1", "fc2"):
+            _expect(isinstance(getattr(mlp, part, None), nn.Linear), f"{where}.mlp", "an MLP with Linear fc1 and fc2", mlp)
+        whole = (attn.qkv.in_features, attn.proj.out_features, mlp.fc1.in_features, mlp.fc2.out_features) == (width,) * 4
+        whole = whole and mlp.fc2.in_features == mlp.fc1.out_features
+        if not whole:
+            raise NotImplementedError(f"gates: {where} must be a whole block of width {width}, got one that is already pruned")
+        heads, head_dim, hidden = attn.num_heads, attn.head_dim, mlp.fc1.out_features
+        params = budget.Cost(
+            a_q=3 * heads,
+            q_o=heads,
+            in_=_per_channel(block.norm1, width),
+            inner=3 * heads * (attn.qkv.bias is not None)
+            + _per_channel(attn.q_norm, head_dim)
+            + _per_channel(attn.k_norm, head_dim)
+            + _per_channel(attn.norm, head_dim),
+            out=(attn.proj.bias is not None) + _per_channel(block.ls1, width),
+            constant=1,
+        )
+        macs = budget.Cost(a_q=3 * heads * tokens, q_o=heads * tokens, in_=0, inner=2 * heads * tokens**2, out=0, constant=0)
+        found.append(SubBlock(f"{where}.attn", "attn", i, (width, width, head_dim), start, params, macs))
+        start = found[-1].stop
+        params = budget.Cost(
+            a_q=1,
+            q_o=1,
+            in_=_per_channel(block.norm2, width),
+            inner=(mlp.fc1.bias is not None) + _per_channel(mlp.norm, hidden),
+            out=(mlp.fc2.bias is not None) + _per_channel(block.ls2, width),
+            constant=1,
+        )
+        macs = budget.Cost(a_q=tokens, q_o=tokens, in_=0, inner=0, out=0, constant=0)
+        found.append(SubBlock(f"{where}.mlp", "mlp", i, (width, width, hidden), start, params, macs))
+        start = found[-1].stop
+    return found
+
+
+def outside_cost(model: VisionTransformer, blocks: list[SubBlock], unit: str) -> float:
+    """Cost of what is never pruned: parameters outside the sub-blocks, or MACs of patch embedding and classifier for one image."""
+    if unit == "params":
+        return sum(p.numel() for p in model.parameters()) - sum(b.full("params") for b in blocks)
+    heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
+    return model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + sum(m.weight.numel() for m in heads)
+
+
+def _swap(module: nn.Module, gated: type[nn.Module], **attributes: object) -> None:
+    module._ungated_class = type(module)
+    module.__class__ = gated
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def _restore(module: nn.Module) -> None:
+    if "_ungated_class" in module.__dict__:
+        module.__class__ = module.__dict__.pop("_ungated_class")
+        for name in ("row_gate", "row_repeat", "ungated_rows", "col_gate", "gate", "gate_repeat"):
+            module.__dict__.pop(name, None)
+
+
+def _norm_class(norm: nn.Module, layer: type, rms: type, where: str) -> type[nn.Module]:
+    _expect(isinstance(norm, (nn.LayerNorm, RmsNorm, nn.RMSNorm)), where, "a LayerNorm or RmsNorm", norm)
+    return layer if isinstance(norm, nn.LayerNorm) else rms
+
+
+class Gates:
+    """All gates of a model, in flat float32 tensors, with what has been measured about them since the last mask update.
+
+    `values` [G] are the masks, `grad` [G] their gradient (every backward adds to it). Neither is a Parameter, neither is in the model's
+    state dict, so no optimizer touches them; they change only in `update`, `set` and `harden`.
+    """
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.blocks = sub_blocks(model)
+        device = next(model.parameters()).device
+        total = self.blocks[-1].stop if self.blocks else 0
+        self.values = torch.ones(total, device=device)
+        self.grad = torch.zeros(total, device=device)
+        self.score_sum = torch.zeros(total, device=device)
+        self.energy_sum = torch.zeros(total, device=device)
+        self.count = torch.zeros((), device=device)
+        self.last_score = torch.zeros(total)
+        self.older = [torch.zeros_like(t) for t in (self.score_sum, self.energy_sum, self.count)]
+        self._leaves = [[self._leaf(s) for s in block.slices()] for block in self.blocks]
+        for block, leaves in zip(self.blocks, self._leaves, strict=True):
+            (self._attach_attn if block.kind == "attn" else self._attach_mlp)(model.blocks[block.block], block.name, *leaves)
+        model.p3b_gates = self
+
+    def _leaf(self, place: slice) -> Tensor:
+        leaf = self.values[place].detach().requires_grad_()
+        leaf.grad = self.grad[place]  # autograd accumulates in place, so all gradients land in one tensor
+        return leaf
+
+    @staticmethod
+    def _attach_out(linear: nn.Linear, scale: nn.Module, out: Tensor, **gates: object) -> None:
+        """The out gate goes on the LayerScale where there is one (D numbers), else on the rows of the last Linear."""
+        folded = isinstance(scale, LayerScale)
+        if folded:
+            _swap(scale, GatedScale, gate=out)
+        if not folded or gates.get("col_gate") is not None:
+            options = {"col_gate": None, **gates, "row_gate": None if folded else out, "row_repeat": 1, "ungated_rows": 0}
+            _swap(linear, GatedLinear, **options)
+
+    def _attach_attn(self, block: Block, where: str, inputs: Tensor, out: Tensor, inner: Tensor) -> None:
+        attn = block.attn
+        _swap(block.norm1, _norm_class(block.norm1, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs)
+        normed = [not isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm, attn.norm)]
+        for norm, has, repeat in zip((attn.q_norm, attn.k_norm, attn.norm), normed, (1, 1, attn.num_heads), strict=True):
+            if has:
+                kept = _norm_class(norm, KeptLayerNorm, KeptRmsNorm, f"{where} inner norm")
+                _swap(norm, kept, gate=inner, gate_repeat=repeat)
+        if normed[0] != normed[1]:
+            raise NotImplementedError(f"gates: {where} must normalise both q and k or neither, got one")
+        # the norms of q and k apply the gate themselves: what they read must stay unscaled
+        third = attn.num_heads * attn.head_dim
+        first = 2 * third if normed[0] else 0
+        _swap(
+            attn.qkv,
+            GatedLinear,
+            row_gate=inner,
+            row_repeat=(3 * third - first) // attn.head_dim,
+            ungated_rows=first,
+            col_gate=None,
+        )
+        self._attach_out(attn.proj, block.ls1, out)
+
+    def _attach_mlp(self, block: Block, where: str, inputs: Tensor, out: Tensor, inner: Tensor) -> None:
+        mlp = block.mlp
+        _swap(block.norm2, _norm_class(block.norm2, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs)
+        if isinstance(mlp.norm, nn.Identity):
+            self._attach_out(mlp.fc2, block.ls2, out, col_gate=inner)
+        else:
+            kept = _norm_class(mlp.norm, KeptLayerNorm, KeptRmsNorm, f"{where} inner norm")
+            _swap(mlp.norm, kept, gate=inner, gate_repeat=1)
+            self._attach_out(mlp.fc2, block.ls2, out)
+
+    # measuring ---------------------------------------------------------------------------------------------------------
+
+    def accumulate(self, finite: Tensor) -> None:
+        """Adds this optimizer step's (m * g)^2 and g^2, unless the step's gradients were not finite, and clears the gradient.
+
+        finite: bool scalar on the device; nothing is read back to the host.
+        """
+        energy = torch.where(finite, self.grad, torch.zeros_like(self.grad)).square_()
+        self.energy_sum += energy
+        self.score_sum += energy.mul_(self.values.square())
+        self.count += finite
+        self.grad.zero_()
+
+    def hard(self) -> Tensor:
+        """Bool [G]: which elements count as kept (m >= 0.5)."""
+        return self.values >= HARD
+
+    def kept_counts(self, hard: Tensor | None = None) -> list[tuple[int, int, int]]:
+        """Kept elements (in, out, inner) per sub-block; one host read."""
+        hard = (self.hard() if hard is None else hard).cpu()
+        return [tuple(int(hard[s].sum()) for s in block.slices()) for block in self.blocks]
+
+    def kept_cost(self, unit: str = "params", hard: Tensor | None = None) -> Tensor:
+        """Cost [S] of the kept channels per sub-block, float64."""
+        counts = self.kept_counts(hard)
+        costs = [b.params if unit == "params" else b.macs for b in self.blocks]
+        return torch.stack([cost(a, q, o) for cost, (a, o, q) in zip(costs, counts, strict=True)])
+
+    # deciding ----------------------------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        keep_ratio: Tensor,
+        tau: float,
+        *,
+        scales: dict[str, float],
+        unit: str = "params",
+        rank_zero_by: str = "gradient",
+        include_previous: bool = False,
+    ) -> dict[str, dict[str, int]]:
+        """New masks from the scores gathered since the last update: ranks inside each gate, an exact threshold, the soft mask.
+
+        keep_ratio: `[S]` share of each sub-block's cost to keep; 1 gives ones, 0 gives zeros. tau: width of the soft mask.
+        include_previous: the window before counts too (the last update of a run, whose own window may be short).
+        Returns how many elements came back and went, per sub-block: {"reactivated": {name: n}, "removed": {name: n}}.
+        """
+        sums = [self.score_sum, self.energy_sum, self.count]
+        if include_previous:
+            sums = [a + b for a, b in zip(sums, self.older, strict=True)]
+        packed = torch.cat((sums[0], sums[1], self.values, sums[2][None])).cpu()  # the one host read of an update
+        score, energy, values = packed[:-1].chunk(3)
+        steps = packed[-1].clamp_min(1.0)
+        score, energy = score / steps, energy / steps
+        awake = values >= ASLEEP
+        self.last_score = torch.where(awake & (score > 0), score, self.last_score)
+        masks = torch.empty_like(values)
+        change: dict[str, dict[str, int]] = {"reactivated": {}, "removed": {}}
+        for block, kappa in zip(self.blocks, keep_ratio.tolist(), strict=True):
+            here = slice(block.start, block.stop)
+            order = rank_order(
+                block,
+                score,
+                energy if rank_zero_by == "gradient" else self.last_score,
+                awake,
+                [scales[name] for name in block.gate_names],
+            )
+            masks[here] = _block_mask(block, order, kappa, tau, unit)
+            before, after = values[here] >= HARD, masks[here] >= HARD
+            change["reactivated"][block.name] = int((after & ~before).sum())
+            change["removed"][block.name] = int((before & ~after).sum())
+        self.values.copy_(masks)
+        for old, new in zip(self.older, (self.score_sum, self.energy_sum, self.count), strict=True):
+            old.copy_(new)
+            new.zero_()
+        return change
+
+    def set(self, values: Tensor) -> None:
+        """Puts masks in place, `[G]` in the order of `blocks` and their `slices()`."""
+        if values.shape != self.values.shape:
+            raise ValueError(f"gates: values must be of shape {list(self.values.shape)}, got {list(values.shape)}")
+        self.values.copy_(values)
+
+    def harden(self) -> None:
+        """Rounds every mask to 0 or 1 (kept from 0.5 on)."""
+        self.values.copy_(self.hard())
+
+
+def rank_order(block: SubBlock, score: Tensor, tie: Tensor, awake: Tensor, scales: list[float]) -> Tensor:
+    """Places (0-based inside the sub-block) of its elements in ascending order of scaled rank; equal ranks, lower place first.
+
+    Inside a gate the elements are ranked 1/n .. 1 by `score`, those asleep below all others by `tie`; the ranks are multiplied by the
+    gate's scale and the gates concatenated. score, tie, awake: `[G]` on the host.
+    """
+    scaled = []
+    for place, scale in zip(block.slices(), scales, strict=True):
+        first = torch.where(awake[place], score[place], torch.full_like(score[place], -1.0)).numpy()
+        second = torch.where(awake[place], torch.zeros_like(tie[place]), tie[place]).numpy()
+        ranks = np.empty(len(first))
+        ranks[np.lexsort((second, first))] = np.arange(1, len(first) + 1)
+        scaled.append(torch.from_numpy(ranks / len(first) * scale))
+    return torch.cat(scaled).argsort(stable=True)
+
+
+def _block_mask(block: SubBlock, order: Tensor, kappa: float, tau: float, unit: str) -> Tensor:
+    elements = len(order)
+    if kappa >= 1:
+        return torch.ones(elements)
+    if kappa <= 0:
+        return torch.zeros(elements)
+    gate_of_place = torch.repeat_interleave(torch.arange(3), torch.tensor(block.sizes))
+    cost = block.params if unit == "params" else block.macs
+    pruned = budget.prune_count(gate_of_place[order], block.sizes, cost, kappa * block.full(unit))
+    if pruned in (0, elements):
+        return torch.full((elements,), float(pruned == 0))
+    mask = torch.empty(elements)
+    mask[order] = soft_mask(torch.arange(1, elements + 1, dtype=torch.float64), pruned + 0.5, tau).float()
+    return mask
+
+
+def attach(model: VisionTransformer) -> Gates:
+    """Puts gates of one on all sub-blocks of a timm ViT, in place; `model.p3b_gates` is what it returns."""
+    if getattr(model, "p3b_gates", None) is not None:
+        raise ValueError("gates: model must have no gates yet, got one with gates; detach or shrink it first")
+    return Gates(model)
+
+
+def detach(model: VisionTransformer) -> VisionTransformer:
+    """Takes the gates off again, in place: every module has its own class back, weights are as trained, masks are forgotten."""
+    model.apply(_restore)
+    model.__dict__.pop("p3b_gates", None)
+    return model

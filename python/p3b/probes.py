@@ -1,0 +1,178 @@
+"""Probes: small classifiers that read the residual stream before and after every sub-block and say how easy it is to classify there.
+
+All probes of one kind are one batched module: one matrix product or grouped convolution serves the S = 2L sub-blocks and both their sides.
+Letters as everywhere: B images, N tokens, C model channels, K classes; P patch tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+BATCH_NORM_EPSILON = 1e-5
+
+
+class Taps:
+    """Records the residual stream during one forward pass: before the blocks, then after every attention and every MLP.
+
+    `with Taps(model) as taps: model(images)`; then `taps.stream` holds 2L + 1 detached tensors `[rows, N, C]`, the first `rows` images.
+    """
+
+    def __init__(self, model: VisionTransformer, rows: int | None = None) -> None:
+        self.blocks, self.rows = model.blocks, rows
+        self.stream: list[Tensor] = []
+
+    def __enter__(self) -> Taps:
+        self._handles = [self.blocks[0].register_forward_pre_hook(lambda _, args: self._keep(args[0]))]
+        for block in self.blocks:
+            self._handles.append(block.norm2.register_forward_pre_hook(lambda _, args: self._keep(args[0])))
+            self._handles.append(block.register_forward_hook(lambda _, args, out: self._keep(out)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, x: Tensor) -> None:
+        self.stream.append(x.detach()[: self.rows])
+
+
+def _both_sides(stack: Tensor) -> Tensor:
+    """`[S + 1, B, ...]` -> `[S, 2B, ...]`: row i holds what probe i reads, before and after its sub-block. A view: neighbours overlap."""
+    stack = stack.contiguous()
+    count, images, *rest = stack.shape
+    return stack.as_strided((count - 1, 2 * images, *rest), stack.stride())
+
+
+class _BatchedLinear(nn.Module):
+    """S Linears of one shape: `[S, M, C]` -> `[S, M, K]`, initialised as nn.Linear."""
+
+    def __init__(self, count: int, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(count, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(count, 1, outputs).uniform_(-bound, bound)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
+
+
+class LinearProbe(nn.Module):
+    """Linear layers on one vector per image: the class token, or the mean of the patch tokens."""
+
+    def __init__(self, count: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.head = _BatchedLinear(count, channels, classes)
+
+    def forward(self, stack: Tensor) -> Tensor:
+        """`[S + 1, B, C]` -> logits `[S, 2B, K]`."""
+        return self.head(_both_sides(stack))
+
+
+class PointwiseProbe(nn.Module):
+    """1x1 convolution, batch norm, ReLU, mean over tokens, linear: a cheaper reader of patches, for any number of them."""
+
+    def __init__(self, count: int, channels: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.expand = _BatchedLinear(count, channels, width, bias=False)
+        self.scale = nn.Parameter(torch.ones(count, 1, width))
+        self.shift = nn.Parameter(torch.zeros(count, 1, width))
+        self.head = _BatchedLinear(count, width, classes)
+
+    def forward(self, stack: Tensor) -> Tensor:
+        """`[S + 1, B, P, C]` -> logits `[S, 2B, K]`."""
+        patches = stack.shape[2]
+        x = self.expand(_both_sides(stack).flatten(1, 2))  # [S, 2B * P, width]
+        variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        factor = self.scale * torch.rsqrt(variance + BATCH_NORM_EPSILON)
+        x = torch.addcmul(self.shift - mean * factor, x, factor).relu_()
+        return self.head(x.unflatten(1, (-1, patches)).mean(2))
+
+
+class ConvProbe(nn.Module):
+    """The published form: twice 3x3 convolution, batch norm, ReLU on the patch grid; mean; linear. Batch statistics always."""
+
+    def __init__(self, count: int, channels: int, width: int, classes: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.count, self.grid = count, grid
+        sizes = (channels, width, width)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(count * a, count * b, 3, padding=1, bias=False, groups=count)
+            for a, b in itertools.pairwise(sizes)
+        )
+        self.scales = nn.ParameterList(torch.ones(count * width) for _ in self.convs)
+        self.shifts = nn.ParameterList(torch.zeros(count * width) for _ in self.convs)
+        self.head = _BatchedLinear(count, width, classes)
+
+    def forward(self, stack: Tensor) -> Tensor:
+        """`[S + 1, B, P, C]` -> logits `[S, 2B, K]`."""
+        x = _both_sides(stack).permute(1, 0, 3, 2)  # [2B, S, C, P]
+        x = x.reshape(x.shape[0], -1, *self.grid)
+        for conv, scale, shift in zip(self.convs, self.scales, self.shifts, strict=True):
+            x = F.batch_norm(conv(x), None, None, scale, shift, training=True, eps=BATCH_NORM_EPSILON).relu()
+        return self.head(x.mean((2, 3)).unflatten(1, (self.count, -1)).transpose(0, 1))
+
+
+class Probes(nn.Module):
+    """The class and patch probes of a model. `forward(stream, loss)` gives their losses `{"cls": [S, 2], "patch": [S, 2]}` in nats.
+
+    The class probe is left out where the model has no class token or `alpha` is 0, the patch probe where `alpha` is 1.
+    """
+
+    def __init__(self, model: VisionTransformer, *, alpha: float = 0.5, form: str = "pointwise", width: int = 0) -> None:
+        super().__init__()
+        count, channels, classes = 2 * len(model.blocks), model.embed_dim, model.num_classes
+        self.prefix = model.num_prefix_tokens
+        self.has_cls = bool(getattr(model, "has_class_token", self.prefix > 0)) and alpha > 0
+        self.grid = tuple(model.patch_embed.grid_size)
+        self.cls = LinearProbe(count, channels, classes) if self.has_cls else None
+        self.patch: nn.Module | None = None
+        if alpha < 1 or not self.has_cls:
+            if form == "linear":
+                self.patch = LinearProbe(count, channels, classes)
+            elif form == "pointwise":
+                self.patch = PointwiseProbe(count, channels, width or max(8, channels // 4), classes)
+            else:
+                self.patch = ConvProbe(count, channels, width or channels, classes, self.grid)
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """Names of what is measured: "cls", "patch" or both."""
+        return tuple(name for name, probe in (("cls", self.cls), ("patch", self.patch)) if probe is not None)
+
+    def forward(self, stream: list[Tensor], loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """stream: 2L + 1 tensors `[B, N, C]`; loss: logits `[R * B, K]` -> loss per row, the B targets repeating R times."""
+        losses = {}
+        if self.cls is not None:
+            losses["cls"] = self._mean_losses(self.cls(torch.stack([x[:, 0].float() for x in stream])), loss)
+        if self.patch is not None:
+            if isinstance(self.patch, LinearProbe):
+                stack = torch.stack([x[:, self.prefix :].float().mean(1) for x in stream])
+            else:
+                counts = {x.shape[1] - self.prefix for x in stream}
+                if len(counts) > 1 or (isinstance(self.patch, ConvProbe) and counts != {math.prod(self.grid)}):
+                    raise ValueError(
+                        f"probes: every block must see the {self.grid[0]}x{self.grid[1]} patches of the grid, got {sorted(counts)}; "
+                        'patch_probe="linear" reads any number of tokens'
+                    )
+                stack = torch.stack([x[:, self.prefix :].float() for x in stream])
+            losses["patch"] = self._mean_losses(self.patch(stack), loss)
+        return losses
+
+    @staticmethod
+    def _mean_losses(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        count = logits.shape[0]
+        return loss(logits.flatten(0, 1)).unflatten(0, (count, 2, -1)).mean(-1)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
+        """Optimizer groups: weights decay, biases and batch norms do not."""
+        decays, others = [], []
+        for name, parameter in self.named_parameters():
+            (decays if name.endswith("weight") else others).append(parameter)
+        return [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
