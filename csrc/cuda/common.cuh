@@ -131,7 +131,7 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
 template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t word) {
   T two[2];
-  memcpy(two, &word, 4);
+  memcpy(static_cast<void*>(two), &word, 4);
   return {to_float(two[0]), to_float(two[1])};
 }
 

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -98,6 +99,9 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T>
 inline T __ldg(const T* p) { return *p; }
+
+using std::max;
+using std::min;
 
 namespace p3b {
 
