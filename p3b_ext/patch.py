@@ -1,14 +1,10 @@
 """patch(model) / unpatch(model): the fused kernels and token reduction inside a timm Vision Transformer, in place.
 
 Modules change their class and nothing else, so state-dict keys, parameters and hooks stay, and unpatch gives the
-classes back. Blocks that lose tokens, and those behind them, pass on a `Tokens` instead of a tensor: what a block needs
-to know (sizes, token maps) travels with its input, so that gradient checkpointing, torch.compile and threads see no
-hidden state.
+classes back. Blocks that keep all tokens run timm's own forward; reduced.py has the others.
 """
 
-import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import timm.layers
 import torch
@@ -16,44 +12,12 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from .linear import OneDnnLinear, prefer_onednn
-from .modules import Attention, AttentionOutput
-from .plan import TokenPlan
+from .modules import Attention
+from .reduced import RECORD, ROLE, Final, ReducingBlock, ReducingModel, Role, own_halves, subclass
 from .reduction import Reduction
 
 LINEARS = ("auto", "torch", "onednn")
-RECORD = "_p3b_patch"  # attribute of a patched model
-ROLE = "_p3b_role"  # attribute of a block that takes part in token reduction
 BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "drop_path1", "drop_path2"}
-
-
-class Tokens(NamedTuple):
-    """What goes from block to block once tokens may be fewer."""
-
-    x: Tensor  # [B, N, C]
-    size: Tensor | None  # [B, N] patches that each token stands for; None: one each
-    slots: tuple[Tensor, ...]  # with trace: after each block, where every first token is; int32 [B, N_first]
-
-
-@dataclass
-class Final:
-    """What the last block leaves for the pooling and for token_map."""
-
-    size: Tensor | None = None
-    slots: tuple[Tensor, ...] = ()
-
-
-@dataclass
-class Role:
-    """The part of one block in a patched model."""
-
-    reduction: Reduction
-    block: int
-    depth: int
-    num_prefix: int
-    trace: bool
-    last: bool
-    keep_size: bool  # whether the pooling asks for sizes
-    final: Final
 
 
 @dataclass
@@ -92,18 +56,16 @@ def patch(
         ValueError, TypeError: options; blocks that do not exist; scores that the model's tokens cannot give.
     """
     _check_options(model, reduction, trace, linear)
-    unpatch(model)
-    depth = len(model.blocks)
-    first = depth
+    depth = first = len(model.blocks)
     if reduction is not None:
-        reduction.validate(depth, model.has_class_token)
-        active = [i for i in range(depth) if reduction.reduces(i, depth)]
+        active = reducing_blocks(model, reduction)
         first = active[0] if active else depth - 1
+    unpatch(model)
     swaps = _attention_swaps(model) | _block_swaps(model, first)
     if linear == "onednn" or (linear == "auto" and prefer_onednn()):
         swaps |= {name: OneDnnLinear for name, m in model.named_modules() if type(m) is nn.Linear}
     if reduction is not None:
-        swaps[""] = _subclass(_ReducingModel, type(model))
+        swaps[""] = subclass(ReducingModel, type(model))
 
     record = Patch(reduction, trace, linear, depth, first)
     for name, new in swaps.items():
@@ -159,6 +121,20 @@ def token_map(model: nn.Module, block: int | None = None) -> Tensor:
     return slots[block - record.first]
 
 
+def reducing_blocks(model: VisionTransformer, reduction: Reduction) -> list[int]:
+    """The blocks of model in which `reduction` would lose tokens; ValueError where the model lacks what it needs.
+
+    A block whose attention has been pruned away says nothing about its tokens: ToMe passes over it.
+    """
+    depth = len(model.blocks)
+    reduction.validate(depth, model.has_class_token)
+    wanted = [i for i in range(depth) if reduction.reduces(i, depth)]
+    silent = [i for i in wanted if getattr(model.blocks[i], "attn", None) is None]
+    if silent and hasattr(reduction, "blocks"):
+        raise ValueError(f"patch: blocks must be ones with attention, got {silent[0]} (pruned away); choose others")
+    return [i for i in wanted if i not in silent]
+
+
 # Checks and choices ------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +169,7 @@ def _attention_swaps(model: VisionTransformer) -> dict[str, type]:
                 raise NotImplementedError(
                     f"patch: {name} must be a timm.layers.Attention or p3b_ext.Attention, got {type(module).__name__}"
                 )
-        if not found and type(block) is not nn.Identity and not _own_halves(block):
+        if not found and type(block) is not nn.Identity and not own_halves(block):
             raise NotImplementedError(f"patch: blocks.{i} must hold an Attention, got {type(block).__name__}")
     return swaps
 
@@ -205,30 +181,27 @@ def _block_swaps(model: VisionTransformer, first: int) -> dict[str, type]:
         block = model.blocks[i]
         parts = {name for name, _ in block.named_children()} - {"ls1", "ls2"}
         known = type(block).forward in (Block.forward, ResPostBlock.forward) and parts == BLOCK_PARTS
-        if not known and not _own_halves(block):
+        if not known and not own_halves(block):
             raise NotImplementedError(
                 f"patch: blocks.{i} must be timm's Block or ResPostBlock for token reduction, "
                 f"got {type(block).__name__}"
             )
         if known and not isinstance(block.attn, timm.layers.Attention):
             raise NotImplementedError(f"patch: blocks.{i}.attn must be an Attention, got {type(block.attn).__name__}")
-        swaps[f"blocks.{i}"] = _subclass(_ReducingBlock, type(block))
+        swaps[f"blocks.{i}"] = subclass(ReducingBlock, type(block))
     return swaps
-
-
-def _own_halves(block: nn.Module) -> bool:
-    """Whether a block that is not timm's brings its two halves as methods, for token reduction in between."""
-    return hasattr(block, "attention_half") and hasattr(block, "mlp_half")
 
 
 def _give_roles(model: nn.Module) -> None:
     record = model.__dict__[RECORD]
+    active = reducing_blocks(model, record.reduction) if record.reduction is not None else []
     keep_size = model.global_pool in ("avg", "avgmax") or model.attn_pool is not None
     for i in range(record.first, len(model.blocks)):
         role = Role(
             reduction=record.reduction,
             block=i,
             depth=record.depth,
+            reduces=i in active,
             num_prefix=model.num_prefix_tokens,
             trace=record.trace,
             last=i == len(model.blocks) - 1,
@@ -236,122 +209,3 @@ def _give_roles(model: nn.Module) -> None:
             final=record.final,
         )
         setattr(model.blocks[i], ROLE, role)
-
-
-# The classes that patched modules get --------------------------------------------------------------------------------
-
-
-@functools.cache
-def _subclass(mixin: type, base: type) -> type:
-    """A class (mixin, base) that deepcopy and pickle can find again."""
-
-    def reduce(self, protocol):
-        return _rebuild, (mixin, base), self.__dict__.copy()
-
-    return type(f"{mixin.__name__.lstrip('_')}{base.__name__}", (mixin, base), {"__reduce_ex__": reduce})
-
-
-def _rebuild(mixin: type, base: type) -> nn.Module:
-    cls = _subclass(mixin, base)
-    return cls.__new__(cls)
-
-
-class _ReducingBlock:
-    """A block that may lose tokens between its attention and its MLP."""
-
-    def forward(self, x: Tensor | Tokens, attn_mask: Tensor | None = None, is_causal: bool = False):
-        if attn_mask is not None or is_causal:
-            raise NotImplementedError("patch: attn_mask must be None with token reduction; unpatch(model) to use masks")
-        role: Role = self.__dict__[ROLE]
-        reduction = role.reduction
-        x, size, slots = x if isinstance(x, Tokens) else Tokens(x, None, ())
-        reduces = reduction.reduces(role.block, role.depth)
-        x, side = _attention_half(
-            self,
-            x,
-            token_size=size if reduction.proportional else None,
-            aux=reduction.aux if reduces else (),
-            metric=reduces and reduction.needs_metric,
-        )
-        plan = reduction.plan(role.block, role.depth, side.aux, side.metric, role.num_prefix) if reduces else None
-        if role.trace:
-            slots = (*slots, _follow(slots, plan, x))
-        if plan is not None:
-            x, merged_size = plan.apply(x, size)
-            # Counts have no gradient; detached, the attention's backward need not look for one.
-            size = merged_size.detach() if reduction.merges else None
-        x = _mlp_half(self, x)
-        if not role.last:
-            return Tokens(x, size, slots)
-        if role.keep_size:
-            role.final.size = size
-        if role.trace:
-            role.final.slots = slots
-        return x
-
-
-def _attention_half(block: nn.Module, x: Tensor, **asked) -> tuple[Tensor, AttentionOutput]:
-    """The stream after the attention of a pre-norm or post-norm block, and what the attention said."""
-    if _own_halves(block):
-        return block.attention_half(x, **asked)
-    if isinstance(block, ResPostBlock):
-        out = block.attn(x, **asked)
-        return x + block.drop_path1(block.norm1(out.x)), out
-    out = block.attn(block.norm1(x), **asked)
-    return x + block.drop_path1(block.ls1(out.x)), out
-
-
-def _mlp_half(block: nn.Module, x: Tensor) -> Tensor:
-    if _own_halves(block):
-        return block.mlp_half(x)
-    if isinstance(block, ResPostBlock):
-        return x + block.drop_path2(block.norm2(block.mlp(x)))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-def _follow(slots: tuple[Tensor, ...], plan: TokenPlan | None, x: Tensor) -> Tensor:
-    """Where the first layer's tokens are after `plan`, given where they were before it."""
-    if not slots:
-        if plan is not None:
-            return plan.slot
-        return torch.arange(x.shape[1], dtype=torch.int32, device=x.device).expand(x.shape[0], -1)
-    return slots[-1] if plan is None else TokenPlan(slots[-1], x.shape[1]).compose(plan).slot
-
-
-class _ReducingModel:
-    """A VisionTransformer whose pooling knows how many patches each token stands for."""
-
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        final: Final = self.__dict__[RECORD].final
-        size, final.size = final.size, None
-        if size is None or size.shape != x.shape[:2]:
-            return super().pool(x, pool_type)
-        if self.attn_pool is None:
-            pool_type = self.global_pool if pool_type is None else pool_type
-            return self._pool_by_size(x, size, pool_type)
-        if not self.pool_include_prefix:
-            x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
-        bias = size.log()[:, None, None, :].to(x.dtype)
-        return self.attn_pool(x, attn_mask=bias if self.__dict__[RECORD].reduction.proportional else None)
-
-    def _pool_by_size(self, x: Tensor, size: Tensor, pool_type: str) -> Tensor:
-        """Mean weighted by size, as ToMe pools MAE models; other poolings as timm."""
-        if pool_type not in ("avg", "avgmax"):
-            return super().pool(x, pool_type)
-        if not self.pool_include_prefix:
-            x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
-        share = size / size.sum(1, keepdim=True)
-        mean = (share[:, None] @ x.to(share.dtype)).squeeze(1).to(x.dtype)
-        return mean if pool_type == "avg" else 0.5 * (x.amax(1) + mean)
-
-    def forward_intermediates(self, x: Tensor, *args, **kwargs):
-        """Features of a reduced model lie on no grid; `TokenPlan.restore` and `token_map` bring single ones back."""
-        raise NotImplementedError(
-            "forward_intermediates: model must not be patched with token reduction; unpatch(model), or patch it without"
-        )
-
-    def prune_intermediate_layers(self, *args, **kwargs):
-        """As timm; the last block that stays becomes the one that ends the reduction."""
-        kept = super().prune_intermediate_layers(*args, **kwargs)
-        _give_roles(self)
-        return kept

@@ -26,6 +26,8 @@ SCORES = {  # score -> the side outputs it is computed from
 }
 CLASS_SCORES = ("cls_value", "cls", "to_cls")  # these need a class token
 UNITS = ("variance", "cv2")
+# Thresholds are often the spread of a measured image; rounding, which differs by backend, must not decide its policy.
+SPREAD_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +277,8 @@ def plan_ppt(
         scores: `[B, N - num_prefix]`, as `token_scores` gives them.
         metric: `[B, N, D]`.
         r: lowered to (N - num_prefix) // 2, as published.
-        threshold: of `score_spread(scores, unit)`; a number, or a tensor that broadcasts to `[B]`.
+        threshold: of `score_spread(scores, unit)`, a relative 1e-5 short of it counts (rounding); a number, or
+            a tensor that broadcasts to `[B]`.
         unit: "variance" as published, or "cv2", which does not depend on the number of tokens or the scale of scores.
 
     Raises:
@@ -290,7 +293,7 @@ def plan_ppt(
     if not isinstance(threshold, Tensor) and math.isnan(threshold):
         raise ValueError(f"{op}: threshold must be a number, got nan")
     r = min(r, scores.shape[1] // 2)
-    prune = score_spread(scores, unit) >= threshold
+    prune = score_spread(scores, unit) * (1 + SPREAD_ROUNDING) >= threshold
     pruned = prune_slots(scores, r, num_prefix, "score")
     merged = match_tokens(metric, r, num_prefix)
     return TokenPlan(torch.where(prune[:, None], pruned, merged), metric.shape[1] - r)
