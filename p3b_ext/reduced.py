@@ -1,7 +1,7 @@
 """The blocks and the model behind `patch(model, reduction)`: what runs where tokens get fewer.
 
 Blocks that lose tokens, and those behind them, pass on a `Tokens` instead of a tensor: what a block needs to know
-(sizes, token maps) travels with its input, so that gradient checkpointing, torch.compile and threads see no hidden state.
+(sizes, token maps) travels with its input, so that gradient checkpointing and torch.compile see no hidden state.
 """
 
 import functools
