@@ -1,9 +1,8 @@
 """Fused masked attention in Triton: the ops of csrc/library.cpp's attention family, with their names and signatures.
 
 Arguments are taken as the public functions of p3b_ext/ops checked them; the ops are registered as p3b_ext_triton::*,
-so that Inductor sees into them. Inside a kernel logits and log-sum-exp are in
-units of log2, so that every exponential is one exp2. Nothing is N x N in memory, nothing is atomic: sums over blocks,
-heads and images are written as partial sums and reduced by a second, deterministic step. Letters: B batch, H heads,
+so that Inductor sees into them. Nothing is N x N in memory and nothing is atomic: sums over blocks, heads and images
+are written as partial sums and reduced by a second, deterministic step. Letters: B batch, H heads,
 N tokens, D head channels.
 """
 
@@ -15,8 +14,6 @@ from torch.library import triton_op, wrap_triton
 
 from p3b_ext.reference import CLS_ATTENTION, ENTROPY, RECEIVED, TO_CLS, VALUE_NORM
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 MAX_D = 128  # wider heads do not fit the register file with the tiles below
 
 
@@ -89,11 +86,11 @@ def _scaled(tile, factor):
 
 @triton.jit
 def _key_bias(size_ptr, mask_ptr, keys, N, HAS_SIZE: tl.constexpr, HAS_MASK: tl.constexpr):
-    """What each key adds to its logits: log2 of its size, -inf where masked or beyond N."""
+    """What each key adds to its logits: log of its size, -inf where masked or beyond N."""
     inside = keys < N
     bias = tl.where(inside, 0.0, float("-inf"))
     if HAS_SIZE:
-        bias += tl.log2(tl.load(size_ptr + keys, mask=inside, other=1.0).to(tl.float32))
+        bias += tl.log(tl.load(size_ptr + keys, mask=inside, other=1.0).to(tl.float32))
     if HAS_MASK:
         bias = tl.where(tl.load(mask_ptr + keys, mask=inside, other=0) != 0, bias, float("-inf"))
     return bias
@@ -101,28 +98,28 @@ def _key_bias(size_ptr, mask_ptr, keys, N, HAS_SIZE: tl.constexpr, HAS_MASK: tl.
 
 @triton.jit
 def _load_lse(lse_ptr, rows, N):
-    """log-sum-exp in log2 units; +inf for rows beyond N or without a key, which makes their probabilities zero."""
-    lse = tl.load(lse_ptr + rows, mask=rows < N, other=float("inf")) * LOG2E
+    """log-sum-exp; +inf for rows beyond N or without a key, which makes their probabilities zero."""
+    lse = tl.load(lse_ptr + rows, mask=rows < N, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, row_moment, q, k_base, v_base, size_ptr, mask_ptr, start, stride_kn, stride_vn, N, D, scale2,
+    acc, row_max, row_sum, row_moment, q, k_base, v_base, size_ptr, mask_ptr, start, stride_kn, stride_vn, N, D, scale,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, BOUND: tl.constexpr, HAS_SIZE: tl.constexpr,
     HAS_MASK: tl.constexpr, WITH_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of the online softmax. row_moment is sum_j 2^(s_j - max) (s_j - max), which entropy needs."""
+    """One block of keys of the online softmax. row_moment is sum_j e^(s_j - max) (s_j - max), which entropy needs."""
     keys = start + tl.arange(0, BLOCK)
     k = _load_rows(k_base, keys, stride_kn, N, D, BOUND, BLOCK_D, EVEN_D)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if BOUND or HAS_SIZE or HAS_MASK:
         s += _key_bias(size_ptr, mask_ptr, keys, N, HAS_SIZE, HAS_MASK)[None, :]
     new_max = tl.maximum(row_max, tl.max(s, 1))
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     shifted = s - shift[:, None]
-    p = tl.exp2(shifted)
-    rescale = tl.exp2(row_max - shift)
+    p = tl.exp(shifted)
+    rescale = tl.exp(row_max - shift)
     if WITH_ENTROPY:
         moved = tl.where(row_max == float("-inf"), 0.0, row_max - shift)
         row_moment = rescale * (row_moment + row_sum * moved)
@@ -153,7 +150,6 @@ def _forward_kernel(
     v_ptr += b * stride_vb + h * stride_vh
     mask_ptr += b * N
     size_ptr += b * N
-    scale2 = scale * LOG2E
 
     rows = block * OWN + tl.arange(0, OWN)
     q = _load_rows(q_ptr, rows, stride_qn, N, D, True, BLOCK_D, EVEN_D)
@@ -168,12 +164,12 @@ def _forward_kernel(
     for start in range(0, full, STEP):
         acc, row_max, row_sum, row_moment = _attend(
             acc, row_max, row_sum, row_moment, q, k_ptr, v_ptr, size_ptr, mask_ptr, start, stride_kn, stride_vn, N, D,
-            scale2, STEP, BLOCK_D, EVEN_D, False, HAS_SIZE, HAS_MASK, WITH_ENTROPY,
+            scale, STEP, BLOCK_D, EVEN_D, False, HAS_SIZE, HAS_MASK, WITH_ENTROPY,
         )  # fmt: skip
     if TAIL > 0:
         acc, row_max, row_sum, row_moment = _attend(
             acc, row_max, row_sum, row_moment, q, k_ptr, v_ptr, size_ptr, mask_ptr, full, stride_kn, stride_vn, N, D,
-            scale2, TAIL, BLOCK_D, EVEN_D, True, HAS_SIZE, HAS_MASK, WITH_ENTROPY,
+            scale, TAIL, BLOCK_D, EVEN_D, True, HAS_SIZE, HAS_MASK, WITH_ENTROPY,
         )  # fmt: skip
 
     alive = row_sum > 0.0
@@ -182,10 +178,10 @@ def _forward_kernel(
     if HAS_GATE:
         acc = acc * gate[None, :]
     _store_rows(out_ptr + (b * N * H + h) * D, rows, H * D, acc, N, D, BLOCK_D)
-    lse2 = row_max + tl.log2(divisor)  # row_max is -inf where no key is left
-    tl.store(lse_ptr + head * N + rows, lse2 * LN2, mask=rows < N)
+    lse = row_max + tl.log(divisor)  # row_max is -inf where no key is left
+    tl.store(lse_ptr + head * N + rows, lse, mask=rows < N)
     if WITH_ENTROPY:
-        entropy = tl.maximum((tl.log2(divisor) - row_moment / divisor) * LN2, 0.0)
+        entropy = tl.maximum(tl.log(divisor) - row_moment / divisor, 0.0)
         tl.store(entropy_ptr + head * N + rows, entropy, mask=rows < N)
     if WITH_NORM:
         values = _load_rows(v_ptr, rows, stride_vn, N, D, True, BLOCK_D, EVEN_D).to(tl.float32)
@@ -194,16 +190,29 @@ def _forward_kernel(
         tl.store(square_ptr + head * N + rows, tl.sum(values * values, 1), mask=rows < N)
     if WITH_CLS:
         if block == 0:
-            # Query 0 again, as a matrix-vector product over keys that the loop left in the cache.
-            lse_cls = tl.sum(tl.where(rows == 0, lse2, 0.0), 0)
-            lse_cls = tl.where(lse_cls == float("-inf"), float("inf"), lse_cls)
+            # Query 0 again, as a matrix-vector product over keys that the loop left in the cache. Its logits differ from
+            # the loop's by a rounding, so they are normalised by a sum of their own.
             q_cls = tl.sum(tl.where(rows[:, None] == 0, q.to(tl.float32), 0.0), 0)
+            cls_ptr += head * N
+            cls_max = float("-inf")
+            cls_sum = 0.0
             for start in range(0, N, STEP):
                 keys = start + tl.arange(0, STEP)
                 k = _load_rows(k_ptr, keys, stride_kn, N, D, True, BLOCK_D, EVEN_D).to(tl.float32)
-                s = tl.sum(k * q_cls[None, :], 1) * scale2
+                s = tl.sum(k * q_cls[None, :], 1) * scale
                 s += _key_bias(size_ptr, mask_ptr, keys, N, HAS_SIZE, HAS_MASK)
-                tl.store(cls_ptr + head * N + keys, tl.exp2(s - lse_cls), mask=keys < N)
+                tl.store(cls_ptr + keys, s, mask=keys < N)
+                new_max = tl.maximum(cls_max, tl.max(s, 0))
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+                cls_sum = cls_sum * tl.exp(cls_max - shift) + tl.sum(tl.exp(s - shift), 0)
+                cls_max = new_max
+            cls_max = tl.where(cls_max == float("-inf"), 0.0, cls_max)
+            cls_sum = tl.where(cls_sum > 0.0, cls_sum, 1.0)
+            tl.debug_barrier()  # the logits were written by other threads of this program
+            for start in range(0, N, STEP):
+                keys = start + tl.arange(0, STEP)
+                s = tl.load(cls_ptr + keys, mask=keys < N, other=float("-inf"))
+                tl.store(cls_ptr + keys, tl.exp(s - cls_max) / cls_sum, mask=keys < N)
 
 
 @triton.jit
@@ -225,14 +234,14 @@ def _delta_kernel(
 @triton.jit
 def _backward_keys(
     grad_k, grad_v, grad_bias, k, v, bias, q_base, grad_base, lse_ptr, delta_ptr, start, stride_qn, stride_gn, N, D,
-    scale2, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, BOUND: tl.constexpr,
+    scale, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, BOUND: tl.constexpr,
     WITH_BIAS: tl.constexpr,
 ):  # fmt: skip
     """What one block of queries adds to the gradients of the program's own keys; scores are [keys, queries] here."""
     rows = start + tl.arange(0, BLOCK)
     q = _load_rows(q_base, rows, stride_qn, N, D, BOUND, BLOCK_D, EVEN_D)
     lse = _load_lse(lse_ptr, rows, N)
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 + bias[:, None] - lse[None, :])
+    p = tl.exp(tl.dot(k, tl.trans(q), input_precision="ieee") * scale + bias[:, None] - lse[None, :])
     grad = _load_rows(grad_base, rows, stride_gn, N, D, BOUND, BLOCK_D, EVEN_D)
     grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
     grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
@@ -246,19 +255,19 @@ def _backward_keys(
 
 @triton.jit
 def _backward_queries(
-    grad_q, q, grad, lse, delta, k_base, v_base, size_ptr, mask_ptr, start, stride_kn, stride_vn, N, D, scale2,
+    grad_q, q, grad, lse, delta, k_base, v_base, size_ptr, mask_ptr, start, stride_kn, stride_vn, N, D, scale,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, BOUND: tl.constexpr, HAS_SIZE: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to the gradient of the program's own queries."""
     keys = start + tl.arange(0, BLOCK)
     k = _load_rows(k_base, keys, stride_kn, N, D, BOUND, BLOCK_D, EVEN_D)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse[:, None]
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None]
     if BOUND or HAS_SIZE or HAS_MASK:
         s += _key_bias(size_ptr, mask_ptr, keys, N, HAS_SIZE, HAS_MASK)[None, :]
     v = _load_rows(v_base, keys, stride_vn, N, D, BOUND, BLOCK_D, EVEN_D)
     grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
-    grad_s = tl.exp2(s) * (grad_p - delta[:, None])
+    grad_s = tl.exp(s) * (grad_p - delta[:, None])
     return tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision="ieee")
 
 
@@ -290,7 +299,6 @@ def _backward_kernel(
     mask_ptr += b * N
     size_ptr += b * N
     grad_qkv_ptr += (b * N * 3 * H + h) * D  # [B, N, 3, H, D]
-    scale2 = scale * LOG2E
     full = N // STEP * STEP
 
     rows = block * OWN + tl.arange(0, OWN)
@@ -310,12 +318,12 @@ def _backward_kernel(
     for start in range(0, full, STEP):
         grad_k, grad_v, grad_bias = _backward_keys(
             grad_k, grad_v, grad_bias, gated_k, gated_v, bias, q_ptr, grad_ptr, lse_ptr, delta_ptr, start, stride_qn,
-            stride_gn, N, D, scale2, STEP, BLOCK_D, EVEN_D, False, HAS_SIZE,
+            stride_gn, N, D, scale, STEP, BLOCK_D, EVEN_D, False, HAS_SIZE,
         )  # fmt: skip
     if TAIL > 0:
         grad_k, grad_v, grad_bias = _backward_keys(
             grad_k, grad_v, grad_bias, gated_k, gated_v, bias, q_ptr, grad_ptr, lse_ptr, delta_ptr, full, stride_qn,
-            stride_gn, N, D, scale2, TAIL, BLOCK_D, EVEN_D, True, HAS_SIZE,
+            stride_gn, N, D, scale, TAIL, BLOCK_D, EVEN_D, True, HAS_SIZE,
         )  # fmt: skip
     if HAS_SIZE:
         tl.store(bias_part_ptr + head * N + rows, grad_bias, mask=rows < N)
@@ -339,12 +347,12 @@ def _backward_kernel(
     grad_q = tl.zeros([OWN, BLOCK_D], tl.float32)
     for start in range(0, full, STEP):
         grad_q = _backward_queries(
-            grad_q, q, grad, lse, delta, k_ptr, v_ptr, size_ptr, mask_ptr, start, stride_kn, stride_vn, N, D, scale2,
+            grad_q, q, grad, lse, delta, k_ptr, v_ptr, size_ptr, mask_ptr, start, stride_kn, stride_vn, N, D, scale,
             STEP, BLOCK_D, EVEN_D, False, HAS_SIZE, HAS_MASK,
         )  # fmt: skip
     if TAIL > 0:
         grad_q = _backward_queries(
-            grad_q, q, grad, lse, delta, k_ptr, v_ptr, size_ptr, mask_ptr, full, stride_kn, stride_vn, N, D, scale2,
+            grad_q, q, grad, lse, delta, k_ptr, v_ptr, size_ptr, mask_ptr, full, stride_kn, stride_vn, N, D, scale,
             TAIL, BLOCK_D, EVEN_D, True, HAS_SIZE, HAS_MASK,
         )  # fmt: skip
     grad_q = grad_q * scale
@@ -355,15 +363,15 @@ def _backward_kernel(
 
 @triton.jit
 def _received(
-    total, k, bias, q_base, lse_ptr, start, stride_qn, N, D, scale2,
+    total, k, bias, q_base, lse_ptr, start, stride_qn, N, D, scale,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """Add the attention that one block of queries pays to the program's own keys."""
     rows = start + tl.arange(0, BLOCK)
     q = _load_rows(q_base, rows, stride_qn, N, D, BOUND, BLOCK_D, EVEN_D)
     lse = _load_lse(lse_ptr, rows, N)
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 + bias[:, None]
-    return total + tl.sum(tl.exp2(s - lse[None, :]), 1)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale + bias[:, None]
+    return total + tl.sum(tl.exp(s - lse[None, :]), 1)
 
 
 @triton.jit
@@ -384,7 +392,6 @@ def _columns_kernel(
     lse_ptr += head * N
     mask_ptr += b * N
     size_ptr += b * N
-    scale2 = scale * LOG2E
     rows = (tl.program_id(0) % blocks) * OWN + tl.arange(0, OWN)
     if HAS_GATE:
         gate = _load_gate(gate_ptr, h, stride_gh, D, BLOCK_D)
@@ -394,9 +401,9 @@ def _columns_kernel(
         if HAS_GATE:
             k_cls = k_cls * gate * gate
         q = _load_rows(q_ptr, rows, stride_qn, N, D, True, BLOCK_D, EVEN_D).to(tl.float32)
-        s = tl.sum(q * k_cls[None, :], 1) * scale2
+        s = tl.sum(q * k_cls[None, :], 1) * scale
         s += _key_bias(size_ptr, mask_ptr, rows * 0, N, HAS_SIZE, HAS_MASK)
-        tl.store(to_cls_ptr + head * N + rows, tl.exp2(s - _load_lse(lse_ptr, rows, N)), mask=rows < N)
+        tl.store(to_cls_ptr + head * N + rows, tl.exp(s - _load_lse(lse_ptr, rows, N)), mask=rows < N)
     if WITH_RECEIVED:
         k = _load_rows(k_ptr, rows, stride_kn, N, D, True, BLOCK_D, EVEN_D)
         if HAS_GATE:
@@ -406,12 +413,10 @@ def _columns_kernel(
         full = N // STEP * STEP
         for start in range(0, full, STEP):
             total = _received(
-                total, k, bias, q_ptr, lse_ptr, start, stride_qn, N, D, scale2, STEP, BLOCK_D, EVEN_D, False
+                total, k, bias, q_ptr, lse_ptr, start, stride_qn, N, D, scale, STEP, BLOCK_D, EVEN_D, False
             )
         if TAIL > 0:
-            total = _received(
-                total, k, bias, q_ptr, lse_ptr, full, stride_qn, N, D, scale2, TAIL, BLOCK_D, EVEN_D, True
-            )
+            total = _received(total, k, bias, q_ptr, lse_ptr, full, stride_qn, N, D, scale, TAIL, BLOCK_D, EVEN_D, True)
         tl.store(received_ptr + head * N + rows, total / N, mask=rows < N)
 
 

@@ -149,13 +149,14 @@ def _merge_backward_kernel(
     m = tl.load(slot_ptr + token.to(tl.int64) * stride_sn).to(tl.int64)
     alive = (m >= 0) & (m < M)
     out_row = b * M + tl.where(alive, m, 0)
-    weight = tl.full([], 1.0, acc_type)
+    width = tl.where(alive, C, 0)  # of the row that a dropped token does not have
+    y_width = width
+    weight = 1.0
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + row).to(acc_type)
     elif HAS_SIZE:
         weight = tl.load(size_ptr + row).to(acc_type)
-    total = tl.full([], 1.0, acc_type)
-    divided = total == 0.0
+    total = 1.0
     if NORMALIZE:
         n = tl.arange(0, BLOCK_N)
         slots = tl.load(slot_ptr + n.to(tl.int64) * stride_sn, mask=n < N, other=-1)
@@ -166,28 +167,30 @@ def _merge_backward_kernel(
         elif HAS_SIZE:
             weights = tl.load(size_ptr + b * N + n, mask=mine, other=0.0).to(acc_type)
         total = tl.sum(weights, 0)
-        divided = total != 0.0
-        total = tl.where(divided, total, 1.0)
+        y_width = tl.where(total != 0.0, width, 0)
+        total = tl.where(total == 0.0, 1.0, total)
     factor = weight / total
     product = tl.zeros([BLOCK_C], acc_type)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = c < C
-        grad = tl.load(grad_ptr + out_row * C + c, mask=inside & alive, other=0.0).to(acc_type)
+        grad = tl.load(grad_ptr + out_row * C + c, mask=c < width, other=0.0).to(acc_type)
         tl.store(grad_x_ptr + row * C + c, (grad * factor).to(grad_x_ptr.dtype.element_ty), mask=inside)
         if HAS_SIZE or HAS_WEIGHT:
             x = tl.load(x_ptr + b * stride_xb + token.to(tl.int64) * stride_xn + c, mask=inside, other=0.0)
-            y = tl.load(y_ptr + out_row * C + c, mask=inside & alive & divided, other=0.0)
-            product += grad * (x.to(acc_type) - y.to(acc_type))
+            x = x.to(acc_type)
+            if NORMALIZE:
+                x -= tl.load(y_ptr + out_row * C + c, mask=c < y_width, other=0.0).to(acc_type)
+            product += grad * x
     grad_weight = tl.sum(product, 0) / total
-    grad_size = tl.full([], 0.0, acc_type)
-    if HAS_GRAD_SIZE:
-        grad_size = tl.load(grad_size_out_ptr + out_row, mask=alive, other=0.0).to(acc_type)
     if HAS_WEIGHT:
         tl.store(grad_weight_ptr + row, grad_weight)
     if HAS_SIZE:
+        grad_size = 0.0
         if not HAS_WEIGHT:
-            grad_size += grad_weight
+            grad_size = grad_weight
+        if HAS_GRAD_SIZE:
+            grad_size += tl.load(grad_size_out_ptr + out_row, mask=alive, other=0.0).to(acc_type)
         tl.store(grad_size_ptr + row, grad_size)
 
 
