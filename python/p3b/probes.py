@@ -51,16 +51,16 @@ def _both_sides(stack: Tensor) -> Tensor:
 
 
 class _BatchedLinear(nn.Module):
-    """S Linears of one shape: `[S, M, C]` -> `[S, M, K]`, initialised as nn.Linear."""
+    """S Linears of one shape on channel-first columns: `[S, C, M]` -> `[S, K, M]`, initialised as nn.Linear."""
 
     def __init__(self, count: int, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
         bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(count, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(count, 1, outputs).uniform_(-bound, bound)) if bias else None
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(count, outputs, 1).uniform_(-bound, bound)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
+        return torch.bmm(self.weight, x) if self.bias is None else torch.baddbmm(self.bias, self.weight, x)
 
 
 class LinearProbe(nn.Module):
@@ -71,28 +71,29 @@ class LinearProbe(nn.Module):
         self.head = _BatchedLinear(count, channels, classes)
 
     def forward(self, stack: Tensor) -> Tensor:
-        """`[S + 1, B, C]` -> logits `[S, 2B, K]`."""
-        return self.head(_both_sides(stack))
+        """`[S + 1, B, C]` -> logits `[S, K, 2B]`."""
+        return self.head(_both_sides(stack).transpose(1, 2))
 
 
 class PointwiseProbe(nn.Module):
-    """1x1 convolution, batch norm, ReLU, mean over tokens, linear: a cheaper reader of patches, for any number of them."""
+    """1x1 convolution, batch norm, ReLU, mean over tokens, linear: a cheaper reader of any number of patches."""
 
     def __init__(self, count: int, channels: int, width: int, classes: int) -> None:
         super().__init__()
         self.expand = _BatchedLinear(count, channels, width, bias=False)
-        self.scale = nn.Parameter(torch.ones(count, 1, width))
-        self.shift = nn.Parameter(torch.zeros(count, 1, width))
+        self.scale = nn.Parameter(torch.ones(count * width))
+        self.shift = nn.Parameter(torch.zeros(count * width))
         self.head = _BatchedLinear(count, width, classes)
 
     def forward(self, stack: Tensor) -> Tensor:
-        """`[S + 1, B, P, C]` -> logits `[S, 2B, K]`."""
-        patches = stack.shape[2]
-        x = self.expand(_both_sides(stack).flatten(1, 2))  # [S, 2B * P, width]
-        variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
-        factor = self.scale * torch.rsqrt(variance + BATCH_NORM_EPSILON)
-        x = torch.addcmul(self.shift - mean * factor, x, factor).relu_()
-        return self.head(x.unflatten(1, (-1, patches)).mean(2))
+        """`[S + 1, B, P, C]` -> logits `[S, K, 2B]`."""
+        probes, patches = stack.shape[0] - 1, stack.shape[2]
+        x = self.expand(_both_sides(stack).flatten(1, 2).transpose(1, 2))  # [S, width, 2B * P]
+        # channels first: the norm's statistics and the mean over patches then run along contiguous memory
+        x = F.batch_norm(
+            x.flatten(0, 1)[None], None, None, self.scale, self.shift, training=True, eps=BATCH_NORM_EPSILON
+        ).relu_()
+        return self.head(x.unflatten(2, (-1, patches)).mean(-1).unflatten(1, (probes, -1))[0])
 
 
 class ConvProbe(nn.Module):
@@ -111,12 +112,12 @@ class ConvProbe(nn.Module):
         self.head = _BatchedLinear(count, width, classes)
 
     def forward(self, stack: Tensor) -> Tensor:
-        """`[S + 1, B, P, C]` -> logits `[S, 2B, K]`."""
+        """`[S + 1, B, P, C]` -> logits `[S, K, 2B]`."""
         x = _both_sides(stack).permute(1, 0, 3, 2)  # [2B, S, C, P]
         x = x.reshape(x.shape[0], -1, *self.grid)
         for conv, scale, shift in zip(self.convs, self.scales, self.shifts, strict=True):
             x = F.batch_norm(conv(x), None, None, scale, shift, training=True, eps=BATCH_NORM_EPSILON).relu()
-        return self.head(x.mean((2, 3)).unflatten(1, (self.count, -1)).transpose(0, 1))
+        return self.head(x.mean((2, 3)).t().unflatten(0, (self.count, -1)))
 
 
 class Probes(nn.Module):
@@ -167,8 +168,7 @@ class Probes(nn.Module):
 
     @staticmethod
     def _mean_losses(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        count = logits.shape[0]
-        return loss(logits.flatten(0, 1)).unflatten(0, (count, 2, -1)).mean(-1)
+        return loss(logits.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(logits), 2, -1)).mean(-1)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Optimizer groups: weights decay, biases and batch norms do not."""

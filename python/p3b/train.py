@@ -100,7 +100,9 @@ def prune(
             progress.epoch(run.epoch(epoch, train_loader, val_loader, progress))
         history = run.finish(val_loader)
         if config.finetune_epochs:
-            tuned = finetune(model, train_loader, val_loader, config, progress=_Unclosed(progress))
+            tuned = _finetune(
+                model, train_loader, val_loader, config, config.finetune_epochs, _Unclosed(progress), config.final_epoch
+            )
             history["epochs"] += tuned["epochs"]
             history["accuracy_final"] = tuned["accuracy_final"]
     finally:
@@ -126,8 +128,20 @@ def finetune(
     epochs = config.finetune_epochs if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"finetune: epochs must be 1 or more, got {epochs}")
+    return _finetune(model, train_loader, val_loader, config, epochs, progress, 0)
+
+
+def _finetune(
+    model: nn.Module,
+    train_loader: Batches,
+    val_loader: Batches,
+    config: Config,
+    epochs: int,
+    progress: Progress,
+    epochs_before: int,
+) -> dict[str, Any]:
     device = _device(config)
-    _seed(config.seed + 1)  # other batches than the prune run's, the same ones each time
+    _seed(config.seed + epochs_before)
     model.to(device)
     steps = _steps_per_epoch(train_loader, config)
     optimizer = _optimizer(model, config, config.finetune_lr)
@@ -140,7 +154,7 @@ def finetune(
         for epoch in range(epochs):
             model.train()
             meter = Meter(device)
-            for i, batches in enumerate(_groups(train_loader, config.accumulate)):
+            for i, batches in enumerate(_groups(train_loader, epochs_before + epoch, config.accumulate)):
                 step(batches, meter)
                 scheduler.step()
                 _report(progress, meter, "finetune", epoch, i, steps, params)
@@ -207,7 +221,7 @@ class PruneRun:
         self.model.train()
         self.probes.train()
         meter = Meter(self.device)
-        for i, batches in enumerate(_groups(train_loader, self.config.accumulate)):
+        for i, batches in enumerate(_groups(train_loader, epoch, self.config.accumulate)):
             if self.count >= self.start and (self.count - self.start) % self.interval == self.interval - 1:
                 self.update()
             self.step(batches, meter)
@@ -426,8 +440,10 @@ class _Unclosed:
     def close(self) -> None: ...
 
 
-def _groups(loader: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Batches in groups of `size`; a last group that is not full is left out."""
+def _groups(loader: Batches, epoch: int, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """An epoch's batches in groups of `size`; a last group that is not full is left out."""
+    if hasattr(loader, "set_epoch"):  # order and augmentation then depend on the epoch, not on what ran before
+        loader.set_epoch(epoch)
     group = []
     for batch in loader:
         group.append(batch)
