@@ -1,7 +1,7 @@
 // The only check macros of the extension, and the wording of every error:
 //   "<op>: <argument> must be <expected>, got <actual>"
-// std::invalid_argument becomes ValueError in Python. The public Python functions check first and more finely (TypeError, NotImplementedError);
-// these checks stand between a raw op call and an illegal access.
+// The public Python functions check first and more finely (TypeError, NotImplementedError); these checks stand between a raw op call and an
+// illegal access, and look at values. The stable ABI turns every C++ exception into RuntimeError; backends.run makes it a ValueError again.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

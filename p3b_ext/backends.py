@@ -17,6 +17,11 @@ from . import reference
 NAMES = ("cpu", "cuda", "triton", "reference")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FAMILIES = {
+    "attention": ("masked_attention", "attention_columns"),
+    "select": ("topk_tokens", "prune_slots", "select_tokens"),
+    "merge": ("match_tokens", "merge_tokens", "unmerge_tokens"),
+}
 MAX_HEAD_DIM = 128  # of the cuda and triton attention kernels
 MAX_TOKENS = 4096  # of the cuda and triton ranking and matching kernels
 
@@ -122,6 +127,21 @@ def implementation(backend: str, family: str, op: str):
     if backend == "triton":
         return getattr(importlib.import_module(f"p3b_ext.kernels.{family}"), op)
     return getattr(torch.ops.p3b_ext, op)
+
+
+def run(backend: str, family: str, op: str, *args):
+    """Call `op` on `backend`. What a compiled kernel says of a value ("<op>: <argument> must be ...") is a ValueError;
+    it comes through the stable ABI as a RuntimeError, and stays one inside a compiled graph."""
+    function = implementation(backend, family, op)
+    if backend != "cpu" or torch.compiler.is_compiling():
+        return function(*args)
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        sentence = str(error).splitlines()[0]
+        if " must " in sentence and sentence.split(":")[0] in FAMILIES[family]:
+            raise ValueError(sentence) from None
+        raise
 
 
 def check_values(op: str, name: str, ok: Tensor, expected: str, *, backend: str) -> None:

@@ -336,7 +336,6 @@ def _masks(B, H, N):
         "none": None,
         "keys": keys,
         "keys_2d": keys[0, 0],
-        "keys_1d": keys[0, 0, 0],
         "one_image": keys[:1],
         "full": (torch.rand(B, H, N, N) < 0.7) | torch.eye(N, dtype=torch.bool),
         "float": torch.randn(B, 1, N, N),
@@ -424,7 +423,7 @@ def test_raw_op_checks_what_it_reads():
     ):
         call = list(args)
         call[at] = bad
-        with pytest.raises(ValueError, match=r"masked_attention: .* must"):
+        with pytest.raises(RuntimeError, match=r"masked_attention: .* must"):
             torch.ops.p3b_ext.masked_attention(*call)
 
 

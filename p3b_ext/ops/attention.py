@@ -79,7 +79,7 @@ def masked_attention(
     if token_size is not None:
         backends.check_values(op, "token_size", token_size > 0, "> 0", backend=backend)
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (q, k, v))
-    results = _impl(backend, op)(q, k, v, key_mask, token_size, channel_gate, scale, bits)
+    results = _run(backend, op, q, k, v, key_mask, token_size, channel_gate, scale, bits)
     out = results[0].transpose(1, 2)
     if aux is None:
         return out
@@ -114,7 +114,7 @@ def packed_attention(
     if backend == "reference":
         results = reference.masked_attention(q, k, v, key_mask, token_size, channel_gate, scale, bits)
     else:
-        results = _impl(backend, "masked_attention_packed")(qkv, key_mask, token_size, channel_gate, scale, bits)
+        results = _run(backend, "masked_attention_packed", qkv, key_mask, token_size, channel_gate, scale, bits)
     out = results[0].transpose(1, 2)
     if aux is None:
         return out
@@ -134,7 +134,7 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention` with the same signature and meaning.
 
     Self-attention `[B, H, N, D]` without mask, or with a bool mask that is the same for every query and head
-    (`[B, 1, 1, N]`, `[1, 1, 1, N]`, `[1, N]` or `[N]`), runs fused; every other call is handed to PyTorch.
+    (`[B, 1, 1, N]`, `[1, 1, 1, N]` or `[1, N]`), runs fused; every other call is handed to PyTorch.
     """
     mask = _fusable(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if mask is False:
@@ -154,6 +154,8 @@ def _fusable(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> Tensor | b
         return False
     if attn_mask is None:
         return None
+    if attn_mask.dim() < 2:
+        return False
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
     if attn_mask.dtype != torch.bool or len(shape) != 4 or shape[1] != 1 or shape[2] != 1:
         return False
@@ -209,7 +211,7 @@ def _scale(op: str, scale: float | None, q: Tensor) -> float:
         return q.shape[-1] ** -0.5
     if isinstance(scale, Tensor) or not isinstance(scale, int | float | torch.SymFloat):
         raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
-    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite, got {scale}")
     return float(scale)
 
@@ -229,15 +231,15 @@ def _aux_bits(op: str, aux: Sequence[str] | None) -> tuple[int, int]:
     return bits, columns
 
 
-def _impl(backend: str, op: str):
-    return backends.implementation(backend, "attention", op)
+def _run(backend: str, op: str, *args):
+    return backends.run(backend, "attention", op, *args)
 
 
 def _collect(aux, backend, results, columns, q, k, key_mask, token_size, channel_gate, scale) -> AttentionAux:
     found = dict(zip(AUX_BITS, results[1:], strict=True))
     if columns:
         inputs = [None if t is None else t.detach() for t in (q, k, results[1], key_mask, token_size, channel_gate)]
-        pair = _impl(backend, "attention_columns")(*inputs, scale, columns)
+        pair = _run(backend, "attention_columns", *inputs, scale, columns)
         found.update(zip(COLUMN_BITS, pair, strict=True))
     return AttentionAux(**{name: found[name] for name in aux})
 

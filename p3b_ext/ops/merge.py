@@ -44,7 +44,7 @@ def match_tokens(metric: Tensor, r: int, num_prefix: int = 1, source: Tensor | N
             f"a mask with at least {r} sources and one destination in every image",
             backend=backend,
         )
-    return _impl(backend, "match_tokens")(metric.detach(), r, num_prefix, source)
+    return _run(backend, "match_tokens", metric.detach(), r, num_prefix, source)
 
 
 def merge_tokens(
@@ -85,7 +85,7 @@ def merge_tokens(
     _check_slot_values(op, slot, num_out, backend)
     if size is not None:
         backends.check_values(op, "size", size > 0, "> 0", backend=backend)
-    return _impl(backend, "merge_tokens")(x, slot, num_out, size, weight, bool(normalize))
+    return _run(backend, "merge_tokens", x, slot, num_out, size, weight, bool(normalize))
 
 
 def unmerge_tokens(y: Tensor, slot: Tensor, fill: float = 0.0) -> Tensor:
@@ -108,7 +108,7 @@ def unmerge_tokens(y: Tensor, slot: Tensor, fill: float = 0.0) -> Tensor:
     _check_slot(op, y, slot, None)
     backend = backends.choose(op, y, "merge")
     _check_slot_values(op, slot, y.shape[1], backend)
-    return _impl(backend, "unmerge_tokens")(y, slot, float(fill))
+    return _run(backend, "unmerge_tokens", y, slot, float(fill))
 
 
 def _check_slot(op: str, x: Tensor, slot: Tensor, n: int | None) -> None:
@@ -131,8 +131,8 @@ def _check_weight(op: str, name: str, w: Tensor | None, x: Tensor) -> Tensor | N
     return w.to(acc_dtype(x.dtype))
 
 
-def _impl(backend: str, op: str):
-    return backends.implementation(backend, "merge", op)
+def _run(backend: str, op: str, *args):
+    return backends.run(backend, "merge", op, *args)
 
 
 # Fakes ----------------------------------------------------------------------------------------

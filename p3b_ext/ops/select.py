@@ -29,7 +29,7 @@ def topk_tokens(scores: Tensor, keep: int, num_prefix: int = 1, order: str = "po
     """
     op = "topk_tokens"
     backend, by_score = _check_scores(op, scores, "keep", keep, num_prefix, order)
-    return _impl(backend, "topk_tokens")(scores.detach(), keep, num_prefix, by_score)
+    return _run(backend, "topk_tokens", scores.detach(), keep, num_prefix, by_score)
 
 
 def prune_slots(scores: Tensor, r: int, num_prefix: int = 1, order: str = "position") -> Tensor:
@@ -42,7 +42,7 @@ def prune_slots(scores: Tensor, r: int, num_prefix: int = 1, order: str = "posit
     """
     op = "prune_slots"
     backend, by_score = _check_scores(op, scores, "r", r, num_prefix, order)
-    return _impl(backend, "prune_slots")(scores.detach(), r, num_prefix, by_score)
+    return _run(backend, "prune_slots", scores.detach(), r, num_prefix, by_score)
 
 
 def select_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def select_tokens(x: Tensor, index: Tensor) -> Tensor:
     backends.check_values(
         op, "index", (index >= 0) & (index < x.shape[1]), f"between 0 and {x.shape[1] - 1}", backend=backend
     )
-    return _impl(backend, "select_tokens")(x, index)
+    return _run(backend, "select_tokens", x, index)
 
 
 def _check_scores(op, scores, count_name, count, num_prefix, order) -> tuple[str, bool]:
@@ -86,8 +86,8 @@ def _check_scores(op, scores, count_name, count, num_prefix, order) -> tuple[str
     return backend, order == "score"
 
 
-def _impl(backend: str, op: str):
-    return backends.implementation(backend, "select", op)
+def _run(backend: str, op: str, *args):
+    return backends.run(backend, "select", op, *args)
 
 
 # Fakes ----------------------------------------------------------------------------------------
