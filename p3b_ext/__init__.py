@@ -6,17 +6,38 @@ Letters, everywhere: B batch, H heads, N tokens in, M tokens out, D head channel
 import torch  # noqa: F401  (loads the libraries that _C links to)
 
 from .backends import backend, build_info
+from .modules import Attention
 from .ops.attention import AttentionAux, masked_attention, scaled_dot_product_attention
 from .ops.select import select_tokens, topk_tokens
+from .patch import patch, token_map, unpatch
+from .plan import TokenPlan, plan_fuse, plan_merge, plan_ppt, plan_prune, token_scores
+from .reduction import PPT, EViT, ToMe, TopK
+from .tuning import calibrate, solve_r
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PPT",
+    "Attention",
     "AttentionAux",
+    "EViT",
+    "ToMe",
+    "TokenPlan",
+    "TopK",
     "backend",
     "build_info",
+    "calibrate",
     "masked_attention",
+    "patch",
+    "plan_fuse",
+    "plan_merge",
+    "plan_ppt",
+    "plan_prune",
     "scaled_dot_product_attention",
     "select_tokens",
+    "solve_r",
+    "token_map",
+    "token_scores",
     "topk_tokens",
+    "unpatch",
 ]
