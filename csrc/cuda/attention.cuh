@@ -37,10 +37,10 @@ struct ForwardArguments : AttentionArguments {
 struct BackwardArguments : AttentionArguments {
   const void *grad_out, *out;  // [B, N, H, columns]
   const float* lse;            // [B, H, N]
-  float* delta;                // [B, H, N] scratch, only for the streaming kernel
+  float* delta;                // [B, H, N] scratch
   void* grad_qkv;              // [B, N, 3, H, columns]
-  float* size_partial;         // [B, H, N] or null: gradient of log2 token size times ln 2, per head
-  float* gate_partial;         // [B, H, key_blocks, D] or null
+  float* size_partial;         // [B, H, N] or null: sum over queries of the logits' gradients
+  float* gate_partial;         // [B, H, key_blocks, columns] or null
   int key_blocks, query_blocks;
 };
 
@@ -89,6 +89,15 @@ __device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride
     const bool valid = first + row < N && piece * 8 < columns;
     cp_async16(tile + tile_offset<kD>(row, piece), valid ? head + (first + row) * stride + piece * 8 : head, valid);
   }
+}
+
+// A operand of mma: 16 rows of a tile.
+template <int kD, class T>
+__device__ __forceinline__ void tile_fragments(uint32_t (&f)[kD / 16][4], const T* tile, int first) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int kk = 0; kk < kD / 16; kk++)
+    ldmatrix_x4<false>(f[kk], tile + tile_offset<kD>(first + lane % 16, kk * 2 + lane / 16));
 }
 
 // Multiplies 8 channels by their gates, or by the squares: q and k carry one each, and k takes both.
@@ -226,5 +235,16 @@ template <class T>
 cudaError_t attention_backward(BackwardArguments a, cudaStream_t stream);
 template <class T>
 cudaError_t attention_columns(ColumnArguments a, cudaStream_t stream);
+
+// How the backward cuts the keys of a head into blocks: the size of gate_partial.
+template <class T>
+int attention_key_blocks(int N, int columns);
+
+// value_norm[b, n] = sqrt(sum over h of squares[b, h, n])
+cudaError_t attention_value_norm(const float* squares, float* value_norm, int64_t B, int H, int N, cudaStream_t stream);
+// grad_size[b, n] = sum over h of size_partial[b, h, n] / token_size[b, n]
+cudaError_t attention_size_grad(const BackwardArguments& a, float* grad_size, cudaStream_t stream);
+// grad_gate [D] or [H, D] = sum of gate_partial over everything else
+cudaError_t attention_gate_grad(const BackwardArguments& a, float* grad_gate, cudaStream_t stream);
 
 }  // namespace p3b

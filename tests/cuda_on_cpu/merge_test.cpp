@@ -1,0 +1,155 @@
+// Matching (exact), merging, unmerging and their gradients against float64.
+#include "merge.cu"
+
+#include "testing.h"
+
+using namespace p3b;
+
+// The slots of p3b_ext/reference.py: match_tokens.
+static std::vector<int> match(const std::vector<double>& x, const std::vector<char>* source, int N, int D, int P, int r) {
+  std::vector<int> sources, destinations, slot(N);
+  for (int n = P; n < N; n++) (source ? (*source)[n] != 0 : n % 2 == 0) ? sources.push_back(n) : destinations.push_back(n);
+  std::vector<std::pair<double, int>> best;
+  for (int s : sources) {
+    std::pair<double, int> b{-INFINITY, 0};
+    for (size_t t = 0; t < destinations.size(); t++) {
+      double dot = 0;
+      for (int d = 0; d < D; d++) dot += x[s * D + d] * x[destinations[t] * D + d];
+      if (dot > b.first + 1e-9) b = {dot, int(t)};  // tied pairs of the test differ by rounding only
+    }
+    best.push_back(b);
+  }
+  std::vector<int> order(sources.size());
+  for (size_t i = 0; i < order.size(); i++) order[i] = int(i);
+  std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return best[i].first > best[j].first + 1e-9; });
+  std::vector<char> merges(sources.size());
+  for (int i = 0; i < r; i++) merges[order[i]] = 1;
+  for (int n = 0; n < P; n++) slot[n] = n;
+  int row = P;
+  for (size_t i = 0; i < sources.size(); i++)
+    if (!merges[i]) slot[sources[i]] = row++;
+  for (size_t t = 0; t < destinations.size(); t++) slot[destinations[t]] = row + int(t);
+  for (size_t i = 0; i < sources.size(); i++)
+    if (merges[i]) slot[sources[i]] = row + best[i].second;
+  return slot;
+}
+
+template <class T>
+static void matches(const char* type, int B, int N, int D, int P, int r, bool masked, bool ties, unsigned seed) {
+  Random random(seed);
+  const int64_t row = D + 5, batch = N * row;
+  std::vector<T> metric(B * batch);
+  for (auto& v : metric) v = from_float<T>(random.normal());
+  if (ties)  // tokens of three kinds only
+    for (int i = 0; i < B * N; i++)
+      for (int d = 0; d < D; d++) metric[i * row + d] = from_float<T>(i % 7 % 3 == d % 3 ? 1.f : 0.f);
+  std::vector<char> source(B * N);
+  for (auto& s : source) s = random.below(3) == 0;
+  if (masked)
+    for (int b = 0; b < B; b++)
+      for (int i = 0; i < r; i++) source[b * N + P + i] = 1;
+  std::vector<int> slot(B * N, -7);
+  MatchArguments<T> a{{metric.data(), batch, row}, masked ? reinterpret_cast<const bool*>(source.data()) : nullptr,
+                      slot.data(), B, N, D, P, r};
+  check_true("match launch", match_tokens(a, nullptr) == cudaSuccess);
+  for (int b = 0; b < B; b++) {
+    std::vector<double> x(N * D);
+    for (int n = 0; n < N; n++) {
+      double norm = 0;
+      for (int d = 0; d < D; d++) norm += std::pow(to_float(metric[b * batch + n * row + d]), 2);
+      for (int d = 0; d < D; d++) x[n * D + d] = to_float(metric[b * batch + n * row + d]) / std::max(std::sqrt(norm), 1e-12);
+    }
+    const std::vector<char> mask(source.begin() + b * N, source.begin() + (b + 1) * N);
+    const auto want = match(x, masked ? &mask : nullptr, N, D, P, r);
+    for (int n = 0; n < N; n++)
+      check_close(std::string(type) + " match N" + std::to_string(N) + " token " + std::to_string(n), slot[b * N + n], want[n], 0);
+  }
+}
+
+// weights: 0 none, 1 size, 2 weight, 3 both
+template <class T>
+static void merges(const char* type, int B, int N, int M, int C, int pad, int weights, bool normalize, double eps,
+                   unsigned seed) {
+  Random random(seed);
+  const int64_t row = C + pad, batch = N * row;
+  std::vector<T> x(B * batch), y(size_t(B) * M * C, from_float<T>(NAN)), grad_y(y.size()), grad_x(size_t(B) * N * C, from_float<T>(NAN));
+  for (auto& v : x) v = from_float<T>(random.normal());
+  for (auto& v : grad_y) v = from_float<T>(random.normal());
+  std::vector<int> slot(B * N);
+  for (int i = 0; i < B * N; i++) slot[i] = random.below(5) == 0 ? M / 2 : random.below(M + 2) - 1;
+  for (auto& s : slot) s = s >= M - 1 && M > 1 ? -1 : s;  // the last row stays empty
+  std::vector<float> size(B * N), weight(B * N), size_out(B * M, NAN), grad_out(B * M), grad_size(B * N, NAN), grad_weight(B * N, NAN);
+  for (auto& v : size) v = float(1 + random.below(4));
+  for (auto& v : weight) v = random.uniform(0.1f, 2.f);
+  for (auto& v : grad_out) v = random.normal();
+  const bool sized = weights & 1, weighted = weights & 2;
+  const RowsIn<T> in{x.data(), batch, row};
+  CombineArguments<T, int> a{in, slot.data(), sized ? size.data() : nullptr, weighted ? weight.data() : nullptr,
+                             y.data(), size_out.data(), B, N, M, C, 0, normalize};
+  check_true("merge launch", combine_rows(a, nullptr) == cudaSuccess);
+
+  std::vector<double> want_y(y.size()), want_size(B * M), total(B * M);
+  auto w = [&](int i) { return double(weighted ? weight[i] : sized ? size[i] : 1.f); };
+  auto X = [&](int i, int c) { return double(to_float(x[i / N * batch + i % N * row + c])); };
+  for (int i = 0; i < B * N; i++) {
+    if (slot[i] < 0) continue;
+    const int m = i / N * M + slot[i];
+    want_size[m] += sized ? size[i] : 1;
+    total[m] += w(i);
+    for (int c = 0; c < C; c++) want_y[size_t(m) * C + c] += w(i) * X(i, c);
+  }
+  for (int m = 0; m < B * M; m++) {
+    check_close(std::string(type) + " size_out", size_out[m], want_size[m], 1e-5);
+    for (int c = 0; c < C; c++) {
+      double& want = want_y[size_t(m) * C + c];
+      if (normalize && total[m] != 0) want /= total[m];
+      check_close(std::string(type) + " merged", to_float(y[size_t(m) * C + c]), want, eps * (1 + std::fabs(want)));
+    }
+  }
+
+  MergeBackwardArguments<T> back{grad_y.data(), y.data(), sized ? grad_out.data() : nullptr, in, slot.data(),
+                                 sized ? size.data() : nullptr, weighted ? weight.data() : nullptr, grad_x.data(),
+                                 sized ? grad_size.data() : nullptr, weighted ? grad_weight.data() : nullptr,
+                                 B, N, M, C, 0, normalize};
+  check_true("merge backward launch", merge_backward(back, nullptr) == cudaSuccess);
+  for (int i = 0; i < B * N; i++) {
+    const int m = slot[i] < 0 ? -1 : i / N * M + slot[i];
+    const double divisor = m >= 0 && normalize && total[m] != 0 ? total[m] : 1;
+    double dot = 0;
+    for (int c = 0; c < C; c++) {
+      const double g = m < 0 ? 0 : to_float(grad_y[size_t(m) * C + c]), want = w(i) * g / divisor;
+      if (m >= 0) dot += g * (X(i, c) - (normalize && total[m] != 0 ? want_y[size_t(m) * C + c] : 0)) / divisor;
+      check_close(std::string(type) + " grad_x", to_float(grad_x[size_t(i) * C + c]), want, eps * (1 + std::fabs(want)));
+    }
+    const double of_size = sized && m >= 0 ? grad_out[m] : 0, slack = eps * std::sqrt(double(C)) * (4 + std::fabs(dot));
+    if (weighted) check_close(std::string(type) + " grad_weight", grad_weight[i], dot, slack);
+    if (sized) check_close(std::string(type) + " grad_size", grad_size[i], (weighted ? 0 : dot) + of_size, slack);
+  }
+}
+
+template <class T>
+static void all(const char* type, bool small, double eps) {
+  unsigned seed = 1;
+  matches<T>(type, 2, 17, 24, 1, 4, false, false, seed++);
+  matches<T>(type, 1, 50, 64, 2, 24, false, false, seed++);
+  matches<T>(type, 1, 33, 7, 0, 16, false, true, seed++);
+  matches<T>(type, 1, 40, 40, 1, 9, true, false, seed++);
+  matches<T>(type, 1, 1, 8, 1, 0, false, false, seed++);
+  merges<T>(type, 2, 17, 13, 24, 0, 1, true, eps, seed++);
+  merges<T>(type, 1, 9, 5, 7, 0, 3, true, eps, seed++);
+  merges<T>(type, 1, 9, 5, 8, 3, 2, false, eps, seed++);
+  merges<T>(type, 1, 40, 3, 16, 0, 0, true, eps, seed++);
+  if (small) return;
+  matches<T>(type, 2, 197, 64, 1, 16, false, false, seed++);
+  matches<T>(type, 1, 300, 40, 1, 149, false, true, seed++);
+  merges<T>(type, 2, 197, 181, 384, 0, 1, true, eps, seed++);
+  merges<T>(type, 1, 70, 50, 300, 0, 3, true, eps, seed++);
+}
+
+int main(int argc, char** argv) {
+  const bool small = argc > 1 && std::string(argv[1]) == "small";
+  all<float>("float32", small, 1e-6);
+  all<__half>("float16", small, 1. / 1024);
+  all<__nv_bfloat16>("bfloat16", small, 1. / 128);
+  return finish("merge_test");
+}

@@ -1,0 +1,92 @@
+// Ranking and gathering against a stable sort. All results are exact.
+#include "select.cu"
+
+#include "testing.h"
+
+using namespace p3b;
+
+template <class T>
+static void ranks(const char* type, int B, int S, int P, int keep, bool by_score, unsigned seed) {
+  Random random(seed);
+  const int64_t stride = S + 3;  // rows of a wider tensor
+  std::vector<T> scores(B * stride, from_float<T>(1e3f));
+  for (int b = 0; b < B; b++)
+    for (int i = 0; i < S; i++) {
+      float x = float(random.below(2 * S)) / S - 1;  // many ties, both signs
+      if (random.below(12) == 0) x = random.below(2) ? NAN : -INFINITY;
+      if (random.below(12) == 0) x = random.below(2) ? 0.f : -0.f;
+      scores[b * stride + i] = from_float<T>(x);
+    }
+  std::vector<int64_t> index(B * (P + keep), -7);
+  std::vector<int> slot(B * (P + S), -7);
+  check_true("rank launch", rank_tokens<T>(scores.data(), stride, B, S, P, keep, by_score, index.data(), nullptr,
+                                           nullptr) == cudaSuccess);
+  check_true("rank launch", rank_tokens<T>(scores.data(), stride, B, S, P, keep, by_score, nullptr, slot.data(),
+                                           nullptr) == cudaSuccess);
+  for (int b = 0; b < B; b++) {
+    std::vector<int> order(S);
+    for (int i = 0; i < S; i++) order[i] = i;
+    auto value = [&](int i) {
+      const float x = to_float(scores[b * stride + i]);
+      return std::make_pair(x == x ? 1 : 0, x == x ? x : 0.f);
+    };
+    std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return value(i) > value(j); });
+    order.resize(keep);
+    if (!by_score) std::sort(order.begin(), order.end());
+    std::vector<int> want(P + S, -1);
+    for (int i = 0; i < P; i++) want[i] = i;
+    for (int i = 0; i < keep; i++) want[P + order[i]] = P + i;
+    for (int i = 0; i < P + keep; i++)
+      check_close(std::string(type) + " index", double(index[b * (P + keep) + i]), i < P ? i : P + order[i - P], 0);
+    for (int i = 0; i < P + S; i++) check_close(std::string(type) + " slot", slot[b * (P + S) + i], want[i], 0);
+  }
+}
+
+template <class T>
+static void gathers(const char* type, int B, int N, int M, int C, int pad, unsigned seed) {
+  Random random(seed);
+  const int64_t row = C + pad, batch = M * row;
+  std::vector<T> y(B * batch), out(size_t(B) * N * C, from_float<T>(NAN));
+  for (auto& v : y) v = from_float<T>(random.normal());
+  std::vector<int> slot(B * N);
+  std::vector<int64_t> index(B * N);
+  for (int i = 0; i < B * N; i++) index[i] = slot[i] = random.below(M + 1) - 1;
+  const RowsIn<T> in{y.data(), batch, row};
+  auto compare = [&](const char* what) {
+    for (int i = 0; i < B * N; i++)
+      for (int c = 0; c < C; c++)
+        check_close(std::string(type) + what, to_float(out[size_t(i) * C + c]),
+                    slot[i] < 0 ? 0.5 : to_float(y[i / N * batch + slot[i] * row + c]), 0);
+  };
+  check_true("gather launch", gather_rows(in, slot.data(), out.data(), B, N, M, C, 0.5f, nullptr) == cudaSuccess);
+  compare(" gather by slot");
+  std::fill(out.begin(), out.end(), from_float<T>(NAN));
+  check_true("gather launch", gather_rows(in, index.data(), out.data(), B, N, M, C, 0.5f, nullptr) == cudaSuccess);
+  compare(" gather by index");
+}
+
+template <class T>
+static void all(const char* type, bool small) {
+  unsigned seed = 1;
+  for (bool by_score : {false, true}) {
+    ranks<T>(type, 2, 49, 1, 30, by_score, seed++);
+    ranks<T>(type, 1, 7, 0, 0, by_score, seed++);
+    ranks<T>(type, 1, 33, 2, 33, by_score, seed++);
+    ranks<T>(type, 1, 0, 1, 0, by_score, seed++);
+    if (small) continue;
+    ranks<T>(type, 2, 196, 1, 138, by_score, seed++);
+    ranks<T>(type, 1, 1024, 1, 500, by_score, seed++);
+  }
+  gathers<T>(type, 2, 17, 12, 24, 0, seed++);
+  gathers<T>(type, 1, 5, 9, 7, 0, seed++);
+  gathers<T>(type, 2, 3, 4, 8, 1, seed++);
+  if (!small) gathers<T>(type, 2, 50, 70, 384, 8, seed++);
+}
+
+int main(int argc, char** argv) {
+  const bool small = argc > 1 && std::string(argv[1]) == "small";
+  all<float>("float32", small);
+  all<__half>("float16", small);
+  all<__nv_bfloat16>("bfloat16", small);
+  return finish("select_test");
+}
