@@ -52,8 +52,8 @@ class Row:
     """One line of the table: a model's accuracy and costs."""
 
     name: str
-    top1: float
-    """Top-1 accuracy in percent."""
+    top1: float | None
+    """Top-1 accuracy in percent; None where the model was not trained on these classes."""
     params: int
     """Parameters."""
     macs: int
@@ -70,14 +70,18 @@ def measure(
     *,
     batch_size: int = 64,
     repeats: int = 15,
+    unscored: Sequence[str] = (),
 ) -> list[Row]:
-    """A Row for each model: accuracy on the loader, costs on its first images; the models are timed interleaved."""
+    """A Row for each model: accuracy on the loader (not for the names in `unscored`), costs on its first images.
+
+    The models are timed interleaved, on one batch of `batch_size` images.
+    """
     images = _first_images(loader, batch_size, next(iter(models.values())))
     rates = throughput(models, images, repeats=repeats)
     return [
         Row(
             name,
-            evaluate(model, loader)["top1"],
+            None if name in unscored else evaluate(model, loader)["top1"],
             count_params(model),
             count_macs(model, images.shape[1:]),
             peak_memory(model, images),
@@ -87,15 +91,15 @@ def measure(
     ]
 
 
-def relative(base: Row, row: Row) -> dict[str, float]:
+def relative(base: Row, row: Row) -> dict[str, float | None]:
     """The thesis's four figures of a model against its base.
 
     accuracy_improvement in points of top-1 (pruned - base); parameter_reduction, flops_reduction and
     throughput_improvement in percent of the base: 100 (1 - new / old) for the reductions, 100 (new / old -
-    1) for the throughput.
+    1) for the throughput. accuracy_improvement is None where one of the two has no accuracy.
     """
     return {
-        "accuracy_improvement": row.top1 - base.top1,
+        "accuracy_improvement": None if None in (row.top1, base.top1) else row.top1 - base.top1,
         "parameter_reduction": 100 * (1 - row.params / base.params),
         "flops_reduction": 100 * (1 - row.macs / base.macs),
         "throughput_improvement": 100 * (row.images_per_second / base.images_per_second - 1),
@@ -115,7 +119,7 @@ def tables(rows: Sequence[Row], *, markdown: bool = False) -> str:
     absolute = [
         (
             row.name,
-            f"{row.top1:.2f}",
+            "–" if row.top1 is None else f"{row.top1:.2f}",
             f"{row.params / 1e6:.3f}",
             f"{row.macs / 1e9:.4f}",
             f"{row.peak_memory / 2**20:.1f}",
@@ -129,7 +133,8 @@ def tables(rows: Sequence[Row], *, markdown: bool = False) -> str:
         for row in rows[1:]:
             change = relative(rows[0], row)
             points, *percents = change.values()
-            figures.append((row.name, f"{points:+.2f} points", *(f"{value:+.1f} %" for value in percents)))
+            shown = "–" if points is None else f"{points:+.2f} points"
+            figures.append((row.name, shown, *(f"{value:+.1f} %" for value in percents)))
         headings = (RELATIVE_HEADINGS[0].format(rows[0].name), *RELATIVE_HEADINGS[1:])
         text += "\n\n" + _table(headings, figures, markdown)
     return text

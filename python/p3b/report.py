@@ -206,9 +206,9 @@ def _draw_training(history: Mapping[str, Any]) -> Any:
         axis.set_xlabel("epoch (shaded: pruning; then fine-tuning)", fontsize=9)
     dense = history.get("dense_epochs") or []
     if dense:
-        accuracies = [100 * record["val_accuracy"] for record in dense]
+        accuracies = [record["val_accuracy"] for record in dense]
         left.plot(range(1, len(dense) + 1), accuracies, color="0.55", lw=1.3, ls="--", label="dense")
-    accuracies = [100 * record["val_accuracy"] for record in epochs]
+    accuracies = [record["val_accuracy"] for record in epochs]
     left.plot(time, accuracies, color=ACCENT, lw=1.6, label="pruned")
     left.set_ylabel("top-1 on the validation images (%)", fontsize=9)
     left.legend(fontsize=8, frameon=False, loc="lower right")

@@ -1,0 +1,575 @@
+# SPDX-License-Identifier: MIT
+"""The command line: `p3b demo | prune | finetune | evaluate | report | bench`.
+
+Settings come from flags or from a TOML or JSON file (`--config`) with the same keys; flags win. Both end up
+in the same two dataclasses, `Job` (what to train on and where to) and `Config` (how), which check them. A
+user's mistake is one line on stderr and exit code 2; `--debug` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+import textwrap
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import train
+from .architecture import build
+from .config import Config, recipes
+from .costs import count_macs, count_params, peak_memory, throughput
+from .data import AUGMENTS, Data, create_data
+from .evaluate import Row, evaluate, measure, tables
+from .report import write_report
+from .run import conditions, load_run, new_run_folder, save_run
+
+# Errors that a user can cause and mend. Anything else is a defect of this software and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError)
+
+
+@dataclass
+class Job:
+    """What is trained on what, and where the result goes."""
+
+    model: str = ""
+    """timm's name of a ViT or DeiT, or the folder of an earlier run, whose model is taken further."""
+    data: str = ""
+    """Image folder (train/CLASS/*.jpg and val/, or CLASS/*.jpg), .npz file, "digits", or a name timm reads."""
+    output: str = ""
+    """New folder for the result; one that holds files already is refused, never overwritten."""
+    pretrained: bool = True
+    """Start from timm's pre-trained weights (downloaded once)."""
+    checkpoint: str = ""
+    """Start from this .safetensors or PyTorch weights file instead; a head of another size is left out."""
+    model_kwargs: dict = dataclasses.field(default_factory=dict)
+    """Constructor arguments of the model, as JSON: {"depth": 6, "embed_dim": 96}."""
+    img_size: int = 0
+    """Edge of the images in pixels; 0 takes what the model was trained with."""
+    batch_size: int = 64
+    """Images per training step."""
+    workers: int = 0
+    """Processes that decode image files."""
+    augment: str = "light"
+    """Augmentation of training images: none, light or strong (strong needs image files)."""
+    classes: list = dataclasses.field(default_factory=list)
+    """Keep only these labels of an array set, as JSON: [5, 6, 7, 8, 9]."""
+    val_share: float = 0.2
+    """Share of each class set aside for validation where the data has no such part."""
+    data_root: str = ""
+    """Folder of the data sets that timm reads by name."""
+    download: bool = False
+    """Fetch a data set that timm reads by name."""
+    num_classes: int = 0
+    """Number of classes, for streamed sets that do not say it; 0 asks the data."""
+
+    def __post_init__(self) -> None:
+        kinds = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict": dict, "list": list}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, kinds[field.type]) or (isinstance(value, bool) and field.type != "bool"):
+                raise TypeError(f"config: {field.name} must be {field.type}, got {value!r}")
+        if self.augment not in AUGMENTS:
+            raise ValueError(f"config: augment must be one of {', '.join(AUGMENTS)}, got {self.augment!r}")
+
+    def require(self, *names: str) -> None:
+        """ValueError for the first of these settings that is empty."""
+        for name in names:
+            if not getattr(self, name):
+                raise ValueError(f"config: {name} must be given, with --{name} or in the config file, got nothing")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    debug = "--debug" in arguments
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as end:  # argparse has printed help or the error
+        return int(end.code or 0)
+    options.command_line = shlex.join(["p3b", *arguments])
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print(f"p3b {options.command}: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        print(f"p3b {options.command}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import demo
+
+    output = options.output or _free_name("runs/demo")
+    _threads(options.threads)
+    with new_run_folder(output) as folder, Progress() as progress:
+        text = demo(folder, seed=options.seed, quick=options.quick, progress=progress, command=options.command_line)
+    print(text)
+    print(f"\nwritten to {output}: the pruned model, history.json, metrics.json and report.md with pictures")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    job, config = _settings(options)
+    job.require("model", "data", "output")
+    _threads(options.threads)
+    with new_run_folder(job.output) as folder:
+        model, data, known = model_and_data(job, config)
+        dense = copy.deepcopy(model)
+        print(data.description, file=sys.stderr)
+        with Progress() as progress:
+            result = train.prune(model, data.train, data.val, config, progress=progress)
+        # A head that has never seen these classes has no accuracy worth a number.
+        unscored = () if known else ("dense",)
+        models = {"dense": dense, "pruned": result.model}
+        rows = measure(models, data.val, batch_size=job.batch_size, unscored=unscored)
+        save_run(
+            folder,
+            model=result,
+            saved_as="pruned",
+            data=data,
+            rows=rows,
+            history=result.history,
+            settings=dataclasses.asdict(job) | config.to_dict(),
+            title=f"{job.model} pruned by block benefit",
+            command=options.command_line,
+        )
+    print(tables(rows))
+    print(f"\nwritten to {job.output}; next: p3b evaluate {job.output}")
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    job, config = _settings(options)
+    job.require("model", "data", "output")
+    _threads(options.threads)
+    with new_run_folder(job.output) as folder:
+        model, data, _ = model_and_data(job, config)
+        print(data.description, file=sys.stderr)
+        with Progress() as progress:
+            history = train.finetune(
+                model, data.train, data.val, config, epochs=config.finetune_epochs, progress=progress
+            )
+        rows = measure({"fine-tuned": model}, data.val, batch_size=job.batch_size)
+        save_run(
+            folder,
+            model=model,
+            saved_as="fine-tuned",
+            data=data,
+            rows=rows,
+            history=history,
+            settings=dataclasses.asdict(job) | config.to_dict(),
+            title=f"{job.model} fine-tuned",
+            command=options.command_line,
+        )
+    print(tables(rows))
+    print(f"\nwritten to {job.output}; next: p3b prune --model {job.output} --data {job.data} ...")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _threads(options.threads)
+    model, meta = load_run(options.folder)
+    device = _device(options.device)
+    settings = dict(meta["data"])
+    if options.data:
+        settings |= dict(source=options.data, root=options.data_root or settings.get("root"))
+    data = create_data(**settings, workers=options.workers, device=device)
+    if data.num_classes != len(meta["class_names"]):
+        have = len(meta["class_names"])
+        raise ValueError(f"evaluate: data must have the model's {have} classes, got {data.num_classes}")
+    found = evaluate(model.to(device), data.val)
+    print(f"top-1 {found['top1']:.2f} %   top-5 {found['top5']:.2f} %   loss {found['loss']:.4f}   ", end="")
+    print(f"({found['images']:,} images of {data.description})")
+    if not options.data and not math.isclose(found["top1"], meta["top1"], abs_tol=5e-3):
+        print(f"the run reported {meta['top1']:.2f} %: another machine, dtype or library rounds differently")
+
+
+def _report(options: argparse.Namespace) -> None:
+    print(f"written: {write_report(options.folder)}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    _threads(options.threads)
+    device = _device(options.device)
+    models = _bench_models(options.model, options.img_size)
+    first = next(iter(models.values()))
+    size = (first.patch_embed.proj.in_channels, *first.patch_embed.img_size)
+    images = torch.randn(options.batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    for model in models.values():
+        model.to(device)
+    rates = throughput(models, images, repeats=options.repeats)
+    rows = [
+        Row(name, None, count_params(m), count_macs(m, size), peak_memory(m, images), rates[name])
+        for name, m in models.items()
+    ]
+    print(tables(rows))
+    print("\n" + conditions(images))
+
+
+def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
+    """The model to start from, its data, and whether its head already knows the classes (an earlier run's does)."""
+    import timm
+
+    device = _device(config.device)
+    common: dict[str, Any] = dict(
+        batch_size=job.batch_size,
+        seed=config.seed,
+        workers=job.workers,
+        device=device,
+        augment=job.augment,
+        classes=job.classes or None,
+        val_share=job.val_share,
+        root=job.data_root or None,
+        download=job.download,
+        num_classes=job.num_classes or None,
+    )
+    if os.path.isdir(job.model):
+        model, meta = load_run(job.model)
+        before = meta["data"]
+        size = job.img_size or before["img_size"]
+        data = create_data(job.data, img_size=size, mean=before["mean"], std=before["std"], **common)
+        known = list(data.class_names) == meta["class_names"]
+        if not known:
+            torch.manual_seed(config.seed)
+            model.reset_classifier(data.num_classes)
+        return model.to(device), data, known
+    check_model_name(job.model)
+    normal = timm.get_pretrained_cfg(job.model)
+    size = job.img_size or (normal.input_size[1:] if normal else 224)
+    data = create_data(job.data, img_size=size, **common)
+    if normal and data.in_chans == 3 and (job.pretrained or job.checkpoint):
+        # Trained weights expect the colours they were trained on.
+        data = create_data(job.data, img_size=size, mean=normal.mean, std=normal.std, **common)
+    torch.manual_seed(config.seed)
+    return create_model(job, data).to(device), data, False
+
+
+def check_model_name(name: str) -> None:
+    """ValueError with near matches unless timm knows the model."""
+    import timm
+
+    if timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*") + timm.list_models("*deit*"), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"model: name must be one that timm knows or the folder of a run, got {name!r}{hint}")
+
+
+def create_model(job: Job, data: Data) -> nn.Module:
+    """The timm model of a job with a head for the data; ValueError where it is no ViT or has no weights."""
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    arguments = dict(job.model_kwargs) | dict(num_classes=data.num_classes, in_chans=data.in_chans)
+    fetch = job.pretrained and not job.checkpoint
+    try:
+        model = timm.create_model(job.model, pretrained=fetch, img_size=data.img_size, **arguments)
+    except (*USER_ERRORS, RuntimeError, AttributeError, AssertionError) as error:
+        way = "; --checkpoint FILE or --no-pretrained does without the download" if fetch else ""
+        raise ValueError(f"model: {job.model} must be a ViT that can be built, got {error}{way}") from error
+    if not isinstance(model, VisionTransformer):
+        kind = type(model).__name__
+        raise ValueError(f"model: {job.model} must be one of timm's VisionTransformers (ViT, DeiT), got a {kind}")
+    if job.checkpoint:
+        _load_weights(model, job.checkpoint)
+    return model
+
+
+def _load_weights(model: nn.Module, path: str) -> None:
+    from timm.models import load_state_dict
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    try:
+        weights = checkpoint_filter_fn(load_state_dict(path, weights_only=True), model)
+    except Exception as error:  # safetensors, zipfile and torch raise kinds of their own for a damaged file
+        raise ValueError(f"checkpoint: {path} must be a readable weights file, got {error}") from error
+    head = [name for name in weights if name.startswith(("head.", "head_dist."))]
+    own = model.state_dict()
+    for name in head:
+        if name in own and own[name].shape != weights[name].shape:
+            del weights[name]
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: {path} must fit the model, got {error}") from error
+    missing = [name for name in missing if not name.startswith(("head.", "head_dist."))]
+    if missing or unexpected:
+        amiss = ", ".join([*missing, *unexpected][:4])
+        raise ValueError(f"checkpoint: {path} must fit the model, got missing or unknown {amiss}")
+
+
+def _bench_models(name: str, img_size: int) -> dict[str, nn.Module]:
+    """Dense and (of a run) pruned model, each as timm runs it and with p3b_ext's attention."""
+    import timm
+
+    from p3b_ext.patch import patch, unpatch
+
+    if os.path.isdir(name):
+        small, _ = load_run(name)
+        models = {"dense": build(small.p3b_description), "pruned": unpatch(small)}
+    else:
+        check_model_name(name)
+        models = {"dense": timm.create_model(name, **({"img_size": img_size} if img_size else {}))}
+    patched = {f"{key} + p3b_ext": patch(copy.deepcopy(model)) for key, model in models.items()}
+    return models | patched
+
+
+def _settings(options: argparse.Namespace) -> tuple[Job, Config]:
+    """Job and Config from the config file, if there is one, and the flags; flags win."""
+    given = _read_config(options.config) if options.config else {}
+    keys = {cls: [field.name for field in dataclasses.fields(cls)] for cls in (Job, Config)}
+    known = keys[Job] + keys[Config]
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f" (known: {', '.join(known)})"
+            raise ValueError(f"config: key must be a known setting, got {key!r} in {options.config}{hint}")
+    given |= {key: value for key, value in vars(options).items() if key in known}
+    job = Job(**{key: value for key, value in given.items() if key in keys[Job]})
+    return job, Config.from_dict({key: value for key, value in given.items() if key in keys[Config]})
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    if path in recipes():
+        return Config.from_file(path).to_dict()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        have = ", ".join(recipes())
+        raise ValueError(f"config: {path} must be a TOML or JSON file or one of {have}, got {error}") from error
+    try:
+        values = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"config: {path} must be {'JSON' if path.endswith('.json') else 'TOML'}, got {error}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path} must hold keys and values, got a {type(values).__name__}")
+    return values
+
+
+def _sentences(cls: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    return {
+        field.target.id: " ".join(ast.literal_eval(text.value).split())
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def _add_flags(parser: argparse.ArgumentParser, title: str, cls: type, leave_out: Sequence[str] = ()) -> None:
+    """One flag for each field of a dataclass."""
+    group = parser.add_argument_group(title)
+    sentences = _sentences(cls)
+    kinds = {"int": int, "float": float, "str": str, "dict": json.loads, "list": json.loads}
+    for field in dataclasses.fields(cls):
+        if field.name in leave_out:
+            continue
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        text = sentences[field.name].replace("%", "%%")
+        if default not in ("", {}, []):
+            text += f" (default: {default})"
+        flag = "--" + field.name.replace("_", "-")
+        common = dict(dest=field.name, default=argparse.SUPPRESS, help=text)
+        if field.type == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        else:
+            names = {"int": "N", "float": "X", "str": "TEXT", "dict": "JSON", "list": "JSON"}
+            group.add_argument(flag, type=kinds[field.type], metavar=names[field.type], **common)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line and exit code 2 (argparse's own prints the whole usage as well)."""
+        command = self.prog.removeprefix("p3b").strip()
+        near = ""
+        if "invalid choice" not in message and "unrecognized" in message:
+            flags = [f for action in self._actions for f in action.option_strings]
+            wrong = next((w for w in message.split() if w.startswith("-")), "")
+            close = difflib.get_close_matches(wrong.split("=")[0], flags, n=2)
+            near = f"; did you mean {' or '.join(close)}?" if close else ""
+        self.exit(2, f"{self.prog}: {message}{near} (p3b {command} --help)".replace("p3b  ", "p3b ") + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="p3b",
+        description="Make a Vision Transformer small for your own images: prune it by block benefit, fine-tune it, "
+        "compare it with the dense model.",
+        epilog="start with: p3b demo",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Any, text: str, example: str, usage: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            usage=usage,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example: {example}",
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name != "report":
+            sub.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+        return sub
+
+    demo = command("demo", _demo, "the whole method on scikit-learn's digits, in minutes on two cores", "p3b demo")
+    demo.add_argument(
+        "--output", metavar="DIR", help="new folder for the result (default: runs/demo, runs/demo-2, ...)"
+    )
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same accuracies and masks")
+    demo.add_argument("--quick", action="store_true", help="a few seconds: everything runs, nothing is learnt")
+
+    prune = command(
+        "prune",
+        _prune,
+        "prune a model on your images to a share of its size, then fine-tune it",
+        "p3b prune --model deit_small_patch16_224 --data photos/ --prune-ratio 0.5 --output runs/photos",
+        "p3b prune --model NAME|FOLDER --data DIR|NAME --prune-ratio R --output DIR [--config FILE] [settings]",
+    )
+    finetune = command(
+        "finetune",
+        _finetune,
+        "fine-tune a model (of timm, or of an earlier run) on your images, without pruning",
+        "p3b finetune --model deit_small_patch16_224 --data photos/ --finetune-epochs 20 --output runs/dense",
+        "p3b finetune --model NAME|FOLDER --data DIR|NAME --output DIR [--config FILE] [settings]",
+    )
+    for sub in (prune, finetune):
+        known = f", or a recipe ({', '.join(recipes())})" if recipes() else ""
+        text = f"TOML or JSON file of the settings below (prune_ratio = 0.5){known}; flags win"
+        sub.add_argument("--config", metavar="FILE", help=text)
+        _add_flags(sub, "what and where to", Job)
+        _add_flags(sub, "how", Config)
+
+    evaluate = command(
+        "evaluate", _evaluate, "accuracy of a run's model", "p3b evaluate runs/photos --data other_photos/"
+    )
+    evaluate.add_argument("folder", metavar="FOLDER", help="folder of a run")
+    evaluate.add_argument("--data", metavar="SOURCE", help="other images than the run's own (read at the same size)")
+    evaluate.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")
+    evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode image files")
+    evaluate.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:1, ...")
+
+    report = command(
+        "report", _report, "write report.md and its pictures again from a run's records", "p3b report runs/photos"
+    )
+    report.add_argument("folder", metavar="FOLDER", help="folder of a run")
+
+    bench = command("bench", _bench, "images per second of a run's model beside the dense one", "p3b bench runs/photos")
+    bench.add_argument("model", metavar="FOLDER|MODEL", help="folder of a run, or a timm name")
+    bench.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per pass (default: 64)")
+    bench.add_argument("--img-size", type=int, default=0, metavar="N", help="edge in pixels, for a timm name")
+    bench.add_argument("--repeats", type=int, default=15, metavar="N", help="timed passes of each model (default: 15)")
+    bench.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:1, ...")
+    return parser
+
+
+class Progress:
+    """A bar for each phase of a run: phase, epoch, loss, accuracy and remaining parameters.
+
+    On a terminal a moving bar; elsewhere (a log file) one line when a phase ends.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._name, self._epochs, self._steps, self._done = "", 0, 0, 0
+        self._started, self._last = 0.0, ""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def phase(self, name: str, total_epochs: int) -> None:
+        """Begin a phase; ends the one before."""
+        self.close()
+        self._name, self._epochs, self._steps, self._done = name, total_epochs, 0, 0
+        self._started, self._last = time.perf_counter(), ""
+
+    def step(self, *, epoch: int, step: int, steps: int, phase: str = "", loss: Any = None, accuracy: Any = None,
+             params: Any = None) -> None:  # fmt: skip
+        """One optimizer step is done; loss, accuracy (percent) and params may be None where not known."""
+        if self._bar is None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            form = "{desc:9} {percentage:3.0f}% |{bar:20}| {postfix} [{elapsed}<{remaining}]"
+            self._bar = tqdm(total=self._epochs * steps, desc=self._name, bar_format=form, leave=True)
+        self._steps = steps
+        shown = [f"epoch {epoch + 1}/{self._epochs}"]
+        if loss is not None:
+            shown.append(f"loss {float(loss):.3f}")
+        if accuracy is not None:
+            shown.append(f"top-1 {float(accuracy):.1f} %")
+        if params is not None:
+            shown.append(f"{int(params) / 1e6:.3f} M params")
+        self._last = "  ".join(shown)
+        if self._bar is not None:
+            # The bar redraws at most ten times a second by itself.
+            self._bar.postfix = self._last
+            self._bar.update(epoch * steps + step + 1 - self._bar.n)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """An epoch is done; its record is what history.json will hold."""
+
+    def close(self) -> None:
+        """End the current phase."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        elif self._last:
+            seconds = time.perf_counter() - self._started
+            print(f"{self._name}: {self._last}  {seconds:.1f} s", file=sys.stderr)
+        self._last = ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, ValueError) else f"{text} ({type(error).__name__}; --debug shows where)"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: name must be a device of this machine, got {name!r} ({error})") from error
+    return torch.device(name)
+
+
+def _threads(count: int) -> None:
+    if count < 0:
+        raise ValueError(f"threads: count must be 1 or more (0: all cores), got {count}")
+    if count:
+        torch.set_num_threads(count)
+
+
+def _free_name(wanted: str) -> str:
+    """`wanted`, or wanted-2, wanted-3, ... where that exists."""
+    number, name = 1, wanted
+    while os.path.exists(name):
+        number += 1
+        name = f"{wanted}-{number}"
+    return name

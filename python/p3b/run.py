@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""The folder of a run: made whole or not at all, never overwritten, readable without this software.
+
+model.safetensors and model.json (checkpoint.py), config.json (every setting), history.json (what training recorded),
+metrics.json (the table), report.md and its pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint
+from .data import Data
+from .evaluate import Row, metrics
+from .report import HISTORY, METRICS, write_json, write_report
+
+CONFIG = "config.json"
+
+
+@contextlib.contextmanager
+def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name when the block ends well and is removed otherwise.
+
+    ValueError where `output` holds anything already.
+    """
+    target = Path(output).expanduser()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"output: folder must be new or empty, got the file {target}")
+    if target.is_dir() and any(target.iterdir()):
+        held = "a run" if (target / METRICS).exists() or (target / checkpoint.DESCRIPTION).exists() else "files"
+        raise ValueError(f"output: folder must be new or empty, got {target}, which already holds {held}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    staging.mkdir()
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    try:
+        if target.exists():
+            target.rmdir()
+        os.rename(staging, target)
+    except OSError as error:
+        raise OSError(f"output: {target} must be free, got {error}; the result is in {staging}") from error
+
+
+def save_run(
+    folder: Path,
+    *,
+    model: Any,
+    saved_as: str,
+    data: Data,
+    rows: Sequence[Row],
+    history: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    title: str,
+    command: str,
+    seconds: Mapping[str, float] | None = None,
+) -> None:
+    """Write the files of a run: model, config.json, history.json, metrics.json, report.md and pictures.
+
+    `model` is the Result of a pruning run or a plain model, `saved_as` the name of its row.
+    """
+    images = next(iter(data.val))[0]
+    meta = {
+        "data": data.settings,
+        "class_names": list(data.class_names),
+        "top1": next(row.top1 for row in rows if row.name == saved_as),
+    }
+    checkpoint.save(model, folder, meta=meta)
+    write_json(folder / CONFIG, dict(settings))
+    write_json(folder / HISTORY, history)
+    record = {
+        "title": title,
+        "description": data.description,
+        "conditions": conditions(images),
+        "command": command,
+        "seconds": dict(seconds or {}),
+        **metrics(rows),
+    }
+    write_json(folder / METRICS, record)
+    write_report(folder)
+
+
+def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a run folder, in eval mode, and what was saved with it: data settings, class names, top-1."""
+    model = checkpoint.load(folder)
+    meta = checkpoint.read_meta(folder)
+    missing = [key for key in ("data", "class_names", "top1") if key not in meta]
+    if missing:
+        raise ValueError(f"p3b: {folder} must be the folder of a p3b run, got one without {', '.join(missing)}")
+    return model, meta
+
+
+def conditions(images: torch.Tensor) -> str:
+    """One sentence on how the costs were measured: machine, threads, batch, dtype, versions."""
+    if images.is_cuda:
+        machine = torch.cuda.get_device_name(images.device)
+        memory = "torch.cuda.max_memory_allocated"
+    else:
+        machine = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        memory = "the sum of live tensors"
+    size = " x ".join(str(n) for n in images.shape)
+    return (
+        f"Costs: one forward pass of {size}, {str(images.dtype).removeprefix('torch.')}, on {machine}; images/s is "
+        f"the median of interleaved repeats, peak memory {memory} (weights included), GMACs are for one image. "
+        f"PyTorch {torch.__version__}."
+    )
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
