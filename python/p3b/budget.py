@@ -121,10 +121,12 @@ class Cost:
         return torch.where(o == 0, 0.0, torch.where(a * q == 0, self.constant * o, whole))
 
 
-def prune_count(gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, target: float) -> int:
-    """How many elements, counted from the lowest rank, to prune so that the cost comes closest to `target`: exact, no search.
+def prune_count(
+    gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, target: float
+) -> tuple[int, float]:
+    """How many elements, from the lowest rank up, to prune so that the cost comes closest to `target`: exact, no search.
 
-    `argmin_p |cost(counts after pruning the p lowest) - target|`; the smaller p where two are equally close.
+    `argmin_p |cost(counts after pruning the p lowest) - target|`, and that distance; the smaller p where two are as close.
 
     gate_of_rank: int `[E]`, the gate (0 in, 1 out, 2 inner) of each element in ascending order of its score.
     sizes: elements of the gates (in, out, inner), adding up to E.
@@ -134,7 +136,9 @@ def prune_count(gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, t
     one_hot = torch.nn.functional.one_hot(gate_of_rank.long(), 3)
     pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long), one_hot.cumsum(0)))
     kept = torch.tensor(sizes) - pruned  # [E + 1, 3]
-    return int((cost(kept[:, 0], kept[:, 2], kept[:, 1]) - target).abs().argmin())
+    error = (cost(kept[:, 0], kept[:, 2], kept[:, 1]) - target).abs()
+    pruned = int(error.argmin())
+    return pruned, float(error[pruned])
 
 
 def _vector(op: str, name: str, value: Tensor, length: int | None = None) -> Tensor:

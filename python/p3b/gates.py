@@ -427,14 +427,9 @@ class Gates:
         change: dict[str, dict[str, int]] = {"reactivated": {}, "removed": {}}
         for block, kappa in zip(self.blocks, keep_ratio.tolist(), strict=True):
             here = slice(block.start, block.stop)
-            order = rank_order(
-                block,
-                score,
-                energy if rank_zero_by == "gradient" else self.last_score,
-                awake,
-                [scales[name] for name in block.gate_names],
-            )
-            masks[here] = _block_mask(block, order, kappa, tau, unit)
+            tie = energy if rank_zero_by == "gradient" else self.last_score
+            ranks = scaled_ranks(block, score, tie, awake, [scales[name] for name in block.gate_names])
+            masks[here] = block_mask(block, ranks, kappa, tau, unit)
             before, after = values[here] >= HARD, masks[here] >= HARD
             change["reactivated"][block.name] = int((after & ~before).sum())
             change["removed"][block.name] = int((before & ~after).sum())
@@ -455,11 +450,11 @@ class Gates:
         self.values.copy_(self.hard())
 
 
-def rank_order(block: SubBlock, score: Tensor, tie: Tensor, awake: Tensor, scales: list[float]) -> Tensor:
-    """Places (0-based inside the sub-block) of its elements in ascending order of scaled rank; equal ranks, lower place first.
+def scaled_ranks(block: SubBlock, score: Tensor, tie: Tensor, awake: Tensor, scales: list[float]) -> Tensor:
+    """Rank of every element of a sub-block on the axis that its three gates share, float64 `[E]`.
 
-    Inside a gate the elements are ranked 1/n .. 1 by `score`, those asleep below all others by `tie`; the ranks are multiplied by the
-    gate's scale and the gates concatenated. score, tie, awake: `[G]` on the host.
+    Inside a gate the elements are ranked 1/n .. 1 by `score`, those asleep below all others by `tie`, equal ones by place; the ranks
+    are multiplied by the gate's scale. score, tie, awake: `[G]` on the host; scales: of the gates in, out, inner.
     """
     scaled = []
     for place, scale in zip(block.slices(), scales, strict=True):
@@ -467,19 +462,30 @@ def rank_order(block: SubBlock, score: Tensor, tie: Tensor, awake: Tensor, scale
         second = torch.where(awake[place], torch.zeros_like(tie[place]), tie[place]).numpy()
         ranks = np.empty(len(first))
         ranks[np.lexsort((second, first))] = np.arange(1, len(first) + 1)
-        scaled.append(torch.from_numpy(ranks / len(first) * scale))
-    return torch.cat(scaled).argsort(stable=True)
+        scaled.append(ranks / len(first) * scale)
+    return torch.from_numpy(np.concatenate(scaled).round(12))  # so that 1.5 * (2 / 48) and 3 / 48 are equal
 
 
-def _block_mask(block: SubBlock, order: Tensor, kappa: float, tau: float, unit: str) -> Tensor:
-    elements = len(order)
+def block_mask(block: SubBlock, ranks: Tensor, kappa: float, tau: float, unit: str = "params") -> Tensor:
+    """Soft mask `[E]` of a sub-block that keeps the share `kappa` of its cost as closely as its ranks allow.
+
+    Elements of different gates often have equal ranks; of the six orders of gates the one that comes closest breaks the ties.
+    """
+    elements = len(ranks)
     if kappa >= 1:
         return torch.ones(elements)
     if kappa <= 0:
         return torch.zeros(elements)
-    gate_of_place = torch.repeat_interleave(torch.arange(3), torch.tensor(block.sizes))
+    gate = torch.repeat_interleave(torch.arange(3), torch.tensor(block.sizes))
     cost = block.params if unit == "params" else block.macs
-    pruned = budget.prune_count(gate_of_place[order], block.sizes, cost, kappa * block.full(unit))
+    target = kappa * block.full(unit)
+    best = (math.inf, elements, torch.arange(elements))
+    for places in itertools.permutations(range(3)):
+        order = torch.from_numpy(np.lexsort((torch.tensor(places)[gate].numpy(), ranks.numpy())))
+        pruned, error = budget.prune_count(gate[order], block.sizes, cost, target)
+        if error < best[0]:
+            best = (error, pruned, order)
+    _, pruned, order = best
     if pruned in (0, elements):
         return torch.full((elements,), float(pruned == 0))
     mask = torch.empty(elements)
