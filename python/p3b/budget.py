@@ -61,7 +61,7 @@ def keep_ratios(
     dense = float(weight.sum()) + float(outside_params)
     wanted = (1 - prune_ratio) * dense - float(outside_params)
     smallest = floor * float(weight.sum())
-    if wanted < smallest:
+    if wanted < smallest - 1e-9 * dense:  # rounding must not refuse the smallest model itself
         least = smallest + float(outside_params)
         raise ValueError(
             f"keep_ratios: prune_ratio must be at most {1 - least / dense:.4f} (the smallest possible model keeps {least:,.0f} "
@@ -83,7 +83,7 @@ def keep_ratios(
     cost = spent(bends)
     right = int(torch.searchsorted(cost, torch.tensor(wanted, dtype=cost.dtype)).clamp(1, len(bends) - 1))
     low, high = cost[right - 1], cost[right]
-    step = (wanted - low) / (high - low) if high > low else torch.zeros(())
+    step = ((wanted - low) / (high - low)).clamp(0, 1) if high > low else torch.zeros(())
     scale = bends[right - 1] + step * (bends[right] - bends[right - 1])
     return (scale * imp).clamp(floor, 1.0)
 
