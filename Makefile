@@ -10,7 +10,7 @@ OLD_TIMM := 1.0.23
 .PHONY: demo test bench fuzz lint format setup clean
 
 demo: setup  ## the main job on real images, minutes on two cores
-	$(BIN)/p3b demo --output runs/demo
+	$(BIN)/p3b demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup $(VENV)/.oldest  ## everything that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
