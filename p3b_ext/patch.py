@@ -30,7 +30,8 @@ class Patch:
     depth: int
     first: int  # the first block that takes part in token reduction
     final: Final = field(default_factory=Final)
-    classes: dict[str, tuple[type, type]] = field(default_factory=dict)  # module name -> (original class, new class)
+    # module name -> its class before, and what it became: a class, or a mixin of reduced.py over the class before
+    classes: dict[str, tuple[type, type]] = field(default_factory=dict)
 
 
 def patch(
@@ -65,13 +66,13 @@ def patch(
     if linear == "onednn" or (linear == "auto" and prefer_onednn()):
         swaps |= {name: OneDnnLinear for name, m in model.named_modules() if type(m) is nn.Linear}
     if reduction is not None:
-        swaps[""] = subclass(ReducingModel, type(model))
+        swaps[""] = ReducingModel
 
     record = Patch(reduction, trace, linear, depth, first)
     for name, new in swaps.items():
         module = model.get_submodule(name)
         record.classes[name] = (type(module), new)
-        module.__class__ = new
+        module.__class__ = _patched(type(module), new)
     setattr(model, RECORD, record)
     _give_roles(model)
     return model
@@ -85,7 +86,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     modules = dict(model.named_modules())
     for name, (old, new) in record.classes.items():
         module = modules.get(name)
-        if type(module) is new:  # else it was replaced since, by reset_classifier for one
+        if type(module) is _patched(old, new):  # else it was replaced since, by reset_classifier for one
             module.__class__ = old
     for module in modules.values():
         module.__dict__.pop(ROLE, None)
@@ -129,7 +130,7 @@ def reducing_blocks(model: VisionTransformer, reduction: Reduction) -> list[int]
     depth = len(model.blocks)
     reduction.validate(depth, model.has_class_token)
     wanted = [i for i in range(depth) if reduction.reduces(i, depth)]
-    silent = [i for i in wanted if getattr(model.blocks[i], "attn", None) is None]
+    silent = [i for i in wanted if getattr(model.blocks[i], "attn", model) is None]
     if silent and hasattr(reduction, "blocks"):
         raise ValueError(f"patch: blocks must be ones with attention, got {silent[0]} (pruned away); choose others")
     return [i for i in wanted if i not in silent]
@@ -188,8 +189,12 @@ def _block_swaps(model: VisionTransformer, first: int) -> dict[str, type]:
             )
         if known and not isinstance(block.attn, timm.layers.Attention):
             raise NotImplementedError(f"patch: blocks.{i}.attn must be an Attention, got {type(block.attn).__name__}")
-        swaps[f"blocks.{i}"] = subclass(ReducingBlock, type(block))
+        swaps[f"blocks.{i}"] = ReducingBlock
     return swaps
+
+
+def _patched(old: type, new: type) -> type:
+    return new if issubclass(new, nn.Module) else subclass(new, old)
 
 
 def _give_roles(model: nn.Module) -> None:

@@ -105,20 +105,24 @@ class TokenPlan:
                 f"{op}: then must be a plan for [{self.slot.shape[0]}, {self.num_out}] tokens, "
                 f"got one for {list(then.slot.shape)}"
             )
-        kept, row = self.slot >= 0, self.slot.clamp_min(0).long()
-        slot = torch.where(kept, then.slot.gather(1, row), -1)
+        slot = follow(self.slot, then.slot)
         if self.index is not None and then.index is not None:
             return TokenPlan(slot, then.num_out, index=self.index.gather(1, then.index))
         if self.weight is None and then.weight is None:
             if all(plan.normalize or plan.index is not None for plan in (self, then)):
                 return TokenPlan(slot, then.num_out)  # means of means weighted by size are means
         elif not any(plan.normalize and plan.index is None for plan in (self, then)):
-            weight = _ones_or(then.weight, then.slot, self.weight).gather(1, row)
-            weight = torch.where(kept, weight * _ones_or(self.weight, self.slot, then.weight), 0)
+            weight = _ones_or(then.weight, then.slot, self.weight).gather(1, self.slot.clamp_min(0).long())
+            weight = torch.where(self.slot >= 0, weight * _ones_or(self.weight, self.slot, then.weight), 0)
             return TokenPlan(slot, then.num_out, weight, normalize=False)
         raise NotImplementedError(
             f"{op}: means and weighted sums must not be mixed; apply the plans one after the other"
         )
+
+
+def follow(slot: Tensor, then: Tensor) -> Tensor:
+    """Where tokens are after the map `then` [B, M], given where they were before it: slot [B, N]; -1 stays -1."""
+    return torch.where(slot >= 0, then.gather(1, slot.clamp_min(0).long()), -1)
 
 
 def _ones_or(weight: Tensor | None, slot: Tensor, like: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .modules import AttentionOutput
 from .ops.merge import unmerge_tokens
-from .plan import TokenPlan
+from .plan import TokenPlan, follow
 from .reduction import Reduction
 
 RECORD = "_p3b_patch"  # attribute of a patched model: its Patch
@@ -59,7 +59,7 @@ def own_halves(block: nn.Module) -> bool:
 
 @functools.cache
 def subclass(mixin: type, base: type) -> type:
-    """A class (mixin, base) that deepcopy and pickle can find again."""
+    """The class (mixin, base), whose objects deepcopy and pickle can make again."""
 
     def reduce(self, protocol):
         return _rebuild, (mixin, base), self.__dict__.copy()
@@ -132,7 +132,7 @@ def _follow(slots: tuple[Tensor, ...], plan: TokenPlan | None, x: Tensor) -> Ten
         if plan is not None:
             return plan.slot
         return torch.arange(x.shape[1], dtype=torch.int32, device=x.device).expand(x.shape[0], -1)
-    return slots[-1] if plan is None else TokenPlan(slots[-1], x.shape[1]).compose(plan).slot
+    return slots[-1] if plan is None else follow(slots[-1], plan.slot)
 
 
 def _traced(model: nn.Module, x: Tensor, seen: dict[int, Tensor | Tokens]) -> Tensor:

@@ -101,7 +101,7 @@ def test_a_mask_of_sources(data):
     plan = plan_merge(data["metric"], 4, source=source)
     merged = torch.stack([plan.slot[b].bincount(minlength=N - 4) for b in range(B)])
     assert merged.shape[1] == N - 4 and (merged.sum(1) == N).all()
-    with pytest.raises(ValueError, match="match_tokens: .*source"):
+    with pytest.raises(ValueError, match=r"match_tokens: .*source"):
         plan_merge(data["metric"], 4, source=torch.zeros(B, N, dtype=torch.bool))
 
 

@@ -1,0 +1,385 @@
+"""patch / unpatch on every family of timm's VisionTransformer: logits, state, copies, compilation, export, errors."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Block, DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
+from torch import nn
+from vits import FAMILIES, family, images, vit
+
+import p3b_ext.linear
+from p3b_ext.linear import OneDnnLinear, linear
+from p3b_ext.modules import Attention
+from p3b_ext.patch import patch, token_map, unpatch
+from p3b_ext.reduction import PPT, EViT, ToMe, TopK
+
+REDUCTIONS = {
+    "tome": ToMe(9),
+    "tome_plain": ToMe((9, -0.5), proportional=False),
+    "ppt": PPT(r=12, blocks=(1, 3), threshold=2e-4, score="received"),
+    "topk": TopK(0.6, blocks=(0, 2), score="entropy_value"),
+    "evit": EViT(0.6, blocks=(1, 2)),
+}
+
+
+@pytest.fixture(autouse=True)
+def forget_compilations():
+    """Every model here runs through the same timm code; dynamo gives up after eight versions of it."""
+    yield
+    torch._dynamo.reset()
+
+
+def usable(reduction, model) -> bool:
+    return model.has_class_token or not isinstance(reduction, EViT)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dense_patch_keeps_the_logits(name):
+    model, x = family(name), images()
+    with torch.no_grad():
+        before, features, keys = model(x), model.forward_features(x), list(model.state_dict())
+        assert patch(model) is model
+        assert any(isinstance(m, Attention) for m in model.modules())
+        torch.testing.assert_close(model(x), before, atol=2e-5 * before.abs().max().item(), rtol=1e-4)
+        torch.testing.assert_close(model.forward_features(x), features, atol=1e-4, rtol=1e-3)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("reduction", REDUCTIONS.values(), ids=REDUCTIONS)
+def test_unpatch_is_bit_for_bit(name, reduction):
+    model, x = family(name), images()
+    if not usable(reduction, model):
+        with pytest.raises(
+            ValueError, match=r"EViT: score must be one of .* for a model without class token, got 'cls'"
+        ):
+            patch(model, reduction)
+        return
+    classes = {key: (type(m), set(m.__dict__)) for key, m in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        before = model(x)
+        reduced = patch(model, reduction, trace=True)(x)
+        assert reduced.shape == before.shape and reduced.isfinite().all()
+        assert not torch.allclose(reduced, before)
+        assert unpatch(model) is model
+        assert torch.equal(model(x), before)
+    assert {key: (type(m), set(m.__dict__)) for key, m in model.named_modules()} == classes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert unpatch(model) is model  # nothing to take back: nothing happens
+
+
+@pytest.mark.parametrize("name", ["deit", "distilled", "layer_scale", "qk_norm", "registers_dinov2", "res_post"])
+def test_a_reduction_of_nothing_changes_nothing(name):
+    model, x = family(name), images()
+    with torch.no_grad():
+        before = patch(model)(x)
+        # source=2 and r=0: every block runs the reducing forward, and no token goes.
+        assert torch.allclose(patch(model, ToMe(0), trace=True)(x), before, atol=1e-5)
+        assert torch.equal(token_map(model), torch.arange(token_map(model).shape[1]).expand(3, -1).int())
+        assert torch.allclose(patch(model, TopK(1.0, (0, 1, 2, 3), "received"))(x), before, atol=1e-4)
+
+
+def test_the_last_patch_wins():
+    model, x = vit(), images()
+    with torch.no_grad():
+        dense = model(x)
+        tome = patch(copy.deepcopy(model), ToMe(9))(x)
+        patch(model, TopK(0.5, (0,)), trace=True)
+        assert torch.equal(patch(model, ToMe(9))(x), tome)
+        torch.testing.assert_close(patch(model)(x), dense, atol=1e-5, rtol=1e-5)
+        assert torch.equal(unpatch(model)(x), dense)
+
+
+def test_a_patch_that_fails_leaves_the_model_as_it_is():
+    model, x = patch(vit(), ToMe(9)), images()
+    with torch.no_grad():
+        before = model(x)
+        with pytest.raises(ValueError):
+            patch(model, TopK(0.5, (4,)))
+        assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", ["deit", "gap", "distilled"])
+def test_copies_and_pickles(name, copies):
+    model, x = patch(family(name), ToMe(9), trace=True, linear="onednn"), images()
+    with torch.no_grad():
+        model(x)
+        twin = copies(model)
+        assert torch.equal(twin(x), model(x))
+        assert torch.equal(token_map(twin), token_map(model))
+        twin(images(2))
+        assert len(token_map(model)) == 3  # the copy's trace is its own
+        assert torch.equal(unpatch(twin)(x), unpatch(model)(x))
+    assert type(twin) is type(family(name)) and type(twin.blocks[0]) is Block
+    assert type(twin.head) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        ("distilled", None),
+        ("qk_norm", "tome"),
+        ("gap_final_norm", "tome"),
+        ("gap", "topk"),
+        ("registers_dinov2", "ppt"),
+        ("deit", "evit"),
+    ],
+)
+def test_compiles_whole(name, reduction):
+    model, x = patch(family(name), REDUCTIONS.get(reduction)), images()
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_compiles_whole_for_training_with_a_trace():
+    model, x = patch(vit(), PPT(r=12, blocks=(1, 3), threshold=2e-4), trace=True), images()
+    model(x).square().sum().backward()
+    expected, slots = [p.grad.clone() for p in model.parameters()], token_map(model)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x).square().sum().backward()
+    assert torch.equal(token_map(model), slots)
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, atol=1e-3 * grad.abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("reduction", [None, *REDUCTIONS.values()], ids=["dense", *REDUCTIONS])
+def test_exports(reduction):
+    model, x = patch(family("gap_final_norm"), reduction), images()
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deit", "layer_scale", "gap"])
+@pytest.mark.parametrize("reduction", [None, ToMe(9), PPT(r=12, blocks=(1, 3), threshold=2e-4, score="received")])
+def test_training_with_drop_path_and_checkpointing(name, reduction):
+    x = images()
+
+    def gradients(checkpointing):
+        model = family(name, drop_path_rate=0.3, proj_drop_rate=0.1)
+        patch(model.train(), reduction)
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(5)
+        model(x).square().sum().backward()
+        return {key: p.grad for key, p in model.named_parameters()}
+
+    plain = gradients(False)
+    assert all(grad is not None and grad.isfinite().all() for grad in plain.values())
+    assert all(grad.abs().sum() > 0 for key, grad in plain.items() if "qkv.weight" in key)
+    for key, grad in gradients(True).items():
+        torch.testing.assert_close(grad, plain[key], atol=1e-4 * plain[key].abs().max().item(), rtol=1e-3)
+
+
+def test_training_gradients_are_timms():
+    x, grads = images(), []
+    for patched in (False, True):
+        model = family("layer_scale").train()
+        if patched:
+            patch(model, linear="onednn")
+        model(x).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-3)
+
+
+def test_checkpointing_survives_two_forwards_before_the_backward():
+    one, two = images(2, seed=1), images(2, seed=2)
+
+    def gradients(checkpointing):
+        model = patch(vit(class_token=False, global_pool="avg").train(), ToMe(9))
+        model.set_grad_checkpointing(checkpointing)
+        (model(one).square().sum() + model(two).square().sum()).backward()
+        return [p.grad for p in model.parameters()]
+
+    for ours, plain in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4 * plain.abs().max().item(), rtol=1e-3)
+
+
+def test_pooling_is_weighted_by_size():
+    for name in ("gap", "gap_final_norm", "reg4_gap", "gap_include_prefix"):
+        model, x = family(name), images()
+        patch(model, ToMe(9), trace=True)
+        with torch.no_grad():
+            features = model.forward_features(x)
+            pooled = model.pool(features)
+            slots = token_map(model).long()
+            first = 0 if model.pool_include_prefix else model.num_prefix_tokens
+            expected = torch.stack([features[b, slots[b, first:]].mean(0) for b in range(3)])
+            torch.testing.assert_close(pooled, expected)
+
+
+@pytest.mark.parametrize("name", ["deit", "registers_dinov2", "gap"])
+def test_intermediate_features_lie_on_the_grid(name):
+    model, x = family(name), images()
+    with torch.no_grad():
+        dense = model.forward_intermediates(x, indices=[0, 3], norm=True, intermediates_only=True)
+        patch(model, ToMe([0, 9, 9, 9]))
+        first, last = model.forward_intermediates(x, indices=[0, 3], norm=True, intermediates_only=True)
+        torch.testing.assert_close(first, dense[0], atol=1e-4, rtol=1e-4)
+        assert last.shape == dense[1].shape == (3, 48, 8, 8)
+        assert last[0].flatten(1).unique(dim=1).shape[1] < 64  # merged patches share their features
+        final, features = model.forward_intermediates(x, indices=1, output_fmt="NLC", return_prefix_tokens=True)[:2]
+        torch.testing.assert_close(final, model.forward_features(x))
+        assert len(features) == 1
+        assert "_p3b_role" in model.blocks[3].__dict__ and not model.blocks[3]._forward_hooks
+
+
+def test_blocks_may_be_cut_off():
+    model = patch(vit(), ToMe(9))
+    model.prune_intermediate_layers([0, 1], prune_head=False)
+    with torch.no_grad():
+        assert model(images()).shape == (3, 10)
+
+
+def test_registry_models():
+    for name in ("deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"):
+        options = {"img_size": 56, "depth": 2, "embed_dim": 96, "num_heads": 3, "num_classes": 5}
+        model, x = timm.create_model(name, **options).eval(), images(2, 56)
+        with torch.no_grad():
+            before = model(x)
+            torch.testing.assert_close(patch(model)(x), before, atol=1e-4, rtol=1e-3)
+            assert patch(model, ToMe(2))(x).shape == before.shape
+
+
+def test_bfloat16_and_autocast():
+    model, x = vit(), images()
+    with torch.no_grad():
+        expected = model.bfloat16()(x.bfloat16())
+        close = {"atol": 0.1 * expected.abs().max().item(), "rtol": 0.1}
+        torch.testing.assert_close(patch(model)(x.bfloat16()), expected, **close)
+        assert patch(model, ToMe(9))(x.bfloat16()).dtype == torch.bfloat16
+        model = patch(vit(), ToMe(9), linear="onednn")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).isfinite().all()
+
+
+# Linear layers through oneDNN ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (2, 3, 4, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_linear(shape, bias):
+    x, w = torch.randn(shape, requires_grad=True), torch.randn(6, 7, requires_grad=True)
+    b = torch.randn(6, requires_grad=True) if bias else None
+    inputs = [t for t in (x, w, b) if t is not None]
+    ours, theirs = linear(x, w, b), nn.functional.linear(x, w, b)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(ours)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
+
+    def penalty(f):
+        (g,) = torch.autograd.grad(f(x, w, b).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), [x, w])
+
+    for mine, reference in zip(penalty(linear), penalty(nn.functional.linear), strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-3, rtol=1e-3)
+
+
+def test_onednn_linear_where_it_cannot_run():
+    w, b = torch.randn(6, 7), torch.randn(6)
+    for x in (torch.randn(7), torch.randn(0, 7)):
+        torch.testing.assert_close(linear(x, w, b), nn.functional.linear(x, w, b))
+    x = torch.randn(3, 7, dtype=torch.float64)
+    assert linear(x, w.double(), b.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(3, 7), w, b).dtype == torch.bfloat16
+    mapped = torch.func.vmap(lambda x: linear(x, w, b))(torch.randn(4, 3, 7))
+    assert mapped.shape == (4, 3, 6)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 7)
+    torch.testing.assert_close(compiled(x, w, b), linear(x, w, b))
+
+
+def test_linear_choice(monkeypatch):
+    class Gated(nn.Linear):
+        pass
+
+    def kinds(**options):
+        model = vit()
+        model.blocks[0].mlp.fc1.__class__ = Gated
+        patch(model, **options)
+        return type(model.blocks[0].mlp.fc1), type(model.blocks[0].mlp.fc2), type(model.head)
+
+    assert kinds(linear="torch") == (Gated, nn.Linear, nn.Linear)
+    assert kinds(linear="onednn") == (Gated, OneDnnLinear, OneDnnLinear)
+    for prefer, expected in ((True, OneDnnLinear), (False, nn.Linear)):
+        monkeypatch.setattr("p3b_ext.patch.prefer_onednn", lambda prefer=prefer: prefer)
+        assert kinds() == (Gated, expected, expected)
+
+
+def test_preference_is_decided_once():
+    first = p3b_ext.linear.prefer_onednn()
+    assert first is p3b_ext.linear.prefer_onednn()
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        assert first is False
+
+
+# What cannot be patched --------------------------------------------------------------------------------------------
+
+
+class OtherAttention(timm.layers.Attention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return x
+
+
+class OtherBlock(Block):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("options", "reduction", "text"),
+    [
+        ({"attn_layer": OtherAttention}, None, r"patch: blocks.0.attn must be .*, got OtherAttention"),
+        ({"attn_layer": "diff"}, None, r"patch: blocks.0.attn must be .*, got DiffAttention"),
+        ({"block_fn": ParallelScalingBlock}, None, r"patch: blocks.0 must hold an Attention, got ParallelScalingBlock"),
+        ({"block_fn": DiffParallelScalingBlock}, None, r"patch: blocks.0 must hold an Attention"),
+        ({"block_fn": ParallelThingsBlock}, ToMe(2), r"patch: blocks.0 must be timm's Block .*, got ParallelThingsBl"),
+        ({"block_fn": OtherBlock}, PPT(blocks=(2,)), r"patch: blocks.2 must be timm's Block .*, got OtherBlock"),
+    ],
+)
+def test_the_part_that_cannot_be_patched_is_named(options, reduction, text):
+    model = vit(**options)
+    with pytest.raises(NotImplementedError, match=text):
+        patch(model, reduction)
+    assert "_p3b_patch" not in model.__dict__
+
+
+def test_parallel_attentions_can_be_patched_dense():
+    model, x = vit(block_fn=ParallelThingsBlock), images()
+    with torch.no_grad():
+        before = model(x)
+        torch.testing.assert_close(patch(model)(x), before, atol=1e-4, rtol=1e-4)
+
+
+def test_bad_input():
+    for call, error, text in [
+        (lambda: patch(nn.Linear(2, 2)), NotImplementedError, "patch: model must be a timm VisionTransformer, got Lin"),
+        (lambda: patch(vit(), 13), TypeError, "patch: reduction must be ToMe, PPT, EViT, TopK or None, got int"),
+        (lambda: patch(vit(), trace=True), ValueError, "patch: trace must be False where reduction is None"),
+        (lambda: patch(vit(), linear="mkl"), ValueError, "patch: linear must be one of auto, torch, onednn, got 'mkl'"),
+        (lambda: patch(vit(), PPT()), ValueError, "PPT: blocks must be between 0 and 3 for this model, got 6"),
+        (lambda: patch(vit(), ToMe([1] * 5)), ValueError, "ToMe: r must have at most 4 entries .*, got 5"),
+        (lambda: token_map(vit()), ValueError, "token_map: model must be patched with trace=True"),
+        (lambda: token_map(patch(vit(), ToMe(2))), ValueError, "token_map: model must be patched with trace=True"),
+        (lambda: token_map(patch(vit(), ToMe(2), trace=True)), ValueError, "token_map: model must have run"),
+    ]:
+        with pytest.raises(error, match=text):
+            call()
+    model = patch(vit(), ToMe(2), trace=True)
+    model(images(1))
+    with pytest.raises(ValueError, match="token_map: block must be between 0 and 3, got 4"):
+        token_map(model, 4)
+    with pytest.raises(NotImplementedError, match="patch: attn_mask must be None with token reduction"):
+        model.blocks[0](torch.randn(1, 65, 48), attn_mask=torch.zeros(65, 65))

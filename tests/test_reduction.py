@@ -1,0 +1,241 @@
+"""ToMe, PPT, EViT, TopK in a model: the published code's recordings, counts and costs, settings from a target."""
+
+import dataclasses
+import math
+
+import pytest
+import timm
+import torch
+from vits import family, images, recorded, recorded_model, vit
+
+import p3b_ext.modules
+from p3b_ext.patch import patch, token_map
+from p3b_ext.plan import score_spread, token_scores
+from p3b_ext.reduction import PPT, EViT, ToMe, TopK
+from p3b_ext.tuning import calibrate, count_macs, solve_r, token_counts
+
+
+def final_sizes(model, x):
+    """Logits, and how many first-layer tokens each final token stands for."""
+    with torch.no_grad():
+        logits = model(x)
+    slots = token_map(model).long()
+    rows = token_counts(model)[-1][1]
+    return logits, torch.stack([s[s >= 0].bincount(minlength=rows) for s in slots]), slots
+
+
+@pytest.mark.parametrize("name", ["cls_prop", "cls_plain", "dist_prop", "dist_plain"])
+def test_tome_is_the_published_one(name):
+    case = recorded(f"tome_{name}")
+    model, x = recorded_model(case), torch.from_numpy(case["input"])
+    with torch.no_grad():
+        torch.testing.assert_close(patch(model)(x), torch.from_numpy(case["logits_dense"]), atol=1e-4, rtol=0)
+    patch(model, ToMe(int(case["r"]), proportional=name.endswith("prop")), trace=True)
+    logits, size, slots = final_sizes(model, x)
+    torch.testing.assert_close(logits, torch.from_numpy(case["logits"]), atol=1e-4, rtol=0)
+    assert torch.equal(size.float(), torch.from_numpy(case["size"]))
+    assert torch.equal(slots.int(), torch.from_numpy(case["slot_of_token"]))
+
+
+@pytest.mark.parametrize("name", ["ppt_0", "ppt_1"])
+def test_ppt_is_the_published_one(name):
+    case, seen = recorded(name), []
+
+    class Spread(PPT):
+        def plan(self, block, depth, aux, metric, num_prefix):
+            seen.append(score_spread(token_scores(aux, self.score, num_prefix)))
+            return super().plan(block, depth, aux, metric, num_prefix)
+
+    model, x = recorded_model(case), torch.from_numpy(case["input"])
+    ppt = Spread(int(case["r"]), case["locations"].tolist(), float(case["threshold"]))
+    logits, size, _ = final_sizes(patch(model, ppt, trace=True), x)
+    torch.testing.assert_close(logits, torch.from_numpy(case["logits"]), atol=1e-4, rtol=0)
+    assert torch.equal(size.float(), torch.from_numpy(case["size"]))
+    torch.testing.assert_close(torch.stack(seen), torch.from_numpy(case["score_variance"]), atol=0, rtol=1e-4)
+    pruned = case["is_pruned"]
+    assert pruned.any() and not pruned.all(0).all()  # both policies in the recorded batch
+    # Images pruned at least once have lost patches for good, the others have all of them.
+    assert torch.equal(size.sum(1) < 65, torch.from_numpy(pruned.any(0)))
+
+
+def test_schedules():
+    assert ToMe(13).schedule(12) == [13] * 12
+    assert ToMe((13, -1.0)).schedule(12) == [int(26 - 26 / 11 * i) for i in range(12)]
+    assert ToMe((16, 0.5)).schedule(3) == [8, 16, 24]
+    assert ToMe([5, 4]).schedule(4) == [5, 4, 0, 0]
+    assert ToMe(3).schedule(1) == [3]
+    model = patch(vit(), ToMe([0, 20, 3]), trace=True)
+    assert token_counts(model) == [(65, 65), (65, 45), (45, 42), (42, 42)]
+    _, _, slots = final_sizes(model, images())
+    assert slots.max() == 41
+    assert torch.equal(token_map(model, 0), torch.arange(65).int().expand(3, -1))
+    assert token_map(model, 1).max() == 44 and torch.equal(token_map(model, 2), token_map(model, 3))
+
+
+@pytest.mark.parametrize("source", [3, "random"])
+def test_tome_variants_run_in_a_model(source):
+    model = patch(vit(), ToMe(10, source=source), trace=True)
+    final_sizes(model, images())
+    assert token_map(model).max() == token_counts(model)[-1][1] - 1
+
+
+def test_counts_and_costs_are_the_published_ones():
+    model = timm.create_model("deit_small_patch16_224")
+    assert [n for _, n in token_counts(model, EViT(0.7))][3::3] == [140, 100, 72]
+    assert [n for _, n in token_counts(model, PPT(50))][3::3] == [147, 97, 49]  # the last 50 clamped to 48
+    giga = {
+        None: 4.599,
+        ToMe(13): 2.703,
+        ToMe(16): 2.291,
+        EViT(0.9): 4.022,
+        EViT(0.8): 3.477,
+        EViT(0.7): 3.029,
+        EViT(0.6): 2.635,
+        EViT(0.5): 2.309,
+        PPT(50): 2.941,
+    }
+    for reduction, expected in giga.items():
+        assert count_macs(model, reduction) / 1e9 == pytest.approx(expected, abs=1e-3)
+    assert solve_r(model, 1.7) == 13 and solve_r(model, 1 / 1.7) == 13
+    assert solve_r(model, 1.0) == 0
+    assert solve_r(model, 0.65, PPT(score="received")) == solve_r(patch(model, PPT()), 0.65)
+
+
+@pytest.mark.parametrize("reduction", [ToMe(), ToMe((13, -0.5)), PPT(blocks=(1, 2))], ids=repr)
+@pytest.mark.parametrize("ratio", [0.95, 0.8, 1.4])
+def test_solve_r_is_the_smallest_that_is_cheap_enough(reduction, ratio):
+    def with_r(r):
+        return dataclasses.replace(reduction, r=(r, -0.5) if isinstance(reduction.r, tuple) else r)
+
+    model = vit()
+    wanted = count_macs(model) * (1 / ratio if ratio > 1 else ratio)
+    r = solve_r(model, ratio, reduction)
+    assert count_macs(model, with_r(r)) <= wanted < count_macs(model, with_r(r - 1))
+
+
+@pytest.mark.parametrize("score", ["cls_value", "entropy_value", "cls", "to_cls", "received"])
+@pytest.mark.parametrize("unit", ["variance", "cv2"])
+def test_calibrate_meets_the_share(score, unit):
+    batches = [images(6, seed=s) for s in range(4)]
+    model = patch(vit(), PPT(r=8, blocks=(1, 3), score=score, unit=unit), trace=True)
+    threshold = calibrate(model, batches, 0.25, per_block=True)
+    assert len(threshold) == 2
+    pruned = {1: 0, 3: 0}
+    for x in batches:
+        with torch.no_grad():
+            model(x)
+        for block in (1, 3):
+            dropped = (token_map(model, block) < 0).sum(1)
+            lost_before = (token_map(model, block - 1) < 0).sum(1)
+            pruned[block] += int((dropped - lost_before >= 8).sum())
+    # Dropping a merged token in block 3 loses more than one patch, so never fewer than r.
+    assert pruned == {1: 6, 3: 6}
+
+
+def test_calibrate_one_threshold_for_all_blocks():
+    batches = [(images(6, seed=s), torch.zeros(6)) for s in range(3)]
+    model = patch(vit().train(), PPT(r=8, blocks=(0, 2)), linear="torch")
+    assert calibrate(model, batches, 1.0) == 0.0
+    threshold = calibrate(model, batches, 0.5)
+    assert 0 < threshold < math.inf
+    assert model.training and model.__dict__["_p3b_patch"].reduction == PPT(r=8, blocks=(0, 2), threshold=threshold)
+
+
+def test_ppt_without_a_threshold_says_how_to_get_one():
+    model = patch(vit(), PPT(r=8, blocks=(1,), score="entropy_value"))
+    with pytest.raises(ValueError, match=r"PPT: threshold must be given for score 'entropy_value'.*calibrate"):
+        model(images())
+    assert PPT().threshold_of(3) == 7e-5
+    assert PPT(threshold=[1, 2, 3]).threshold_of(6) == 2
+
+
+def test_only_reducing_blocks_ask_for_side_outputs(monkeypatch):
+    asked = []
+    real = p3b_ext.modules.packed_attention
+
+    def spy(qkv, **options):
+        asked.append((tuple(options["aux"] or ()), options["token_size"] is not None))
+        return real(qkv, **options)
+
+    monkeypatch.setattr(p3b_ext.modules, "packed_attention", spy)
+    x = images()
+    for reduction, aux in [
+        (PPT(r=8, blocks=(1,), score="entropy_value", threshold=1.0), ("entropy", "value_norm")),
+        (TopK(0.5, (1,), "received"), ("received",)),
+        (EViT(0.5, (1,)), ("cls_attention",)),
+        (ToMe([0, 8]), ()),
+    ]:
+        asked.clear()
+        patch(vit(), reduction)(x)
+        assert [names for names, _ in asked] == [(), aux, (), ()]
+        assert [size for _, size in asked] == [False, False, *[reduction.proportional] * 2]
+
+
+def test_evit_and_topk_in_a_model():
+    model, x = patch(vit(), EViT(0.6, (1, 2)), trace=True), images()
+    _, size, slots = final_sizes(model, x)
+    keep = [math.ceil(0.6 * 64), math.ceil(0.6 * 40)]
+    assert token_counts(model)[-1][1] == keep[1] + 2 == slots.max() + 1
+    assert (size.sum(1) == 65).all() and (size[:, -1] > 1).all()
+    final_sizes(patch(model, EViT([0.6, 1.0], (1, 2), fuse=False), trace=True), x)
+    assert (token_map(model) < 0).sum(1).tolist() == [64 - keep[0]] * 3
+    final_sizes(patch(model, TopK(0.55, (0,)), trace=True), x)
+    assert (token_map(model) >= 0).sum(1).tolist() == [1 + 36] * 3
+    assert TopK(0.55, (0,)).keep(0, 100) == 55
+
+
+def test_reductions_are_values():
+    assert ToMe(13) == ToMe(13) and hash(PPT(blocks=[3, 6])) == hash(PPT(blocks=(3, 6)))
+    with pytest.raises(AttributeError):
+        ToMe().r = 5
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: ToMe(-1), ValueError, "ToMe: r must be at least 0, got -1"),
+        (lambda: ToMe(math.nan), TypeError, "ToMe: r must be an int, got nan"),
+        (lambda: ToMe(2.5), TypeError, r"ToMe: r must be an int, got 2\.5"),
+        (lambda: ToMe("13"), TypeError, "ToMe: r must be an int, got '13'"),
+        (lambda: ToMe((1, 2, 3)), ValueError, "ToMe: r must be an int, .* got a tuple of 3"),
+        (lambda: ToMe((13, 2.0)), ValueError, r"ToMe: inflection must be between -1\.0 and 1\.0, got 2\.0"),
+        (lambda: ToMe([3, -1]), ValueError, "ToMe: r must be at least 0, got -1"),
+        (lambda: ToMe(source="odd"), ValueError, "ToMe: source must be None, an int or 'random', got 'odd'"),
+        (lambda: PPT(-5), ValueError, "PPT: r must be at least 0, got -5"),
+        (lambda: PPT([1, 2]), ValueError, "PPT: r must have one value for each of 3 blocks, got 2"),
+        (lambda: PPT(threshold=math.nan), ValueError, "PPT: threshold must be between -inf and inf, got nan"),
+        (lambda: PPT(threshold=(1, 2)), ValueError, "PPT: threshold must have one value for each of 3 blocks"),
+        (lambda: PPT(score="best"), ValueError, "PPT: score must be one of cls_value, .*, got 'best'"),
+        (lambda: PPT(unit="std"), ValueError, "PPT: unit must be one of variance, cv2, got 'std'"),
+        (lambda: PPT(blocks=(3, 3)), ValueError, "PPT: blocks must be different ones"),
+        (lambda: PPT(blocks=(-1,)), ValueError, "PPT: blocks must be at least 0, got -1"),
+        (lambda: PPT(blocks=3), TypeError, "PPT: blocks must be a sequence of ints, got 3"),
+        (lambda: EViT(0), ValueError, r"EViT: keep_rate must be in \(0, 1\], got 0"),
+        (lambda: EViT(1.5), ValueError, r"EViT: keep_rate must be between 0\.0 and 1\.0, got 1\.5"),
+        (lambda: TopK(math.nan), ValueError, r"TopK: keep_rate must be between 0\.0 and 1\.0, got nan"),
+        (lambda: TopK("all"), TypeError, "TopK: keep_rate must be a number, got 'all'"),
+        (lambda: TopK(score="best"), ValueError, "TopK: score must be one of"),
+    ],
+)
+def test_bad_settings(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_bad_targets():
+    model = vit()
+    ppt = patch(vit(), PPT(blocks=(1,)))
+    for call, error, text in [
+        (lambda: solve_r(model, 0.01), ValueError, r"solve_r: macs_ratio must be at least 0\.\d+ .* got 0.010"),
+        (lambda: solve_r(model, -1), ValueError, "solve_r: macs_ratio must be above 0, got -1"),
+        (lambda: solve_r(model, math.nan), ValueError, "solve_r: macs_ratio must be above 0, got nan"),
+        (lambda: solve_r(model, "half"), TypeError, "solve_r: macs_ratio must be a number, got 'half'"),
+        (lambda: solve_r(model, 0.5, TopK()), TypeError, "solve_r: reduction must be ToMe or PPT, got TopK"),
+        (lambda: calibrate(model, [images()], 0.5), ValueError, "calibrate: model must be patched with a PPT"),
+        (lambda: calibrate(ppt, [], 0.5), ValueError, "calibrate: loader must give at least one batch"),
+        (lambda: calibrate(ppt, [images()], 1.5), ValueError, r"calibrate: prune_share must be a number in \[0, 1\]"),
+        (lambda: patch(family("gap"), PPT(blocks=(1,))), ValueError, "PPT: score must be one of entropy_value, recei"),
+        (lambda: token_counts(model, PPT()), ValueError, "PPT: blocks must be between 0 and 3 for this model, got 6"),
+    ]:
+        with pytest.raises(error, match=text):
+            call()
