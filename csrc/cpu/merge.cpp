@@ -28,10 +28,10 @@ namespace {
 // One thread's memory for the images it matches.
 template <class Acc>
 struct Matcher {
-  std::vector<int32_t> sources, destinations, partner, row;
+  std::vector<int32_t> sources, destinations, partner;
   std::vector<Acc> best;
-  std::vector<bool> merged;
-  std::vector<std::pair<Acc, int32_t>> order;
+  std::vector<Key<Acc>> keys;
+  std::vector<uint8_t> merged;
   std::unique_ptr<char[]> scratch;
   int64_t scratch_bytes = 0;
 
@@ -61,13 +61,9 @@ void match_image(const char* op, Matcher<acc_t<T>>& own, const RowKernels& kerne
       kernels.match(metric.image(b), metric.row_stride, s.D, own.sources.data(), num_sources, own.destinations.data(), num_destinations, own.best.data(),
                     own.partner.data(), own.scratch_of(kernels.match_scratch(s.D, num_sources, num_destinations)));
   P3B_CHECK(bad < 0, op, ": metric must be finite, got NaN or infinity in image ", b, ", token ", bad);
-  own.merged.assign(num_sources, false);
-  if (s.r > 0) {
-    own.order.clear();
-    for (int64_t i = 0; i < num_sources; i++) own.order.emplace_back(-own.best[i], static_cast<int32_t>(i));  // ascending pairs: best first, then index
-    std::nth_element(own.order.begin(), own.order.begin() + s.r - 1, own.order.end());
-    for (int64_t k = 0; k < s.r; k++) own.merged[own.order[k].second] = true;
-  }
+  own.keys.clear();
+  for (int64_t i = 0; i < num_sources; i++) own.keys.push_back(Key<acc_t<T>>::make(own.best[i], i));
+  take_best(own.keys, s.r, own.merged);
 
   int32_t row = 0;
   slot += b * s.N;
@@ -100,64 +96,42 @@ Tensor match_tokens(Tensor metric, int64_t r, int64_t num_prefix, std::optional<
 
 // ---- merge_tokens
 
-// Slots of an image, checked.
-void check_slot_range(const char* op, const int32_t* slot, int64_t b, int64_t N, int64_t M) {
+void check_slot_values(const char* op, int64_t b, const int32_t* slot, int64_t N, int64_t M) {
   for (int64_t n = 0; n < N; n++)
     P3B_CHECK(slot[n] >= -1 && slot[n] < M, op, ": slot must be from -1 to ", M - 1, ", got ", slot[n], " in image ", b, ", token ", n);
 }
 
+// One image of a merge: its tokens grouped by slot, the sum of the weights w of every row, and the factor of each token in its row: w, or w / sum
+// where rows are normalised and the sum is not 0.
 template <class Acc>
-void check_values(const char* op, const Acc* size, const Acc* weight, int64_t b, int64_t N) {
-  if (size)
-    for (int64_t n = 0; n < N; n++)
-      P3B_CHECK(size[n] > 0 && std::isfinite(size[n]), op, ": size must be positive and finite, got ", size[n], " in image ", b, ", token ", n);
-  if (weight)
-    for (int64_t n = 0; n < N; n++)
-      P3B_CHECK(std::isfinite(weight[n]), op, ": weight must be finite, got ", weight[n], " in image ", b, ", token ", n);
-}
-
-// Groups of tokens by slot and the factor of each token in its row: w, or w / sum of w where rows are normalised and the sum is not 0.
-template <class Acc>
-struct Merge {
-  const int32_t* slot;
-  const Acc *size, *weight;
-  bool normalize;
+struct ImageMerge {
   Groups groups;
-  std::vector<Acc> coeff;  // follows groups.rows
+  std::vector<Acc> total, factor;  // [M]; [N] in the order of groups.rows
+  const Acc* weights = nullptr;    // [N]; null: all 1
 
-  Merge(const char* op, const Slots& s, const int32_t* slot, const Acc* size, const Acc* weight, bool normalize)
-      : slot(slot), size(size), weight(weight), normalize(normalize), groups(s.B, s.N, s.M), coeff(s.B * s.N) {
-    parallel(s.B, row_grain(s.N * 64), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; b++) {
-        check_slot_range(op, slot + b * s.N, b, s.N, s.M);
-        check_values(op, size ? size + b * s.N : nullptr, weight ? weight + b * s.N : nullptr, b, s.N);
-        groups.fill(b, [&](int64_t n) { return slot[b * s.N + n]; });
-        for (int64_t m = 0; m < s.M; m++) {
-          const Acc total = sum_weights(b, m);
-          const bool divide = normalize && total != 0;
-          for (int64_t g = groups.begin(b, m); g < groups.end(b, m); g++) {
-            const Acc w = factor(b, groups.image(b)[g]);
-            coeff[b * s.N + g] = divide ? w / total : w;
-          }
-        }
-      }
-    });
+  // slot [N]; size, weight [N] or null. Checks them.
+  void plan(const char* op, int64_t b, const int32_t* slot, const Acc* size, const Acc* weight, bool normalize, int64_t N, int64_t M) {
+    check_slot_values(op, b, slot, N, M);
+    for (int64_t n = 0; size && n < N; n++)
+      P3B_CHECK(size[n] > 0 && std::isfinite(size[n]), op, ": size must be positive and finite, got ", size[n], " in image ", b, ", token ", n);
+    for (int64_t n = 0; weight && n < N; n++)
+      P3B_CHECK(std::isfinite(weight[n]), op, ": weight must be finite, got ", weight[n], " in image ", b, ", token ", n);
+    groups.fill(slot, N, M);
+    weights = weight ? weight : size;
+    total.resize(M);
+    factor.resize(N);
+    for (int64_t m = 0; m < M; m++) {
+      total[m] = sum(weights, m);
+      const bool divide = normalize && total[m] != 0;
+      for (int64_t g = groups.first[m]; g < groups.first[m + 1]; g++) factor[g] = divide ? w(groups.rows[g]) / total[m] : w(groups.rows[g]);
+    }
   }
-
-  Acc factor(int64_t b, int64_t n) const {
-    const Acc* w = weight ? weight : size;
-    return w ? w[b * groups.N + n] : Acc(1);
-  }
-  Acc sum_weights(int64_t b, int64_t m) const {
-    Acc total = 0;
-    for (int64_t g = groups.begin(b, m); g < groups.end(b, m); g++) total += factor(b, groups.image(b)[g]);
-    return total;
-  }
-  Acc sum_sizes(int64_t b, int64_t m) const {
-    if (!size) return static_cast<Acc>(groups.end(b, m) - groups.begin(b, m));
-    Acc total = 0;
-    for (int64_t g = groups.begin(b, m); g < groups.end(b, m); g++) total += size[b * groups.N + groups.image(b)[g]];
-    return total;
+  Acc w(int64_t n) const { return weights ? weights[n] : Acc(1); }
+  Acc sum(const Acc* values, int64_t m) const {
+    if (!values) return static_cast<Acc>(groups.count(m));
+    Acc s = 0;
+    for (const int32_t* n = groups.begin(m); n < groups.end(m); n++) s += values[*n];
+    return s;
   }
 };
 
@@ -172,15 +146,18 @@ std::tuple<Tensor, Tensor> merge_tokens(Tensor x, Tensor slot, int64_t num_out, 
   const ArrayIn<int32_t> slots(slot);
   dispatch(x, [&]<class T>() {
     using Acc = acc_t<T>;
+    const RowsIn<T> in(x);
     const ArrayIn<Acc> sizes(size), weights(weight);
-    const Merge<Acc> merge(op, s, slots.data, sizes.data, weights.data, normalize);
+    T* out = static_cast<T*>(y.mutable_data_ptr());
     Acc* totals = static_cast<Acc*>(size_out.mutable_data_ptr());
-    parallel(s.B, row_grain(s.N * 16), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; b++)
-        for (int64_t m = 0; m < s.M; m++) totals[b * s.M + m] = merge.sum_sizes(b, m);
+    const RowKernels& kernels = row_kernels(row_type<T>());
+    parallel_images<ImageMerge<Acc>>(s.B, s.N, s.N * s.C * sizeof(T), [&](ImageMerge<Acc>& merge, int64_t b, int64_t begin, int64_t end) {
+      const int32_t* target = slots.at(b, s.N);
+      merge.plan(op, b, target, sizes.at(b, s.N), weights.at(b, s.N), normalize, s.N, s.M);
+      if (begin == 0)
+        for (int64_t m = 0; m < s.M; m++) totals[b * s.M + m] = merge.sum(sizes.at(b, s.N), m);
+      sum_groups(in.image(b), in.row_stride, merge.groups, target, begin, end, merge.factor.data(), kernels, out + b * s.M * s.C, s.M, s.C);
     });
-    sum_groups(RowsIn<T>(x), merge.groups, [&](int64_t b, int64_t n) { return slots.data[b * s.N + n]; }, merge.coeff.data(),
-               static_cast<T*>(y.mutable_data_ptr()), s.C);
   });
   return {y, size_out};
 }
@@ -222,17 +199,17 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens_backward(Tensor grad_y, std::opt
     using Acc = acc_t<T>;
     const ArrayIn<Acc> sizes(size), weights(weight), grad_sizes(grad_size_out);
     const RowsIn<T> xs(x), ys(y), gs(grad_y);
-    const Merge<Acc> merge(op, s, slots.data, sizes.data, weights.data, normalize);
     const RowKernels& kernels = row_kernels(row_type<T>());
-    const RowCopier copy(s.C * sizeof(T), s.B * s.N);
     T* gx = static_cast<T*>(grad_x.mutable_data_ptr());
     Acc* gsize = sizes.data ? static_cast<Acc*>(grad_size.mutable_data_ptr()) : nullptr;
     Acc* gweight = weights.data ? static_cast<Acc*>(grad_weight.mutable_data_ptr()) : nullptr;
-    Acc* gfactor = gweight ? gweight : gsize;  // that of the tensor that weighted the rows
-    const int32_t own_row = 0;
-    parallel(s.B * s.N, row_grain(s.C * sizeof(T)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t b = i / s.N, n = i % s.N, m = slots.data[i];
+    Acc* gw = gweight ? gweight : gsize;  // gradient of whichever tensor weighted the rows
+    parallel_images<ImageMerge<Acc>>(s.B, s.N, s.N * s.C * sizeof(T), [&](ImageMerge<Acc>& merge, int64_t b, int64_t begin, int64_t end) {
+      const int32_t* target = slots.at(b, s.N);
+      const int32_t own_row = 0;
+      merge.plan(op, b, target, sizes.at(b, s.N), weights.at(b, s.N), normalize, s.N, s.M);
+      for (int64_t n = begin; n < end; n++) {
+        const int64_t i = b * s.N + n, m = target[n];
         if (gsize) gsize[i] = m >= 0 && grad_sizes.data ? grad_sizes.data[b * s.M + m] : Acc(0);
         if (gweight) gweight[i] = 0;
         if (m < 0) {
@@ -240,19 +217,17 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens_backward(Tensor grad_y, std::opt
           continue;
         }
         const T* g = gs.row(b, m);
-        const bool alone = merge.groups.end(b, m) - merge.groups.begin(b, m) == 1;
-        const Acc w = merge.factor(b, n), total = alone ? w : merge.sum_weights(b, m);
+        const Acc total = merge.total[m];
         const bool divide = normalize && total != 0;
-        const Acc c = divide ? w / total : w;
+        const Acc c = divide ? merge.w(n) / total : merge.w(n);
         if (c == 1)
-          copy(gx + i * s.C, g);
+          std::memcpy(gx + i * s.C, g, s.C * sizeof(T));
         else
           kernels.weighted_sum(gx + i * s.C, g, 0, &own_row, &c, 1, s.C);
-        if (!gfactor || (alone && divide)) continue;  // y = x there, whatever the weight
+        if (!gw || (divide && merge.groups.count(m) == 1)) continue;  // a token alone is its row, whatever its weight
         const double d = kernels.dot_difference(g, xs.row(b, n), divide ? ys.row(b, m) : nullptr, s.C);
-        gfactor[i] += static_cast<Acc>(divide ? d / total : d);
+        gw[i] += static_cast<Acc>(divide ? d / total : d);
       }
-      copy.finish();
     });
   });
   return {grad_x, grad_size, grad_weight};
@@ -283,16 +258,16 @@ Tensor unmerge_tokens_backward(Tensor grad, Tensor slot, int64_t num_out) {
   check_size(op, "slot", slot, 1, grad.size(1));
   Tensor grad_y = empty_rows(grad, s.B, s.M, s.C);
   const ArrayIn<int32_t> slots(slot);
-  Groups groups(s.B, s.N, s.M);
-  parallel(s.B, row_grain(s.N * 16), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++) {
-      check_slot_range(op, slots.data + b * s.N, b, s.N, s.M);
-      groups.fill(b, [&](int64_t n) { return slots.data[b * s.N + n]; });
-    }
-  });
   dispatch(grad, [&]<class T>() {
-    sum_groups<T>(RowsIn<T>(grad), groups, [&](int64_t b, int64_t n) { return slots.data[b * s.N + n]; }, nullptr,
-                  static_cast<T*>(grad_y.mutable_data_ptr()), s.C);
+    const RowsIn<T> in(grad);
+    T* out = static_cast<T*>(grad_y.mutable_data_ptr());
+    const RowKernels& kernels = row_kernels(row_type<T>());
+    parallel_images<Groups>(s.B, s.N, s.N * s.C * sizeof(T), [&](Groups& groups, int64_t b, int64_t begin, int64_t end) {
+      const int32_t* target = slots.at(b, s.N);
+      check_slot_values(op, b, target, s.N, s.M);
+      groups.fill(target, s.N, s.M);
+      sum_groups<T>(in.image(b), in.row_stride, groups, target, begin, end, nullptr, kernels, out + b * s.M * s.C, s.M, s.C);
+    });
   });
   return grad_y;
 }

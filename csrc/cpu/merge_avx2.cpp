@@ -19,7 +19,7 @@ struct F32x8 {
   using Index = __m256i;
   // 12 sums, 2 columns and 1 broadcast row are 15 of the 16 registers.
   static constexpr int kWidth = 8, kRows = 6, kColumns = 2;
-  static constexpr float kMax = __FLT_MAX__, kInfinity = __builtin_inff();
+  static constexpr float kMax = __FLT_MAX__, kInfinity = __builtin_inff(), kShrink = 0x1p-80f;
 
   __m256 v;
 

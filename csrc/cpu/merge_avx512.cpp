@@ -24,7 +24,7 @@ struct F32x16 {
   using Index = __m512i;
   // 24 sums, 4 columns and 1 broadcast row of 32 registers; 98 destinations are 7 vectors, one tile of 4 and one of 3.
   static constexpr int kWidth = 16, kRows = 6, kColumns = 4;
-  static constexpr float kMax = __FLT_MAX__, kInfinity = __builtin_inff();
+  static constexpr float kMax = __FLT_MAX__, kInfinity = __builtin_inff(), kShrink = 0x1p-80f;
 
   __m512 v;
 

@@ -10,7 +10,7 @@ enum class RowType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 =
 
 // For one element type T. acc is float, double for float64.
 struct RowKernels {
-  // y[c] = sum_i coeff[i] * x[rows[i] * stride + c], c < C, summed in the order of i in acc.
+  // y[c] = sum_i coeff[i] * x[rows[i] * stride + c], c < C, summed in the order of i in acc; coeff may be null, which stands for 1.
   void (*weighted_sum)(void* y, const void* x, int64_t stride, const int32_t* rows, const void* coeff, int64_t count, int64_t C);
   // sum_c g[c] * (x[c] - y[c]); y may be null, which stands for 0.
   double (*dot_difference)(const void* g, const void* x, const void* y, int64_t C);

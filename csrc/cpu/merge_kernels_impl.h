@@ -1,8 +1,9 @@
 // Bodies of RowKernels over a vector type V, which each merge_<isa>.cpp defines before it includes this file inside its anonymous namespace.
 // No include guard and no includes on purpose: every instruction set gets its own copy.
 //
-// V has: Acc; kWidth lanes; kRows x kColumns vectors of sums that fit the registers; zero(), load(const T*), store(T*, V), broadcast(Acc),
-// fma(a, b, c) = a * b + c, sum(v); Index vectors for the running maximum; transpose(in, in_stride, out): kWidth rows x kWidth columns.
+// V has: Acc; kWidth lanes; kRows x kColumns vectors of sums that fit the registers; kMax; kInfinity; kShrink, by which even the largest number can be
+// squared; zero(), load(const T*), store(T*, V), broadcast(Acc), fma(a, b, c) = a * b + c, sum(v); Index, count_from(), below(), keep_greater() and
+// store_index() for the running maximum; transpose(in, in_stride, out): kWidth rows x kWidth columns.
 
 template <class V, class T>
 V load_part(const T* p, int64_t n) {
@@ -30,7 +31,7 @@ void weighted_sum(void* y_, const void* x_, int64_t stride, const int32_t* rows,
     for (int u = 0; u < kUnroll; u++) sum[u] = V::zero();
     for (int64_t i = 0; i < count; i++) {
       const T* p = x + rows[i] * stride + c;
-      const V w = V::broadcast(coeff[i]);
+      const V w = V::broadcast(coeff ? coeff[i] : 1);
       for (int u = 0; u < kUnroll; u++) sum[u] = V::fma(V::load(p + u * W), w, sum[u]);
     }
     for (int u = 0; u < kUnroll; u++) V::store(y + c + u * W, sum[u]);
@@ -38,7 +39,7 @@ void weighted_sum(void* y_, const void* x_, int64_t stride, const int32_t* rows,
   for (; c < C; c += W) {
     const int64_t n = C - c < W ? C - c : W;
     V sum = V::zero();
-    for (int64_t i = 0; i < count; i++) sum = V::fma(load_part<V>(x + rows[i] * stride + c, n), V::broadcast(coeff[i]), sum);
+    for (int64_t i = 0; i < count; i++) sum = V::fma(load_part<V>(x + rows[i] * stride + c, n), V::broadcast(coeff ? coeff[i] : 1), sum);
     store_part(y + c, sum, n);
   }
 }
@@ -64,41 +65,37 @@ template <class V, class T>
 bool normalize(const T* x, int64_t D, typename V::Acc* out) {
   using Acc = typename V::Acc;
   constexpr int W = V::kWidth;
-  V squares = V::zero();
-  for (int64_t d = 0; d < D; d += W) {
-    const V v = D - d >= W ? V::load(x + d) : load_part<V>(x + d, D - d);
+  V partial[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // four chains, so that one multiply-add need not wait for the one before
+  int64_t c = 0;
+  for (; c + 4 * W <= D; c += 4 * W)
+    for (int u = 0; u < 4; u++) {
+      const V v = V::load(x + c + u * W);
+      partial[u] = V::fma(v, v, partial[u]);
+    }
+  const V one = V::broadcast(1);
+  V squares = V::fma(V::fma(partial[0], one, partial[1]), one, V::fma(partial[2], one, partial[3]));
+  for (; c < D; c += W) {
+    const V v = D - c >= W ? V::load(x + c) : load_part<V>(x + c, D - c);
     squares = V::fma(v, v, squares);
   }
   Acc square = V::sum(squares);
-  Acc largest = 1;  // what x is divided by before it is squared
-  if (!(square <= V::kMax)) {  // NaN, infinity, or a square that overflows
-    largest = 0;
-    for (int64_t d = 0; d < D; d++) {
-      Acc v[W];
-      V::store(v, load_part<V>(x + d, 1));
-      if (!(v[0] <= V::kMax && v[0] >= -V::kMax)) return false;
-      largest = v[0] > largest ? v[0] : -v[0] > largest ? -v[0] : largest;
-    }
-    squares = V::zero();
+  if (!(square <= V::kMax)) {  // NaN, infinity, or squares that overflow: look at each, and go on with a smaller x
     for (int64_t d = 0; d < D; d += W) {
-      const V v = V::fma(load_part<V>(x + d, D - d < W ? D - d : W), V::broadcast(1 / largest), V::zero());
-      squares = V::fma(v, v, squares);
+      const int64_t n = D - d < W ? D - d : W;
+      Acc v[W];
+      V::store(v, load_part<V>(x + d, n));
+      for (int64_t i = 0; i < n; i++) {
+        if (!(v[i] <= V::kMax && v[i] >= -V::kMax)) return false;
+        out[d + i] = v[i] * V::kShrink;
+      }
     }
-    square = V::sum(squares);
+    return normalize<V>(out, D, out);
   }
-  Acc norm = static_cast<Acc>(__builtin_sqrt(square));
-  if (norm < Acc(1e-12)) norm = Acc(1e-12);
-  const V a = V::broadcast(1 / largest), b = V::broadcast(1 / norm);
-  for (int64_t d = 0; d < D; d += W) {
-    const int64_t n = D - d < W ? D - d : W;
-    V v = n == W ? V::load(x + d) : load_part<V>(x + d, n);
-    if (largest != 1) v = V::fma(v, a, V::zero());
-    v = V::fma(v, b, V::zero());
-    if (n == W)
-      V::store(out + d, v);
-    else
-      store_part(out + d, v, n);
-  }
+  const Acc norm = sizeof(Acc) == 4 ? __builtin_sqrtf(square) : __builtin_sqrt(square);
+  const V inverse = V::broadcast(1 / (norm < Acc(1e-12) ? Acc(1e-12) : norm)), zero = V::zero();
+  int64_t d = 0;
+  for (; d + W <= D; d += W) V::store(out + d, V::fma(V::load(x + d), inverse, zero));
+  if (d < D) store_part(out + d, V::fma(load_part<V>(x + d, D - d), inverse, zero), D - d);
   return true;
 }
 

@@ -13,7 +13,8 @@ template <class Scalar, class Integer>
 struct Vec16 {
   using Acc = Scalar;
   static constexpr int kWidth = 16 / sizeof(Acc), kRows = 4, kColumns = 2;
-  static constexpr Acc kMax = std::numeric_limits<Acc>::max(), kInfinity = std::numeric_limits<Acc>::infinity();
+  static constexpr Acc kMax = std::numeric_limits<Acc>::max(), kInfinity = std::numeric_limits<Acc>::infinity(),
+                       kShrink = sizeof(Acc) == 4 ? Acc(0x1p-80) : Acc(0x1p-600);
   typedef Acc Lanes __attribute__((vector_size(16)));
   typedef Integer Index __attribute__((vector_size(16)));
 

@@ -1,7 +1,6 @@
 // select family on the CPU: ranking tokens, and moving whole rows. Meaning: p3b_ext/reference.py. Letters: csrc/select.h.
 #include "../select.h"
 
-#include <bit>
 #include <cmath>
 
 #include "select_merge.h"
@@ -9,51 +8,30 @@
 namespace p3b {
 namespace {
 
-// A score and its index as one number (two for float64): ascending order is descending score, then ascending index.
 template <class T>
-struct Key {
-  uint64_t value;
-  uint32_t index() const { return static_cast<uint32_t>(value); }
-  bool operator<(const Key& other) const { return value < other.value; }
-
-  static Key make(T score, int64_t index) {
-    // + 0 turns -0 into 0, which it equals; flipping the sign bit of positive and all bits of negative numbers orders floats as integers
-    const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(score) + 0.0f);
-    const uint32_t ascending = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return {uint64_t{~ascending} << 32 | static_cast<uint32_t>(index)};
-  }
+struct Ranking {
+  std::vector<Key<T>> keys;
+  std::vector<uint8_t> taken;
 };
 
-template <>
-struct Key<double> {
-  double score;
-  uint32_t position;
-  uint32_t index() const { return position; }
-  bool operator<(const Key& other) const { return score > other.score || (score == other.score && position < other.position); }
-
-  static Key make(double score, int64_t index) { return {score, static_cast<uint32_t>(index)}; }
-};
-
-// emit(b, best, count): the indices of the `keep` highest scores of image b, by descending score or by position.
+// emit(b, ranking) for every image: the best `keep` keys come first (sorted where by_score), taken marks their indices.
 template <class T, class Emit>
 void rank(const char* op, const Tensor& scores, const Scores& s, int64_t keep, bool by_score, const Emit& emit) {
   const T* data = static_cast<const T*>(scores.const_data_ptr());
   const int64_t image_stride = scores.stride(0), stride = scores.stride(1);
-  parallel(s.B, 4096 / (s.S + 1) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<Key<T>> keys(s.S);
-    std::vector<uint32_t> best(keep);
+  parallel(s.B, grain_of(s.S * 64), [&](int64_t begin, int64_t end) {
+    Ranking<T> own;
+    own.keys.resize(s.S);
     for (int64_t b = begin; b < end; b++) {
       const T* row = data + b * image_stride;
       for (int64_t i = 0; i < s.S; i++) {
         const T score = row[i * stride];
         P3B_CHECK(!std::isnan(static_cast<acc_t<T>>(score)), op, ": scores must not be NaN, got NaN in image ", b, ", score ", i);
-        keys[i] = Key<T>::make(score, i);
+        own.keys[i] = Key<T>::make(score, i);
       }
-      if (keep > 0 && keep < s.S) std::nth_element(keys.begin(), keys.begin() + keep - 1, keys.end());
-      if (by_score) std::sort(keys.begin(), keys.begin() + keep);
-      for (int64_t i = 0; i < keep; i++) best[i] = keys[i].index();
-      if (!by_score) std::sort(best.begin(), best.end());
-      emit(b, best.data());
+      take_best(own.keys, keep, own.taken);
+      if (by_score) std::sort(own.keys.begin(), own.keys.begin() + keep);
+      emit(b, own);
     }
   });
 }
@@ -65,9 +43,15 @@ Tensor topk_tokens(Tensor scores, int64_t keep, int64_t num_prefix, bool by_scor
   Tensor index = torch::stable::new_empty(scores, {s.B, M}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(index.mutable_data_ptr());
   dispatch(scores, [&]<class T>() {
-    rank<T>(op, scores, s, keep, by_score, [&](int64_t b, const uint32_t* best) {
-      for (int64_t p = 0; p < num_prefix; p++) out[b * M + p] = p;
-      for (int64_t i = 0; i < keep; i++) out[b * M + num_prefix + i] = num_prefix + best[i];
+    rank<T>(op, scores, s, keep, by_score, [&](int64_t b, const Ranking<T>& ranking) {
+      int64_t* row = out + b * M;
+      for (int64_t p = 0; p < num_prefix; p++) *row++ = p;
+      if (by_score) {
+        for (int64_t i = 0; i < keep; i++) *row++ = num_prefix + ranking.keys[i].index();
+      } else {
+        for (int64_t i = 0; i < s.S; i++)
+          if (ranking.taken[i]) *row++ = num_prefix + i;
+      }
     });
   });
   return index;
@@ -80,11 +64,16 @@ Tensor prune_slots(Tensor scores, int64_t r, int64_t num_prefix, bool by_score) 
   Tensor slot = torch::stable::new_empty(scores, {s.B, N}, ScalarType::Int);
   int32_t* out = static_cast<int32_t*>(slot.mutable_data_ptr());
   dispatch(scores, [&]<class T>() {
-    rank<T>(op, scores, s, keep, by_score, [&](int64_t b, const uint32_t* best) {
-      for (int64_t p = 0; p < num_prefix; p++) out[b * N + p] = static_cast<int32_t>(p);
-      int32_t* slots = out + b * N + num_prefix;
-      std::fill_n(slots, s.S, -1);
-      for (int64_t i = 0; i < keep; i++) slots[best[i]] = static_cast<int32_t>(num_prefix + i);
+    rank<T>(op, scores, s, keep, by_score, [&](int64_t b, const Ranking<T>& ranking) {
+      int32_t* slots = out + b * N;
+      int32_t row = 0;
+      for (int64_t p = 0; p < num_prefix; p++) *slots++ = row++;
+      if (by_score) {
+        std::fill_n(slots, s.S, -1);
+        for (int64_t i = 0; i < keep; i++) slots[ranking.keys[i].index()] = row++;
+      } else {
+        for (int64_t i = 0; i < s.S; i++) slots[i] = ranking.taken[i] ? row++ : -1;
+      }
     });
   });
   return slot;
@@ -115,16 +104,16 @@ Tensor select_tokens_backward(Tensor grad, Tensor index, int64_t num_tokens) {
   P3B_CHECK(num_tokens >= 0, op, ": num_tokens must be at least 0, got ", num_tokens);
   Tensor grad_x = empty_rows(grad, s.B, num_tokens, s.C);
   const ArrayIn<int64_t> indices(index);
-  Groups groups(s.B, s.M, num_tokens);  // an index that occurs twice collects both gradients, in the order of the rows
-  parallel(s.B, row_grain(s.M * 16), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++) {
-      for (int64_t m = 0; m < s.M; m++) checked_index(op, indices.data, b, s.M, m, num_tokens);
-      groups.fill(b, [&](int64_t m) { return indices.data[b * s.M + m]; });
-    }
-  });
   dispatch(grad, [&]<class T>() {
-    sum_groups<T>(RowsIn<T>(grad), groups, [&](int64_t b, int64_t m) { return indices.data[b * s.M + m]; }, nullptr,
-                  static_cast<T*>(grad_x.mutable_data_ptr()), s.C);
+    const RowsIn<T> in(grad);
+    T* out = static_cast<T*>(grad_x.mutable_data_ptr());
+    const RowKernels& kernels = row_kernels(row_type<T>());
+    parallel_images<Groups>(s.B, s.M, s.M * s.C * sizeof(T), [&](Groups& groups, int64_t b, int64_t begin, int64_t end) {
+      const int64_t* target = indices.data + b * s.M;
+      for (int64_t m = 0; m < s.M; m++) checked_index(op, indices.data, b, s.M, m, num_tokens);
+      groups.fill(target, s.M, num_tokens);  // an index that occurs twice collects both gradients, in the order of the rows
+      sum_groups<T>(in.image(b), in.row_stride, groups, target, begin, end, nullptr, kernels, out + b * num_tokens * s.C, num_tokens, s.C);
+    });
   });
   return grad_x;
 }

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <exception>
 #include <limits>
@@ -16,10 +17,6 @@
 
 #include "../checks.h"
 #include "merge_kernels.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace p3b {
 
@@ -47,8 +44,24 @@ void parallel(int64_t count, int64_t grain, const Body& body) {
   if (error) std::rethrow_exception(error);
 }
 
-// Rows that are worth a thread: waking one costs a few microseconds, in which a core copies some 64 KiB.
-inline int64_t row_grain(int64_t row_bytes) { return (int64_t{64} << 10) / std::max<int64_t>(1, row_bytes) + 1; }
+// Units that are worth a thread: waking one costs a few microseconds, in which a core copies some 64 KiB.
+inline int64_t grain_of(int64_t unit_bytes) { return (int64_t{64} << 10) / std::max<int64_t>(1, unit_bytes) + 1; }
+
+// body(own, b, begin, end) for rows begin to end of image b of B images with N rows, all in one parallel loop: on a busy machine every loop may wait for
+// a thread that is not running. Where there are fewer images than threads, an image is cut into parts, each of which repeats the image's planning;
+// begin = 0 occurs exactly once for each image. `own` is one thread's Scratch.
+template <class Scratch, class Body>
+void parallel_images(int64_t B, int64_t N, int64_t image_bytes, const Body& body) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts = B >= threads || B == 0 ? 1 : std::max<int64_t>(1, std::min(N, (threads + B - 1) / B));
+  parallel(B * parts, grain_of(image_bytes / parts), [&](int64_t begin, int64_t end) {
+    Scratch own;
+    for (int64_t u = begin; u < end; u++) {
+      const int64_t part = u % parts;
+      body(own, u / parts, N * part / parts, N * (part + 1) / parts);
+    }
+  });
+}
 
 // f.template operator()<T>() for the element type of t.
 template <class F>
@@ -101,120 +114,98 @@ struct ArrayIn {
     tensor = torch::stable::contiguous(*t);
     data = static_cast<const T*>(tensor->const_data_ptr());
   }
+  const T* at(int64_t b, int64_t row) const { return data ? data + b * row : nullptr; }
 };
 
 inline Tensor empty_rows(const Tensor& like, int64_t B, int64_t M, int64_t C) { return torch::stable::new_empty(like, {B, M, C}); }
 
-// Copies rows of one size to a contiguous output.
-class RowCopier {
- public:
-  RowCopier(int64_t row_bytes, int64_t rows) : bytes_(static_cast<size_t>(row_bytes)) {
-#if defined(__SSE2__)
-    stream_ = row_bytes % 16 == 0 && row_bytes * rows >= kStreamFrom;
-#else
-    (void)rows;
-#endif
-  }
-
-  void operator()(void* to, const void* from) const {
-#if defined(__SSE2__)
-    if (stream_ && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-      auto* d = static_cast<__m128i*>(to);
-      const auto* s = static_cast<const __m128i*>(from);
-      for (size_t i = 0; i < bytes_ / 16; i++) _mm_stream_si128(d + i, _mm_loadu_si128(s + i));
-      return;
-    }
-#endif
-    std::memcpy(to, from, bytes_);
-  }
-
-  // Streamed stores are not ordered with the stores that release the threads: call at the end of each thread's range.
-  void finish() const {
-#if defined(__SSE2__)
-    if (stream_) _mm_sfence();
-#endif
-  }
-
- private:
-  // From this size on the output will have left the cache before anybody reads it, and stores that bypass the cache save reading it first.
-  static constexpr int64_t kStreamFrom = int64_t{24} << 20;
-
-  size_t bytes_;
-  bool stream_ = false;
-};
-
-// Input rows grouped by output row, ascending inside a group (which fixes the order of every sum): image b's group m is
-// rows[b * N + first[b * (M + 1) + m]] up to first[... + m + 1].
+// The input rows of one image grouped by output row, ascending inside a group, which fixes the order of every sum: group m is
+// rows[first[m]] up to rows[first[m + 1]].
 struct Groups {
-  int64_t B, N, M;
   std::vector<int32_t> first, rows;
 
-  Groups(int64_t B, int64_t N, int64_t M) : B(B), N(N), M(M), first(B * (M + 1)), rows(B * N) {}
-
-  int64_t begin(int64_t b, int64_t m) const { return first[b * (M + 1) + m]; }
-  int64_t end(int64_t b, int64_t m) const { return first[b * (M + 1) + m + 1]; }
-  const int32_t* image(int64_t b) const { return rows.data() + b * N; }
-
-  // target(n): output row of input row n of image b, negative = none; already checked to be below M.
-  template <class Target>
-  void fill(int64_t b, const Target& target) {
-    int32_t* f = first.data() + b * (M + 1);
-    int32_t* list = rows.data() + b * N;
+  // target[n]: output row of input row n, negative = none; already checked to be below M.
+  template <class Index>
+  void fill(const Index* target, int64_t N, int64_t M) {
+    first.assign(M + 2, 0);
+    rows.resize(N);
+    int32_t* next = first.data() + 1;  // counts, then starts shifted by one, which the last loop moves to their ends: the next group's start
     for (int64_t n = 0; n < N; n++)
-      if (target(n) >= 0) f[target(n) + 1]++;
-    for (int64_t m = 0; m < M; m++) f[m + 1] += f[m];
+      if (target[n] >= 0) next[target[n] + 1]++;
+    for (int64_t m = 0; m < M; m++) next[m + 1] += next[m];
     for (int64_t n = 0; n < N; n++)
-      if (target(n) >= 0) list[f[target(n)]++] = static_cast<int32_t>(n);
-    for (int64_t m = M; m > 0; m--) f[m] = f[m - 1];  // the loop above moved every start to its end
-    f[0] = 0;
+      if (target[n] >= 0) rows[next[target[n]]++] = static_cast<int32_t>(n);
   }
+  const int32_t* begin(int64_t m) const { return rows.data() + first[m]; }
+  const int32_t* end(int64_t m) const { return rows.data() + first[m + 1]; }
+  int64_t count(int64_t m) const { return first[m + 1] - first[m]; }
 };
 
-// out[b, m] = sum over the group of coeff * in; a group of one with coefficient 1 is copied. coeff follows groups.rows; null: all 1.
-// Works in input order, which reads the larger tensor in sequence, and writes a row when it meets the first member of its group.
-template <class T, class Target>
-void sum_groups(const RowsIn<T>& in, const Groups& groups, const Target& target, const acc_t<T>* coeff, T* out, int64_t C) {
-  const int64_t N = groups.N, M = groups.M;
-  const RowKernels& kernels = row_kernels(row_type<T>());
-  const RowCopier copy(C * sizeof(T), groups.B * M);
-  std::vector<acc_t<T>> ones(coeff ? 0 : N, acc_t<T>(1));
-  parallel(groups.B, row_grain(M * sizeof(int32_t)), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++)
-      for (int64_t m = 0; m < M; m++)
-        if (groups.begin(b, m) == groups.end(b, m)) std::fill_n(out + (b * M + m) * C, C, T(0));
-  });
-  parallel(groups.B * N, row_grain(C * sizeof(T)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t b = i / N, n = i % N, m = target(b, n);
-      if (m < 0) continue;
-      const int64_t g = groups.begin(b, m), count = groups.end(b, m) - g;
-      const int32_t* list = groups.image(b) + g;
-      if (list[0] != n) continue;
-      const acc_t<T>* w = coeff ? coeff + b * N + g : ones.data();
-      T* y = out + (b * M + m) * C;
-      if (count == 1 && w[0] == 1)
-        copy(y, in.row(b, n));
-      else
-        kernels.weighted_sum(y, in.image(b), in.row_stride, list, w, count, C);
-    }
-    copy.finish();
-  });
+// out[m] = sum over group m of coeff * in for one image; a group of one with coefficient 1 is copied. coeff follows groups.rows; null: all 1.
+// Works in input order, which reads the larger tensor in sequence: a group's row is written when its first member is met, by the part [begin, end)
+// that holds it.
+template <class T, class Index>
+void sum_groups(const T* in, int64_t row_stride, const Groups& groups, const Index* target, int64_t begin, int64_t end, const acc_t<T>* coeff,
+                const RowKernels& kernels, T* out, int64_t M, int64_t C) {
+  if (begin == 0)
+    for (int64_t m = 0; m < M; m++)
+      if (groups.count(m) == 0) std::fill_n(out + m * C, C, T(0));
+  for (int64_t n = begin; n < end; n++) {
+    const int64_t m = target[n];
+    if (m < 0 || *groups.begin(m) != n) continue;
+    const acc_t<T>* w = coeff ? coeff + groups.first[m] : nullptr;
+    if (groups.count(m) == 1 && (!w || *w == 1))
+      std::memcpy(out + m * C, in + n * row_stride, C * sizeof(T));
+    else
+      kernels.weighted_sum(out + m * C, in, row_stride, groups.begin(m), w, groups.count(m), C);
+  }
 }
 
 // out[b, i] = in[b, source(b, i)], or `fill` where source is negative; source may throw.
 template <class T, class Source>
 void gather_rows(const RowsIn<T>& in, int64_t B, int64_t M, int64_t C, const Source& source, T fill, T* out) {
-  const RowCopier copy(C * sizeof(T), B * M);
-  parallel(B * M, row_grain(C * sizeof(T)), [&](int64_t begin, int64_t end) {
+  parallel(B * M, grain_of(C * sizeof(T)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / M, n = source(b, i % M);
       if (n >= 0)
-        copy(out + i * C, in.row(b, n));
+        std::memcpy(out + i * C, in.row(b, n), C * sizeof(T));
       else
         std::fill_n(out + i * C, C, fill);
     }
-    copy.finish();
   });
+}
+
+// A score and its index as one number (two for float64): ascending order is descending score, then ascending index.
+template <class T>
+struct Key {
+  uint64_t value;
+  uint32_t index() const { return static_cast<uint32_t>(value); }
+  bool operator<(const Key& other) const { return value < other.value; }
+
+  static Key make(T score, int64_t index) {
+    // + 0 turns -0 into 0, which it equals; flipping the sign bit of positive and all bits of negative numbers orders floats as integers
+    const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(score) + 0.0f);
+    const uint32_t ascending = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return {uint64_t{~ascending} << 32 | static_cast<uint32_t>(index)};
+  }
+};
+
+template <>
+struct Key<double> {
+  double score;
+  uint32_t position;
+  uint32_t index() const { return position; }
+  bool operator<(const Key& other) const { return score > other.score || (score == other.score && position < other.position); }
+
+  static Key make(double score, int64_t index) { return {score, static_cast<uint32_t>(index)}; }
+};
+
+// The best `count` keys come first, in no particular order; taken[i] = 1 for their indices, 0 for the others.
+template <class T>
+void take_best(std::vector<Key<T>>& keys, int64_t count, std::vector<uint8_t>& taken) {
+  taken.assign(keys.size(), 0);
+  if (count > 0 && count < static_cast<int64_t>(keys.size())) std::nth_element(keys.begin(), keys.begin() + count - 1, keys.end());
+  for (int64_t i = 0; i < count; i++) taken[keys[i].index()] = 1;
 }
 
 }  // namespace p3b

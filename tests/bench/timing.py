@@ -1,0 +1,73 @@
+"""Paired timing: the functions of one comparison take turns, so that a slow moment of the machine meets all of them.
+
+Ratios are medians of the ratios inside a turn; times are medians over turns.
+"""
+
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Timing:
+    """What `paired` found out about one function."""
+
+    ms: float  # median time of a call
+    faults: float  # pages mapped afresh per call: each costs about as long as copying it
+    turns: list[float]  # seconds, one per turn
+
+    def times_faster_than(self, other: "Timing") -> float:
+        return statistics.median(b / a for a, b in zip(self.turns, other.turns, strict=True))
+
+
+def paired(
+    functions: dict[str, Callable[[], object]], seconds: float = 2.0, least_turns: int = 15
+) -> dict[str, Timing]:
+    """Time each function by turns for about `seconds` in total, after two calls to warm up."""
+    for function in functions.values():
+        function()
+        function()
+    turns: dict[str, list[float]] = {name: [] for name in functions}
+    faults: dict[str, list[int]] = {name: [] for name in functions}
+    names = list(functions)
+    end = time.perf_counter() + seconds
+    while len(turns[names[0]]) < least_turns or time.perf_counter() < end:
+        for name in names:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            start = time.perf_counter()
+            functions[name]()
+            turns[name].append(time.perf_counter() - start)
+            faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        names = names[1:] + names[:1]  # nobody always runs behind the same neighbour
+    return {name: Timing(statistics.median(t) * 1e3, statistics.median(faults[name]), t) for name, t in turns.items()}
+
+
+def machine() -> str:
+    """Processor, instruction set, threads and versions: what a figure means nothing without."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    import p3b_ext
+
+    isa = p3b_ext.build_info().get("cpu_isa", "not built")
+    return f"{model}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    """A markdown table; floats with three significant digits."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return str(value)
+
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows])
