@@ -1,6 +1,7 @@
 // The attention kernels against a float64 reference: forward, side outputs, columns, backward; 16-bit and float32.
 // `attention_test small` leaves out the longer cases, for ThreadSanitizer.
 #include "attention.cu"
+#include "attention_backward.cu"
 
 #include "testing.h"
 
@@ -214,6 +215,31 @@ static void run_case(const Case& c, unsigned seed) {
   columns.to_cls = alone.data(), columns.received = nullptr;
   attention_columns<T>(columns, nullptr);
   check_true(name_of(c, type, "to_cls alone"), !memcmp(alone.data(), to_cls.data(), rows * sizeof(float)));
+
+  const double loose = (c.logits > 100 || c.gate ? 6 : 3) * eps;
+  const size_t blocks = attention_key_blocks<T>(c.N, c.D);
+  std::vector<float> delta(rows, NAN), size_partial(rows, NAN), gate_partial(B * H * blocks * D, NAN);
+  std::vector<float> grad_size(B * N, NAN), grad_gate(c.gate == 2 ? H * D : D, NAN);
+  BackwardArguments back{};
+  static_cast<AttentionArguments&>(back) = base;
+  back.grad_out = grad_out.data(), back.out = out.data(), back.lse = lse.data(), back.delta = delta.data();
+  back.grad_qkv = grad_qkv.data();
+  back.size_partial = c.size ? size_partial.data() : nullptr;
+  back.gate_partial = c.gate ? gate_partial.data() : nullptr;
+  back.key_blocks = int(blocks);
+  check_true("backward launch", attention_backward<T>(back, nullptr) == cudaSuccess);
+  compare(c, type, "grad_q", heads_first(grad_qkv, 3, 0), r.grad_q, loose);
+  compare(c, type, "grad_k", heads_first(grad_qkv, 3, 1), r.grad_k, loose);
+  compare(c, type, "grad_v", heads_first(grad_qkv, 3, 2), r.grad_v, loose);
+  if (c.size) {
+    attention_size_grad(back, grad_size.data(), nullptr);
+    compare(c, type, "grad_token_size", grad_size, r.grad_size, loose);
+  }
+  if (c.gate) {
+    attention_gate_grad(back, grad_gate.data(), nullptr);
+    r.grad_gate.resize(grad_gate.size());
+    compare(c, type, "grad_channel_gate", grad_gate, r.grad_gate, loose);
+  }
 }
 
 template <class T>
@@ -243,8 +269,9 @@ int main(int argc, char** argv) {
   many_heads = 1;
   run_case<__nv_bfloat16>({1, 1, small ? 140 : 197, 32, true, true, 2}, 90);
   many_heads = 256;
-  // Little shared memory: a ring of two stages.
+  // Little shared memory: a ring of two stages forward, the streaming kernel backward.
   standin::shared_memory_limit = 18 << 10;
   run_case<__nv_bfloat16>({1, 1, small ? 135 : 200, 32, true, true, 1}, 91);
+  if (!small) run_case<__half>({2, 2, 150, 24, true, true, 2}, 92);
   return finish("attention_test");
 }

@@ -99,11 +99,11 @@ static void merges(const char* type, int B, int N, int M, int C, int pad, int we
     for (int c = 0; c < C; c++) want_y[size_t(m) * C + c] += w(i) * X(i, c);
   }
   for (int m = 0; m < B * M; m++) {
-    check_close(std::string(type) + " size_out", size_out[m], want_size[m], 1e-5);
+    check_close(type, " size_out", size_out[m], want_size[m], 1e-5);
     for (int c = 0; c < C; c++) {
       double& want = want_y[size_t(m) * C + c];
       if (normalize && total[m] != 0) want /= total[m];
-      check_close(std::string(type) + " merged", to_float(y[size_t(m) * C + c]), want, eps * (1 + std::fabs(want)));
+      check_close(type, " merged", to_float(y[size_t(m) * C + c]), want, eps * (1 + std::fabs(want)));
     }
   }
 
@@ -119,11 +119,11 @@ static void merges(const char* type, int B, int N, int M, int C, int pad, int we
     for (int c = 0; c < C; c++) {
       const double g = m < 0 ? 0 : to_float(grad_y[size_t(m) * C + c]), want = w(i) * g / divisor;
       if (m >= 0) dot += g * (X(i, c) - (normalize && total[m] != 0 ? want_y[size_t(m) * C + c] : 0)) / divisor;
-      check_close(std::string(type) + " grad_x", to_float(grad_x[size_t(i) * C + c]), want, eps * (1 + std::fabs(want)));
+      check_close(type, " grad_x", to_float(grad_x[size_t(i) * C + c]), want, eps * (1 + std::fabs(want)));
     }
     const double of_size = sized && m >= 0 ? grad_out[m] : 0, slack = eps * std::sqrt(double(C)) * (4 + std::fabs(dot));
-    if (weighted) check_close(std::string(type) + " grad_weight", grad_weight[i], dot, slack);
-    if (sized) check_close(std::string(type) + " grad_size", grad_size[i], (weighted ? 0 : dot) + of_size, slack);
+    if (weighted) check_close(type, " grad_weight", grad_weight[i], dot, slack);
+    if (sized) check_close(type, " grad_size", grad_size[i], (weighted ? 0 : dot) + of_size, slack);
   }
 }
 

@@ -37,8 +37,8 @@ static void ranks(const char* type, int B, int S, int P, int keep, bool by_score
     for (int i = 0; i < P; i++) want[i] = i;
     for (int i = 0; i < keep; i++) want[P + order[i]] = P + i;
     for (int i = 0; i < P + keep; i++)
-      check_close(std::string(type) + " index", double(index[b * (P + keep) + i]), i < P ? i : P + order[i - P], 0);
-    for (int i = 0; i < P + S; i++) check_close(std::string(type) + " slot", slot[b * (P + S) + i], want[i], 0);
+      check_close(type, " index", double(index[b * (P + keep) + i]), i < P ? i : P + order[i - P], 0);
+    for (int i = 0; i < P + S; i++) check_close(type, " slot", slot[b * (P + S) + i], want[i], 0);
   }
 }
 
@@ -55,7 +55,7 @@ static void gathers(const char* type, int B, int N, int M, int C, int pad, unsig
   auto compare = [&](const char* what) {
     for (int i = 0; i < B * N; i++)
       for (int c = 0; c < C; c++)
-        check_close(std::string(type) + what, to_float(out[size_t(i) * C + c]),
+        check_close(type, what, to_float(out[size_t(i) * C + c]),
                     slot[i] < 0 ? 0.5 : to_float(y[i / N * batch + slot[i] * row + c]), 0);
   };
   check_true("gather launch", gather_rows(in, slot.data(), out.data(), B, N, M, C, 0.5f, nullptr) == cudaSuccess);

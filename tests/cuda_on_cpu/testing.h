@@ -22,6 +22,12 @@ inline void check_close(const std::string& what, double got, double want, double
   if (failures++ < 20) fprintf(stderr, "FAILED %s: got %.9g, want %.9g, tolerance %.2g\n", what.c_str(), got, want, tolerance);
 }
 
+// The same for inner loops: the name is put together only where it is needed.
+inline void check_close(const char* type, const char* what, double got, double want, double tolerance) {
+  if (got == want || std::fabs(got - want) <= tolerance) checks++;
+  else check_close(std::string(type) + what, got, want, tolerance);
+}
+
 inline int finish(const char* name) {
   printf("%s: %ld checks, %ld failed\n", name, checks, failures);
   return failures != 0;
