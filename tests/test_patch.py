@@ -1,6 +1,7 @@
 """patch / unpatch on every family of timm's VisionTransformer: logits, state, copies, compilation, export, errors."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -314,7 +315,9 @@ def test_linear_choice(monkeypatch):
     assert kinds(linear="torch") == (Gated, nn.Linear, nn.Linear)
     assert kinds(linear="onednn") == (Gated, OneDnnLinear, OneDnnLinear)
     for prefer, expected in ((True, OneDnnLinear), (False, nn.Linear)):
-        monkeypatch.setattr("p3b_ext.patch.prefer_onednn", lambda prefer=prefer: prefer)
+        # p3b_ext.patch, as an attribute, is the function and not the module.
+        module = importlib.import_module("p3b_ext.patch")
+        monkeypatch.setattr(module, "prefer_onednn", lambda prefer=prefer: prefer)
         assert kinds() == (Gated, expected, expected)
 
 
