@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
-
 from p3b import budget
 
-PARAMS = torch.tensor([304.0, 568.0, 304.0, 568.0])  # width 8, 2 heads, MLP ratio 4: attention, MLP, attention, MLP
+PARAMS = torch.tensor(
+    [304.0, 568.0, 304.0, 568.0]
+)  # width 8, 2 heads, MLP ratio 4: attention, MLP, attention, MLP
 CLS, PATCH = torch.tensor([0.30, 0.02, 0.20, 0.05]), torch.tensor([0.05, 0.40, 0.10, 0.20])
 
 
 def close(actual, expected, atol=5.1e-5):
-    torch.testing.assert_close(torch.as_tensor(actual), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=atol)
+    torch.testing.assert_close(
+        torch.as_tensor(actual), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=atol
+    )
 
 
 def mixed():
@@ -67,10 +70,18 @@ def test_keep_ratios_of_the_worked_example(ratio, expected):
 
 @pytest.mark.parametrize(
     "ratio, expected",
-    [(0.4, [1, 0.5714, 1, 0.2286]), (0.6, [1, 0.2059, 0.8235, 0.0824]), (0.2, [1, 1, 1, 0.4]), (0.0, [1, 1, 1, 1])],
+    [
+        (0.4, [1, 0.5714, 1, 0.2286]),
+        (0.6, [1, 0.2059, 0.8235, 0.0824]),
+        (0.2, [1, 1, 1, 0.4]),
+        (0.0, [1, 1, 1, 1]),
+    ],
 )
 def test_water_filling_clamps_at_one(ratio, expected):
-    close(budget.keep_ratios(torch.tensor([3, 0.5, 2, 0.2]), torch.tensor([300, 600, 300, 600]), 0, ratio), expected)
+    close(
+        budget.keep_ratios(torch.tensor([3, 0.5, 2, 0.2]), torch.tensor([300, 600, 300, 600]), 0, ratio),
+        expected,
+    )
 
 
 def test_mean_keep_ratio_of_deit_small():
@@ -103,7 +114,9 @@ def test_keep_ratios_meet_every_reachable_budget(seed, floor):
 
 
 def test_unreachable_budget_names_the_smallest_possible():
-    with pytest.raises(ValueError, match=r"keep_ratios: prune_ratio must be at most 0\.8000 .*keeps 200 of 1,000.*got 0\.9"):
+    with pytest.raises(
+        ValueError, match=r"keep_ratios: prune_ratio must be at most 0\.8000 .*keeps 200 of 1,000.*got 0\.9"
+    ):
         budget.keep_ratios(torch.ones(2), torch.tensor([400.0, 400.0]), 200, 0.9)
     with pytest.raises(ValueError, match=r"at most 0\.4000"):
         budget.keep_ratios(torch.ones(2), torch.tensor([400.0, 400.0]), 200, 0.5, floor=0.5)

@@ -1,4 +1,5 @@
-"""A timm ViT in words: constructor arguments read off a model, so that it can be built again without a registry or a pickle."""
+"""A timm ViT in words: constructor arguments read off a model, so that it can be built again without a
+registry or a pickle."""
 
 from __future__ import annotations
 
@@ -35,16 +36,28 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
 
     Raises NotImplementedError, which names the part, for a model that these cannot rebuild.
     """
-    cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("p3b_ext"))  # patched models are subclasses
+    cls = next(
+        c for c in type(model).__mro__ if not c.__module__.startswith("p3b_ext")
+    )  # patched models are subclasses
     name = next((key for key, known in CLASSES.items() if cls is known), None)
     _expect(name is not None, "model", f"one of {', '.join(CLASSES)}", model)
     _expect(type(model.patch_embed) is PatchEmbed, "patch_embed", "timm's PatchEmbed", model.patch_embed)
-    _expect(model.global_pool not in ("map", "prr"), "global_pool", "token, avg, avgmax, max or none", model.attn_pool)
-    _expect(isinstance(model.patch_embed.norm, nn.Identity), "patch_embed.norm", "none", model.patch_embed.norm)
+    _expect(
+        model.global_pool not in ("map", "prr"),
+        "global_pool",
+        "token, avg, avgmax, max or none",
+        model.attn_pool,
+    )
+    _expect(
+        isinstance(model.patch_embed.norm, nn.Identity), "patch_embed.norm", "none", model.patch_embed.norm
+    )
     _expect(model.num_classes > 0, "head", "a classifier", model.head)
     block = model.blocks[0]
     norm_layer, eps = _norm(block.norm1)
-    has_norm, has_fc_norm = not isinstance(model.norm, nn.Identity), not isinstance(model.fc_norm, nn.Identity)
+    has_norm, has_fc_norm = (
+        not isinstance(model.norm, nn.Identity),
+        not isinstance(model.fc_norm, nn.Identity),
+    )
     drop_paths = [getattr(b.drop_path2, "drop_prob", 0.0) or 0.0 for b in model.blocks]
     arguments = {
         "img_size": list(model.patch_embed.img_size or ()),

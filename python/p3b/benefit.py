@@ -1,4 +1,5 @@
-"""Block benefit: how much easier each sub-block makes the classification, gathered over training steps, and what follows from it."""
+"""Block benefit: how much easier each sub-block makes the classification, gathered over training steps, and
+what follows from it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from . import budget
 
 
 class Benefit:
-    """Sums of loss before minus loss after each sub-block, per criterion, in one tensor on the device; no host read per step."""
+    """Sums of loss before minus loss after each sub-block, per criterion, in one tensor on the device; no
+    host read per step."""
 
     def __init__(self, criteria: tuple[str, ...], count: int, device: torch.device | str) -> None:
         self.criteria = criteria
@@ -20,7 +22,8 @@ class Benefit:
         self.older = [torch.zeros_like(self.sums), torch.zeros_like(self.count)]
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Adds one step's probe losses `{criterion: [S, 2]}`; a step with a non-finite loss does not count."""
+        """Adds one step's probe losses `{criterion: [S, 2]}`; a step with a non-finite loss does not
+        count."""
         both = torch.stack([losses[name].detach() for name in self.criteria])  # [criteria, S, 2]
         difference = both[..., 0] - both[..., 1]
         finite = torch.isfinite(difference).all()
@@ -28,7 +31,8 @@ class Benefit:
         self.count += finite
 
     def take(self, include_previous: bool = False) -> dict[str, Tensor] | None:
-        """Mean benefit `{criterion: [S]}` since the last call (and the one before), then starts anew; None if nothing was measured."""
+        """Mean benefit `{criterion: [S]}` since the last call (and the one before), then starts anew; None if
+        nothing was measured."""
         sums, count = self.sums.clone(), self.count.clone()
         if include_previous:
             sums, count = sums + self.older[0], count + self.older[1]
@@ -44,11 +48,12 @@ class Benefit:
 
 
 class Importance:
-    """Running importance of the sub-blocks: `budget.importance` per criterion, averaged over updates, mixed over criteria.
+    """Running importance of the sub-blocks: `budget.importance` per criterion, averaged over updates, mixed
+    over criteria.
 
-    rule "published": benefit per parameter kept so far, running mean with weight `gamma` for the newest. Its fixed point is
-    keep ratio ~ sqrt(f / w), reached in damped swings. rule "sqrt" averages benefit per full parameter count and takes the root: the same
-    end without the swings.
+    rule "published": benefit per parameter kept so far, running mean with weight `gamma` for the newest. Its
+    fixed point is keep ratio ~ sqrt(f / w), reached in damped swings. rule "sqrt" averages benefit per full
+    parameter count and takes the root: the same end without the swings.
     """
 
     def __init__(
@@ -61,17 +66,28 @@ class Importance:
         rule: str = "published",
         min_kept_share: float = 0.05,
     ) -> None:
-        self.full, self.alpha, self.gamma, self.temperature, self.rule = full.double(), alpha, gamma, temperature, rule
+        self.full, self.alpha, self.gamma, self.temperature, self.rule = (
+            full.double(),
+            alpha,
+            gamma,
+            temperature,
+            rule,
+        )
         self.min_kept_share = min_kept_share
         self.running: dict[str, Tensor] = {}
 
     def update(self, benefit: dict[str, Tensor] | None, kept: Tensor) -> Tensor:
         """Importance `[S]`, float64, mean about 1, after one more measurement.
 
-        benefit: `{criterion: [S]}` or None where nothing was measured. kept: `[S]` cost now kept in each sub-block.
-        A criterion with no positive benefit keeps its previous importance (uniform at first, with a warning).
+        benefit: `{criterion: [S]}` or None where nothing was measured. kept: `[S]` cost now kept in each
+        sub-block. A criterion with no positive benefit keeps its previous importance (uniform at first, with
+        a warning).
         """
-        size = self.full if self.rule == "sqrt" else torch.maximum(kept.double(), self.min_kept_share * self.full)
+        size = (
+            self.full
+            if self.rule == "sqrt"
+            else torch.maximum(kept.double(), self.min_kept_share * self.full)
+        )
         for name, values in (benefit or {}).items():
             previous = self.running.get(name)
             if not values.max() > 0:
@@ -84,7 +100,9 @@ class Importance:
                     self.running[name] = torch.ones_like(self.full)
                 continue
             newest = budget.importance(values, size, self.temperature)
-            self.running[name] = newest if previous is None else self.gamma * newest + (1 - self.gamma) * previous
+            self.running[name] = (
+                newest if previous is None else self.gamma * newest + (1 - self.gamma) * previous
+            )
         return self.mixed()
 
     def mixed(self) -> Tensor:

@@ -19,10 +19,12 @@ CLAMP_SLOPE = 1.4  # published slope of the smooth clamp
 def importance(benefit: Tensor, kept_params: Tensor, temperature: float = 10.0) -> Tensor:
     """Importance of each sub-block per kept parameter, with mean 1.
 
-    `x = T * benefit / benefit.max(); f = softplus(1.4 x) - softplus(1.4 x - T); g = f / (kept + 1e-6); g / g.mean()`
+    `x = T * benefit / benefit.max(); f = softplus(1.4 x) -
+    softplus(1.4 x - T); g = f / (kept + 1e-6); g / g.mean()`
 
-    benefit: `[S]` mean loss before minus after each sub-block, in nats. kept_params: `[S]` what each holds now. Returns float64 `[S]`.
-    Where no benefit is positive the formula has no meaning (its sign flips): the result is uniform, with a warning.
+    benefit: `[S]` mean loss before minus after each sub-block, in nats. kept_params: `[S]` what each holds
+    now. Returns float64 `[S]`. Where no benefit is positive the formula has no meaning (its sign flips): the
+    result is uniform, with a warning.
     """
     benefit = _vector("importance", "benefit", benefit)
     kept = _vector("importance", "kept_params", kept_params, len(benefit))
@@ -41,14 +43,17 @@ def importance(benefit: Tensor, kept_params: Tensor, temperature: float = 10.0) 
 def keep_ratios(
     importance: Tensor, block_params: Tensor, outside_params: float, prune_ratio: float, floor: float = 0.0
 ) -> Tensor:
-    """Water-filling: the keep ratios in proportion to importance that meet the budget, none above 1 or below `floor`.
+    """Water-filling: the keep ratios in proportion to importance that meet the budget, none above 1 or below
+    `floor`.
 
     `kappa = (s * importance).clamp(floor, 1)` with the one `s` for which
-    `(kappa * block_params).sum() + outside_params == (1 - prune_ratio) * (block_params.sum() + outside_params)`
+    `(kappa * block_params).sum() + outside_params == (1 -
+    prune_ratio) * (block_params.sum() + outside_params)`
 
-    importance, block_params: `[S]`; outside_params: what is never pruned, in the same unit. Returns float64 `[S]`.
-    Sub-blocks of importance <= 0 get `floor`, and share what is left when all others are whole.
-    Raises ValueError, which names the smallest model possible, when the budget is below what the blocks can give.
+    importance, block_params: `[S]`; outside_params: what is never pruned, in the same unit. Returns float64
+    `[S]`. Sub-blocks of importance <= 0 get `floor`, and share what is left when all others are whole.
+    Raises ValueError, which names the smallest model possible, when the budget is below what the blocks can
+    give.
     """
     weight = _vector("keep_ratios", "block_params", block_params)
     imp = _vector("keep_ratios", "importance", importance, len(weight))
@@ -91,7 +96,8 @@ def keep_ratios(
 def ramp(goal: Tensor, step: int, start_step: int, sparse_step: int) -> Tensor:
     """The keep ratios in force at a step on the way from one to their goal: `1 - (1 - goal) * p`.
 
-    `p = clip((step + 1 - start_step) / (sparse_step - start_step), 0, 1)`; goal `[S]`, steps are optimizer steps.
+    `p = clip((step + 1 - start_step) / (sparse_step - start_step), 0, 1)`; goal `[S]`, steps are optimizer
+    steps.
     """
     if sparse_step <= start_step:
         raise ValueError(f"ramp: sparse_step must be above start_step = {start_step}, got {sparse_step}")
@@ -101,10 +107,11 @@ def ramp(goal: Tensor, step: int, start_step: int, sparse_step: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a sub-block as a function of its kept counts: in channels a, inner channels q (head channels or hidden), out channels o.
+    """Cost of a sub-block as a function of its kept counts: in channels a, inner channels q (head channels or
+    hidden), out channels o.
 
-    `a_q * a * q + q_o * q * o + a * in_ + q * inner + o * out`; nothing where o is 0; `constant * o` where a or q is 0, because what
-    is left then adds the same vector to every token.
+    `a_q * a * q + q_o * q * o + a * in_ + q * inner + o * out`; nothing where o is 0; `constant * o` where a
+    or q is 0, because what is left then adds the same vector to every token.
     """
 
     a_q: float
@@ -124,9 +131,11 @@ class Cost:
 def prune_count(
     gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, target: float
 ) -> tuple[int, float]:
-    """How many elements, from the lowest rank up, to prune so that the cost comes closest to `target`: exact, no search.
+    """How many elements, from the lowest rank up, to prune so that the cost comes closest to `target`: exact,
+    no search.
 
-    `argmin_p |cost(counts after pruning the p lowest) - target|`, and that distance; the smaller p where two are as close.
+    `argmin_p |cost(counts after pruning the p lowest) - target|`, and that distance; the smaller p where two
+    are as close.
 
     gate_of_rank: int `[E]`, the gate (0 in, 1 out, 2 inner) of each element in ascending order of its score.
     sizes: elements of the gates (in, out, inner), adding up to E.

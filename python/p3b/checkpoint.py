@@ -1,7 +1,8 @@
-"""A pruned model on disk: `model.safetensors` (weights) and `model.json` (how to build what they belong to). No pickle.
+"""A pruned model on disk: `model.safetensors` (weights) and `model.json` (how to build what they belong to).
+No pickle.
 
-`model.json` describes the whole ViT by its constructor's arguments and lists the kept channels of every gate, so a folder can be read
-without the run that made it and without timm's registry of names.
+`model.json` describes the whole ViT by its constructor's arguments and lists the kept channels of every gate,
+so a folder can be read without the run that made it and without timm's registry of names.
 """
 
 from __future__ import annotations
@@ -26,17 +27,22 @@ from .train import Result
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 FORMAT, VERSION = "p3b", 1
 
+
 def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | None = None) -> Path:
     """Writes a pruned (or whole) model into a folder, which it makes; returns the folder.
 
-    result: what `p3b.prune` returned, or a model. meta: anything JSON-able (preprocessing, data set, accuracy), given back by
-    `read_meta`. Both files are written under other names and then renamed, the description last: a folder that has one is complete.
-    Raises ValueError when the folder already holds a model, and before anything is written when the model could not be read back.
+    result: what `p3b.prune` returned, or a model. meta: anything JSON-able (preprocessing, data set,
+    accuracy), given back by
+    `read_meta`. Both files are written under other names and then renamed, the description last: a folder
+    that has one is complete. Raises ValueError when the folder already holds a model, and before anything is
+    written when the model could not be read back.
     """
     model = result.model if isinstance(result, Result) else result
     folder = Path(folder)
     if (folder / DESCRIPTION).exists() or (folder / WEIGHTS).exists():
-        raise ValueError(f"save: folder must not hold a model yet, got {folder}; choose another name or remove it")
+        raise ValueError(
+            f"save: folder must not hold a model yet, got {folder}; choose another name or remove it"
+        )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save: folder must be a folder, got the file {folder}")
     kept = getattr(model, "p3b_kept", None)
@@ -52,7 +58,9 @@ def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | 
     except (TypeError, ValueError) as error:
         raise ValueError(f"save: meta must be plain JSON values, got {error}") from None
     with torch.device("meta"):
-        _load_weights(_skeleton(json.loads(text)), {name: w.to("meta") for name, w in weights.items()}, "save")
+        _load_weights(
+            _skeleton(json.loads(text)), {name: w.to("meta") for name, w in weights.items()}, "save"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(weights, path))
     _replace(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
@@ -60,9 +68,11 @@ def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | 
 
 
 def load(folder: str | Path) -> VisionTransformer:
-    """Reads a model back from its folder, in eval mode on the CPU, with p3b_ext's attention (`p3b_ext.unpatch` gives timm's back).
+    """Reads a model back from its folder, in eval mode on the CPU, with p3b_ext's attention
+    (`p3b_ext.unpatch` gives timm's back).
 
-    Raises ValueError, in one line, for a folder without a model and for files that are cut short or do not belong together.
+    Raises ValueError, in one line, for a folder without a model and for files that are cut short or do not
+    belong together.
     """
     folder = Path(folder)
     description = _read(folder)
@@ -71,7 +81,9 @@ def load(folder: str | Path) -> VisionTransformer:
     except FileNotFoundError:
         raise ValueError(f"load: folder must hold {WEIGHTS}, got {folder} without it") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"load: {folder / WEIGHTS} must be a whole safetensors file, got a broken one ({error})") from None
+        raise ValueError(
+            f"load: {folder / WEIGHTS} must be a whole safetensors file, got a broken one ({error})"
+        ) from None
     with torch.random.fork_rng([]):  # building draws fresh weights; the caller's generator stays where it was
         model = _skeleton(description)
     _load_weights(model, weights, "load")
@@ -105,7 +117,9 @@ def _skeleton(description: dict[str, Any]) -> VisionTransformer:
             cut(model, description["kept"])
         model.p3b_description = description["model"]
     except (KeyError, TypeError, AssertionError, IndexError) as error:
-        raise ValueError(f"load: {DESCRIPTION} must describe a timm ViT, got {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"load: {DESCRIPTION} must describe a timm ViT, got {type(error).__name__}: {error}"
+        ) from None
     return model
 
 

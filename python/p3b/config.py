@@ -1,4 +1,5 @@
-"""Settings of a pruning run: one dataclass, one sentence per field, every relation checked when it is built."""
+"""Settings of a pruning run: one dataclass, one sentence per field, every relation checked when it is
+built."""
 
 from __future__ import annotations
 
@@ -12,14 +13,17 @@ from typing import Any
 
 @dataclass
 class Config:
-    """Settings of `p3b.prune` and `p3b.finetune`. Epoch numbers count from 0; the prune run ends at `final_epoch`.
+    """Settings of `p3b.prune` and `p3b.finetune`. Epoch numbers count from 0; the prune run ends at
+    `final_epoch`.
 
-    Defaults are P3B's published constants where it has one (methods of arXiv 2506.23675); learning rates are for AdamW.
-    Raises ValueError (values) or TypeError (types) that name the field, what was expected and what came.
+    Defaults are P3B's published constants where it has one (methods of arXiv 2506.23675); learning rates are
+    for AdamW. Raises ValueError (values) or TypeError (types) that name the field, what was expected and what
+    came.
     """
 
     prune_ratio: float = 0.5
-    """Share of the model's cost (all of it, what lies outside the blocks included) that the pruned model gives up, in (0, 1)."""
+    """Share of the model's cost (all of it, what lies outside the blocks included) that the pruned model
+    gives up, in (0, 1)."""
     budget: str = "params"
     """What `prune_ratio` counts: "params" or "macs" (multiply-accumulates of one image)."""
     floor: float = 0.0
@@ -30,22 +34,26 @@ class Config:
     sparse_epoch: int = 7
     """The keep ratios go linearly from one (at `start_epoch`) to their goal, reached at this epoch."""
     final_epoch: int = 10
-    """The soft masks sharpen from `sparse_epoch` on and are hard at this epoch, where the prune run ends and the model shrinks."""
+    """The soft masks sharpen from `sparse_epoch` on and are hard at this epoch, where the prune run ends and
+    the model shrinks."""
     finetune_epochs: int = 14
     """Epochs of ordinary fine-tuning after the shrink."""
     updates_per_epoch: int = 3
     """Mask updates per epoch."""
 
     alpha: float = 0.5
-    """Weight of the class-token benefit; the patch benefit has 1 - alpha. Models without class token use patches only."""
+    """Weight of the class-token benefit; the patch benefit has 1 - alpha. Models without class token use
+    patches only."""
     gamma: float = 0.2
     """Weight of the newest importance in its running mean, in (0, 1]."""
     momentum: str = "published"
-    """"published" divides by the parameters kept so far and averages; "sqrt" goes to the fixed point of that rule, sqrt(f / w), at once."""
+    """"published" divides by the parameters kept so far and averages; "sqrt" goes to the fixed point of that
+    rule, sqrt(f / w), at once."""
     temperature: float = 10.0
     """Upper end T of the smooth clamp that turns benefit into importance."""
     min_kept_share: float = 0.05
-    """An emptied sub-block counts as this share of its size when benefit is divided by size, so that it cannot take the whole budget."""
+    """An emptied sub-block counts as this share of its size when benefit is divided by size, so that it
+    cannot take the whole budget."""
     tau_max: float = 0.1
     """Width of the soft mask, as a share of a sub-block's gate elements, until sharpening starts."""
     scale_attn_in: float = 1.0
@@ -61,14 +69,16 @@ class Config:
     scale_mlp_out: float = 1.5
     """Factor on the ranks of the MLP's output channels."""
     rank_zero_by: str = "gradient"
-    """How elements with mask 0 (their score (m * g)^2 vanishes) are ordered below the others: "gradient", by today's g^2, or "last", by
-    their last score before they fell asleep. Today's gradient is the default: a last score was measured on a network that has changed since."""
+    """How elements with mask 0 (their score (m * g)^2 vanishes) are ordered below the others: "gradient", by
+    today's g^2, or "last", by their last score before they fell asleep. Today's gradient is the default: a
+    last score was measured on a network that has changed since."""
 
     patch_probe: str = "pointwise"
-    """Form of the patch probe: "conv" (published: two 3x3 convolutions), "pointwise" (one 1x1 convolution) or "linear" (none);
-    each ends in the mean over tokens and a linear layer."""
+    """Form of the patch probe: "conv" (published: two 3x3 convolutions), "pointwise" (one 1x1 convolution) or
+    "linear" (none); each ends in the mean over tokens and a linear layer."""
     patch_probe_width: int = 0
-    """Hidden channels of the patch probe; 0: the model's width for "conv", a quarter of it for "pointwise"."""
+    """Hidden channels of the patch probe; 0: the model's width for "conv", a quarter of it for
+    "pointwise"."""
     probe_share: float = 1.0
     """Share of each batch that the probes read and learn from, in (0, 1]."""
     probe_every: int = 1
@@ -87,13 +97,15 @@ class Config:
     finetune_lr: float = 1e-3
     """Peak learning rate of fine-tuning."""
     schedule: str = "one-cycle"
-    """Learning rate over fine-tuning: "one-cycle" (10 % warm-up, then cosine to zero), "cosine" or "constant"."""
+    """Learning rate over fine-tuning: "one-cycle" (10 % warm-up, then cosine to zero), "cosine" or
+    "constant"."""
     label_smoothing: float = 0.1
     """Smoothing of integer labels, in [0, 1); soft targets are taken as they come."""
     clip_grad: float = 0.0
     """Largest 2-norm of the model's gradient; 0 does not clip."""
     accumulate: int = 1
-    """Batches whose gradients are averaged into one optimizer step; steps, schedules and mask updates count optimizer steps."""
+    """Batches whose gradients are averaged into one optimizer step; steps, schedules and mask updates count
+    optimizer steps."""
 
     seed: int = 0
     """Seed of Python's, NumPy's and PyTorch's generators."""
@@ -109,8 +121,14 @@ class Config:
         self._choice("budget", ("params", "macs"))
         self._check("floor", 0 <= self.floor < 1, "in [0, 1)")
         self._check("start_epoch", self.start_epoch >= 0, "0 or more")
-        self._check("sparse_epoch", self.sparse_epoch > self.start_epoch, f"above start_epoch = {self.start_epoch}")
-        self._check("final_epoch", self.final_epoch >= self.sparse_epoch, f"at least sparse_epoch = {self.sparse_epoch}")
+        self._check(
+            "sparse_epoch", self.sparse_epoch > self.start_epoch, f"above start_epoch = {self.start_epoch}"
+        )
+        self._check(
+            "final_epoch",
+            self.final_epoch >= self.sparse_epoch,
+            f"at least sparse_epoch = {self.sparse_epoch}",
+        )
         self._check("finetune_epochs", self.finetune_epochs >= 0, "0 or more")
         self._check("updates_per_epoch", self.updates_per_epoch >= 1, "1 or more")
         self._check("alpha", 0 <= self.alpha <= 1, "in [0, 1]")
@@ -175,7 +193,9 @@ class Config:
         if not file.is_file():
             file = Path(__file__).parent / "recipes" / f"{path}.toml"
         if not file.is_file():
-            raise ValueError(f"config: recipe must be a TOML file or one of {', '.join(recipes())}, got {str(path)!r}")
+            raise ValueError(
+                f"config: recipe must be a TOML file or one of {', '.join(recipes())}, got {str(path)!r}"
+            )
         try:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,8 +1,9 @@
 """Gates: one number per prunable channel, folded into the neighbouring weights while the model trains.
 
-A gate multiplies activations; scaling the norm's affine weights (reads), rows of a Linear (writes, head channels) or its columns
-(hidden channels) computes the same thing at O(parameters). Modules keep their names and their state-dict keys: only their class is
-swapped while the gates are attached. Gate values live in one flat tensor outside the model, where no optimizer finds them.
+A gate multiplies activations; scaling the norm's affine weights (reads), rows of a Linear (writes, head
+channels) or its columns (hidden channels) computes the same thing at O(parameters). Modules keep their names
+and their state-dict keys: only their class is swapped while the gates are attached. Gate values live in one
+flat tensor outside the model, where no optimizer finds them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, RmsNorm
+from timm.layers import LayerScale, Mlp, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -28,12 +29,14 @@ HARD = 0.5  # published: an element counts as kept at m >= 0.5
 
 
 def soft_mask(ranks: Tensor, threshold_rank: float, tau: float) -> Tensor:
-    """Soft mask over the rank axis: 0.5 at the threshold, 0.1 and 0.9 at `tau` times the number of elements below and above.
+    """Soft mask over the rank axis: 0.5 at the threshold, 0.1 and 0.9 at `tau` times the number of elements
+    below and above.
 
     `sigmoid(log(9) * (ranks - threshold_rank) / (tau * len(ranks) + 1e-8))`
 
-    ranks: `[E]`, 1 for the lowest score. With tau = 0 a step; an element exactly at the threshold stays at 0.5, hence kept: pass the
-    number of elements to prune plus one half. Float64 in, float64 out; else float32.
+    ranks: `[E]`, 1 for the lowest score. With tau = 0 a step; an element exactly at the threshold stays at
+    0.5, hence kept: pass the number of elements to prune plus one half. Float64 in, float64 out; else
+    float32.
     """
     ranks = torch.as_tensor(ranks)
     if ranks.ndim != 1:
@@ -46,7 +49,8 @@ def soft_mask(ranks: Tensor, threshold_rank: float, tau: float) -> Tensor:
 
 
 def sharpening(step: int, sparse_step: int, final_step: int, tau_max: float) -> float:
-    """Width tau of the soft mask at a step: `tau_max` until `sparse_step`, then linearly to 0 at `final_step`."""
+    """Width tau of the soft mask at a step: `tau_max` until `sparse_step`, then linearly to 0 at
+    `final_step`."""
     if step < sparse_step:
         return tau_max
     if final_step <= sparse_step:
@@ -106,7 +110,8 @@ class GatedLinear(nn.Linear):
 
 
 class GatedLayerNorm(nn.LayerNorm):
-    """A LayerNorm over the full width whose output channels are scaled by a gate (through its affine weights)."""
+    """A LayerNorm over the full width whose output channels are scaled by a gate (through its affine
+    weights)."""
 
     gate: Tensor
 
@@ -138,7 +143,8 @@ class GatedScale(LayerScale):
 
 
 class KeptLayerNorm(nn.LayerNorm):
-    """A LayerNorm that takes its statistics over the kept channels (weighted by the gate) and scales its output by the gate.
+    """A LayerNorm that takes its statistics over the kept channels (weighted by the gate) and scales its
+    output by the gate.
 
     Cutting channels whose gate is 0 therefore changes nothing; a gate of ones makes it the plain norm.
     """
@@ -178,7 +184,8 @@ class KeptRmsNorm(nn.Module):
 
 @dataclass(frozen=True)
 class SubBlock:
-    """One prunable half of a transformer block: where its modules and gates are, and what its kept channels cost."""
+    """One prunable half of a transformer block: where its modules and gates are, and what its kept channels
+    cost."""
 
     name: str  # "blocks.3.attn", "blocks.3.mlp"
     kind: str  # "attn" | "mlp"
@@ -190,7 +197,9 @@ class SubBlock:
 
     @property
     def gate_names(self) -> tuple[str, str, str]:
-        return ("attn_in", "attn_out", "attn_qkv") if self.kind == "attn" else ("mlp_in", "mlp_out", "mlp_hid")
+        return (
+            ("attn_in", "attn_out", "attn_qkv") if self.kind == "attn" else ("mlp_in", "mlp_out", "mlp_hid")
+        )
 
     @property
     def stop(self) -> int:
@@ -223,9 +232,14 @@ def num_tokens(model: VisionTransformer) -> int:
 
 
 def sub_blocks(model: nn.Module) -> list[SubBlock]:
-    """The 2L prunable sub-blocks of a timm VisionTransformer, in order; NotImplementedError names the first part that P3B cannot gate."""
+    """The 2L prunable sub-blocks of a timm VisionTransformer, in order; NotImplementedError names the first
+    part that P3B cannot gate."""
     if not isinstance(model, VisionTransformer):
-        raise TypeError(f"gates: model must be a timm VisionTransformer (ViT, DeiT), got {type(model).__name__}")
+        raise TypeError(
+            f"gates: model must be a timm VisionTransformer (ViT, DeiT), got {type(model).__name__}"
+        )
+    if getattr(model, "p3b_kept", None) is not None:
+        raise NotImplementedError("gates: model must be whole, got one that is pruned already")
     found: list[SubBlock] = []
     width, tokens, start = model.embed_dim, num_tokens(model), 0
     for i, block in enumerate(model.blocks):
@@ -233,14 +247,17 @@ def sub_blocks(model: nn.Module) -> list[SubBlock]:
         _expect(isinstance(block, Block), where, "a pre-norm timm Block", block)
         attn, mlp = block.attn, block.mlp
         for part in ("qkv", "proj"):
-            _expect(isinstance(getattr(attn, part, None), nn.Linear), f"{where}.attn", "attention with Linear qkv and proj", attn)
-        _expect(getattr(attn, "gate", None) is None, f"{where}.attn", "attention without an output gate", attn)
-        for part in ("fc1", "fc2"):
-            _expect(isinstance(getattr(mlp, part, None), nn.Linear), f"{where}.mlp", "an MLP with Linear fc1 and fc2", mlp)
-        whole = (attn.qkv.in_features, attn.proj.out_features, mlp.fc1.in_features, mlp.fc2.out_features) == (width,) * 4
-        whole = whole and mlp.fc2.in_features == mlp.fc1.out_features
-        if not whole:
-            raise NotImplementedError(f"gates: {where} must be a whole block of width {width}, got one that is already pruned")
+            _expect(
+                isinstance(getattr(attn, part, None), nn.Linear),
+                f"{where}.attn",
+                "attention with Linear qkv and proj",
+                attn,
+            )
+        _expect(
+            getattr(attn, "gate", None) is None, f"{where}.attn", "attention without an output gate", attn
+        )
+        plain = isinstance(mlp, Mlp) and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
+        _expect(plain, f"{where}.mlp", "timm's Mlp with Linear layers", mlp)
         heads, head_dim, hidden = attn.num_heads, attn.head_dim, mlp.fc1.out_features
         params = budget.Cost(
             a_q=3 * heads,
@@ -253,7 +270,9 @@ def sub_blocks(model: nn.Module) -> list[SubBlock]:
             out=(attn.proj.bias is not None) + _per_channel(block.ls1, width),
             constant=1,
         )
-        macs = budget.Cost(a_q=3 * heads * tokens, q_o=heads * tokens, in_=0, inner=2 * heads * tokens**2, out=0, constant=0)
+        macs = budget.Cost(
+            a_q=3 * heads * tokens, q_o=heads * tokens, in_=0, inner=2 * heads * tokens**2, out=0, constant=0
+        )
         found.append(SubBlock(f"{where}.attn", "attn", i, (width, width, head_dim), start, params, macs))
         start = found[-1].stop
         params = budget.Cost(
@@ -271,11 +290,14 @@ def sub_blocks(model: nn.Module) -> list[SubBlock]:
 
 
 def outside_cost(model: VisionTransformer, blocks: list[SubBlock], unit: str) -> float:
-    """Cost of what is never pruned: parameters outside the sub-blocks, or MACs of patch embedding and classifier for one image."""
+    """Cost of what is never pruned: parameters outside the sub-blocks, or MACs of patch embedding and
+    classifier for one image."""
     if unit == "params":
         return sum(p.numel() for p in model.parameters()) - sum(b.full("params") for b in blocks)
     heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
-    return model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + sum(m.weight.numel() for m in heads)
+    return model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + sum(
+        m.weight.numel() for m in heads
+    )
 
 
 def _swap(module: nn.Module, gated: type[nn.Module], **attributes: object) -> None:
@@ -298,10 +320,12 @@ def _norm_class(norm: nn.Module, layer: type, rms: type, where: str) -> type[nn.
 
 
 class Gates:
-    """All gates of a model, in flat float32 tensors, with what has been measured about them since the last mask update.
+    """All gates of a model, in flat float32 tensors, with what has been measured about them since the last
+    mask update.
 
-    `values` [G] are the masks, `grad` [G] their gradient (every backward adds to it). Neither is a Parameter, neither is in the model's
-    state dict, so no optimizer touches them; they change only in `update`, `set` and `harden`.
+    `values` [G] are the masks, `grad` [G] their gradient (every backward adds to it). Neither is a Parameter,
+    neither is in the model's state dict, so no optimizer touches them; they change only in `update`, `set`
+    and `harden`.
     """
 
     def __init__(self, model: VisionTransformer) -> None:
@@ -317,7 +341,9 @@ class Gates:
         self.older = [torch.zeros_like(t) for t in (self.score_sum, self.energy_sum, self.count)]
         self._leaves = [[self._leaf(s) for s in block.slices()] for block in self.blocks]
         for block, leaves in zip(self.blocks, self._leaves, strict=True):
-            (self._attach_attn if block.kind == "attn" else self._attach_mlp)(model.blocks[block.block], block.name, *leaves)
+            (self._attach_attn if block.kind == "attn" else self._attach_mlp)(
+                model.blocks[block.block], block.name, *leaves
+            )
         model.p3b_gates = self
 
     def _leaf(self, place: slice) -> Tensor:
@@ -327,19 +353,30 @@ class Gates:
 
     @staticmethod
     def _attach_out(linear: nn.Linear, scale: nn.Module, out: Tensor, **gates: object) -> None:
-        """The out gate goes on the LayerScale where there is one (D numbers), else on the rows of the last Linear."""
+        """The out gate goes on the LayerScale where there is one (D numbers), else on the rows of the last
+        Linear."""
         folded = isinstance(scale, LayerScale)
         if folded:
             _swap(scale, GatedScale, gate=out)
         if not folded or gates.get("col_gate") is not None:
-            options = {"col_gate": None, **gates, "row_gate": None if folded else out, "row_repeat": 1, "ungated_rows": 0}
+            options = {
+                "col_gate": None,
+                **gates,
+                "row_gate": None if folded else out,
+                "row_repeat": 1,
+                "ungated_rows": 0,
+            }
             _swap(linear, GatedLinear, **options)
 
     def _attach_attn(self, block: Block, where: str, inputs: Tensor, out: Tensor, inner: Tensor) -> None:
         attn = block.attn
-        _swap(block.norm1, _norm_class(block.norm1, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs)
+        _swap(
+            block.norm1, _norm_class(block.norm1, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs
+        )
         normed = [not isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm, attn.norm)]
-        for norm, has, repeat in zip((attn.q_norm, attn.k_norm, attn.norm), normed, (1, 1, attn.num_heads), strict=True):
+        for norm, has, repeat in zip(
+            (attn.q_norm, attn.k_norm, attn.norm), normed, (1, 1, attn.num_heads), strict=True
+        ):
             if has:
                 kept = _norm_class(norm, KeptLayerNorm, KeptRmsNorm, f"{where} inner norm")
                 _swap(norm, kept, gate=inner, gate_repeat=repeat)
@@ -360,7 +397,9 @@ class Gates:
 
     def _attach_mlp(self, block: Block, where: str, inputs: Tensor, out: Tensor, inner: Tensor) -> None:
         mlp = block.mlp
-        _swap(block.norm2, _norm_class(block.norm2, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs)
+        _swap(
+            block.norm2, _norm_class(block.norm2, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs
+        )
         if isinstance(mlp.norm, nn.Identity):
             self._attach_out(mlp.fc2, block.ls2, out, col_gate=inner)
         else:
@@ -371,7 +410,8 @@ class Gates:
     # measuring ---------------------------------------------------------------------------------------------------------
 
     def accumulate(self, finite: Tensor) -> None:
-        """Adds this optimizer step's (m * g)^2 and g^2, unless the step's gradients were not finite, and clears the gradient.
+        """Adds this optimizer step's (m * g)^2 and g^2, unless the step's gradients were not finite, and
+        clears the gradient.
 
         finite: bool scalar on the device; nothing is read back to the host.
         """
@@ -408,16 +448,20 @@ class Gates:
         rank_zero_by: str = "gradient",
         include_previous: bool = False,
     ) -> dict[str, dict[str, int]]:
-        """New masks from the scores gathered since the last update: ranks inside each gate, an exact threshold, the soft mask.
+        """New masks from the scores gathered since the last update: ranks inside each gate, an exact
+        threshold, the soft mask.
 
-        keep_ratio: `[S]` share of each sub-block's cost to keep; 1 gives ones, 0 gives zeros. tau: width of the soft mask.
-        include_previous: the window before counts too (the last update of a run, whose own window may be short).
-        Returns how many elements came back and went, per sub-block: {"reactivated": {name: n}, "removed": {name: n}}.
+        keep_ratio: `[S]` share of each sub-block's cost to keep; 1 gives ones, 0 gives zeros. tau: width of
+        the soft mask. include_previous: the window before counts too (the last update of a run, whose own
+        window may be short). Returns how many elements came back and went, per sub-block: {"reactivated":
+        {name: n}, "removed": {name: n}}.
         """
         sums = [self.score_sum, self.energy_sum, self.count]
         if include_previous:
             sums = [a + b for a, b in zip(sums, self.older, strict=True)]
-        packed = torch.cat((sums[0], sums[1], self.values, sums[2][None])).cpu()  # the one host read of an update
+        packed = torch.cat(
+            (sums[0], sums[1], self.values, sums[2][None])
+        ).cpu()  # the one host read of an update
         score, energy, values = packed[:-1].chunk(3)
         steps = packed[-1].clamp_min(1.0)
         score, energy = score / steps, energy / steps
@@ -442,7 +486,9 @@ class Gates:
     def set(self, values: Tensor) -> None:
         """Puts masks in place, `[G]` in the order of `blocks` and their `slices()`."""
         if values.shape != self.values.shape:
-            raise ValueError(f"gates: values must be of shape {list(self.values.shape)}, got {list(values.shape)}")
+            raise ValueError(
+                f"gates: values must be of shape {list(self.values.shape)}, got {list(values.shape)}"
+            )
         self.values.copy_(values)
 
     def harden(self) -> None:
@@ -453,8 +499,9 @@ class Gates:
 def scaled_ranks(block: SubBlock, score: Tensor, tie: Tensor, awake: Tensor, scales: list[float]) -> Tensor:
     """Rank of every element of a sub-block on the axis that its three gates share, float64 `[E]`.
 
-    Inside a gate the elements are ranked 1/n .. 1 by `score`, those asleep below all others by `tie`, equal ones by place; the ranks
-    are multiplied by the gate's scale. score, tie, awake: `[G]` on the host; scales: of the gates in, out, inner.
+    Inside a gate the elements are ranked 1/n .. 1 by `score`, those asleep below all others by `tie`, equal
+    ones by place; the ranks are multiplied by the gate's scale. score, tie, awake: `[G]` on the host; scales:
+    of the gates in, out, inner.
     """
     scaled = []
     for place, scale in zip(block.slices(), scales, strict=True):
@@ -469,7 +516,8 @@ def scaled_ranks(block: SubBlock, score: Tensor, tie: Tensor, awake: Tensor, sca
 def block_mask(block: SubBlock, ranks: Tensor, kappa: float, tau: float, unit: str = "params") -> Tensor:
     """Soft mask `[E]` of a sub-block that keeps the share `kappa` of its cost as closely as its ranks allow.
 
-    Elements of different gates often have equal ranks; of the six orders of gates the one that comes closest breaks the ties.
+    Elements of different gates often have equal ranks; of the six orders of gates the one that comes closest
+    breaks the ties.
     """
     elements = len(ranks)
     if kappa >= 1:
@@ -501,7 +549,8 @@ def attach(model: VisionTransformer) -> Gates:
 
 
 def detach(model: VisionTransformer) -> VisionTransformer:
-    """Takes the gates off again, in place: every module has its own class back, weights are as trained, masks are forgotten."""
+    """Takes the gates off again, in place: every module has its own class back, weights are as trained, masks
+    are forgotten."""
     model.apply(_restore)
     model.__dict__.pop("p3b_gates", None)
     return model

@@ -1,7 +1,9 @@
-"""Probes: small classifiers that read the residual stream before and after every sub-block and say how easy it is to classify there.
+"""Probes: small classifiers that read the residual stream before and after every sub-block and say how easy
+it is to classify there.
 
-All probes of one kind are one batched module: one matrix product or grouped convolution serves the S = 2L sub-blocks and both their sides.
-Letters as everywhere: B images, N tokens, C model channels, K classes; P patch tokens.
+All probes of one kind are one batched module: one matrix product or grouped convolution serves the S = 2L
+sub-blocks and both their sides. Letters as everywhere: B images, N tokens, C model channels, K classes; P
+patch tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ BATCH_NORM_EPSILON = 1e-5
 
 
 class Taps:
-    """Records the residual stream during one forward pass: before the blocks, then after every attention and every MLP.
+    """Records the residual stream during one forward pass: before the blocks, then after every attention and
+    every MLP.
 
-    `with Taps(model) as taps: model(images)`; then `taps.stream` holds 2L + 1 detached tensors `[rows, N, C]`, the first `rows` images.
+    `with Taps(model) as taps: model(images)`; then `taps.stream` holds 2L + 1 detached tensors
+    `[rows, N, C]`, the first `rows` images.
     """
 
     def __init__(self, model: VisionTransformer, rows: int | None = None) -> None:
@@ -44,14 +48,16 @@ class Taps:
 
 
 def _both_sides(stack: Tensor) -> Tensor:
-    """`[S + 1, B, ...]` -> `[S, 2B, ...]`: row i holds what probe i reads, before and after its sub-block. A view: neighbours overlap."""
+    """`[S + 1, B, ...]` -> `[S, 2B, ...]`: row i holds what probe i reads, before and after its sub-block. A
+    view: neighbours overlap."""
     stack = stack.contiguous()
     count, images, *rest = stack.shape
     return stack.as_strided((count - 1, 2 * images, *rest), stack.stride())
 
 
 class _BatchedLinear(nn.Module):
-    """S Linears of one shape on channel-first columns: `[S, C, M]` -> `[S, K, M]`, initialised as nn.Linear."""
+    """S Linears of one shape on channel-first columns: `[S, C, M]` -> `[S, K, M]`, initialised as
+    nn.Linear."""
 
     def __init__(self, count: int, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
@@ -76,7 +82,8 @@ class LinearProbe(nn.Module):
 
 
 class PointwiseProbe(nn.Module):
-    """1x1 convolution, batch norm, ReLU, mean over tokens, linear: a cheaper reader of any number of patches."""
+    """1x1 convolution, batch norm, ReLU, mean over tokens, linear: a cheaper reader of any number of
+    patches."""
 
     def __init__(self, count: int, channels: int, width: int, classes: int) -> None:
         super().__init__()
@@ -97,7 +104,8 @@ class PointwiseProbe(nn.Module):
 
 
 class ConvProbe(nn.Module):
-    """The published form: twice 3x3 convolution, batch norm, ReLU on the patch grid; mean; linear. Batch statistics always."""
+    """The published form: twice 3x3 convolution, batch norm, ReLU on the patch grid; mean; linear. Batch
+    statistics always."""
 
     def __init__(self, count: int, channels: int, width: int, classes: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -121,12 +129,16 @@ class ConvProbe(nn.Module):
 
 
 class Probes(nn.Module):
-    """The class and patch probes of a model. `forward(stream, loss)` gives their losses `{"cls": [S, 2], "patch": [S, 2]}` in nats.
+    """The class and patch probes of a model. `forward(stream, loss)` gives their losses
+    `{"cls": [S, 2], "patch": [S, 2]}` in nats.
 
-    The class probe is left out where the model has no class token or `alpha` is 0, the patch probe where `alpha` is 1.
+    The class probe is left out where the model has no class token or `alpha` is 0, the patch probe where
+    `alpha` is 1.
     """
 
-    def __init__(self, model: VisionTransformer, *, alpha: float = 0.5, form: str = "pointwise", width: int = 0) -> None:
+    def __init__(
+        self, model: VisionTransformer, *, alpha: float = 0.5, form: str = "pointwise", width: int = 0
+    ) -> None:
         super().__init__()
         count, channels, classes = 2 * len(model.blocks), model.embed_dim, model.num_classes
         self.prefix = model.num_prefix_tokens
@@ -148,7 +160,8 @@ class Probes(nn.Module):
         return tuple(name for name, probe in (("cls", self.cls), ("patch", self.patch)) if probe is not None)
 
     def forward(self, stream: list[Tensor], loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """stream: 2L + 1 tensors `[B, N, C]`; loss: logits `[R * B, K]` -> loss per row, the B targets repeating R times."""
+        """stream: 2L + 1 tensors `[B, N, C]`; loss: logits `[R * B, K]` -> loss per row, the B targets
+        repeating R times."""
         losses = {}
         if self.cls is not None:
             losses["cls"] = self._mean_losses(self.cls(torch.stack([x[:, 0].float() for x in stream])), loss)
@@ -157,7 +170,9 @@ class Probes(nn.Module):
                 stack = torch.stack([x[:, self.prefix :].float().mean(1) for x in stream])
             else:
                 counts = {x.shape[1] - self.prefix for x in stream}
-                if len(counts) > 1 or (isinstance(self.patch, ConvProbe) and counts != {math.prod(self.grid)}):
+                if len(counts) > 1 or (
+                    isinstance(self.patch, ConvProbe) and counts != {math.prod(self.grid)}
+                ):
                     raise ValueError(
                         f"probes: every block must see the {self.grid[0]}x{self.grid[1]} patches of the grid, got {sorted(counts)}; "
                         'patch_probe="linear" reads any number of tokens'

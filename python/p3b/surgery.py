@@ -1,7 +1,9 @@
-"""From a masked model to a small dense one that computes the same, with ordinary timm modules as far as they reach.
+"""From a masked model to a small dense one that computes the same, with ordinary timm modules as far as they
+reach.
 
-Inside a pruned block the norm keeps its statistics over the full width and hands on the kept channels; attention and MLP are timm's own,
-only narrower; their output is scattered back into the residual stream. What has no kept channel is left out.
+Inside a pruned block the norm keeps its statistics over the full width and hands on the kept channels;
+attention and MLP are timm's own, only narrower; their output is scattered back into the residual stream. What
+has no kept channel is left out.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from .gates import Gates, detach
 
 
 class GatherLayerNorm(nn.LayerNorm):
-    """LayerNorm whose statistics are those of all channels and whose output (and affine weights) are those of the kept ones."""
+    """LayerNorm whose statistics are those of all channels and whose output (and affine weights) are those of
+    the kept ones."""
 
     index: Tensor
     width: int
 
     def forward(self, input: Tensor) -> Tensor:
-        # widening the affine weights costs O(width) and leaves one fused norm; gathering first would need a norm with foreign statistics
+        # widening the affine weights costs O(width) and leaves one fused norm; gathering first would need a
+        # norm with foreign statistics
         weight = None if self.weight is None else _widen(self.weight, self.index, self.width)
         bias = None if self.bias is None else _widen(self.bias, self.index, self.width)
         return _gather(F.layer_norm(input, (self.width,), weight, bias, self.eps), self.index)
@@ -49,9 +53,11 @@ class GatherRmsNorm(nn.Module):
 
 
 class PrunedBlock(Block):
-    """timm's Block after the cut: each half writes to its kept output channels, or a constant vector, or nothing at all.
+    """timm's Block after the cut: each half writes to its kept output channels, or a constant vector, or
+    nothing at all.
 
-    `attn` (or `mlp`) is None where it reads nothing any more; `attn_constant` is then what it adds to every token, or None.
+    `attn` (or `mlp`) is None where it reads nothing any more; `attn_constant` is then what it adds to every
+    token, or None.
     `attention_half` and `mlp_half` are the two halves on their own, between which p3b_ext reduces tokens.
     """
 
@@ -64,7 +70,8 @@ class PrunedBlock(Block):
         return self.mlp_half(self.attention_half(x, attn_mask=attn_mask, is_causal=is_causal)[0])
 
     def attention_half(self, x: Tensor, **asked: Any) -> tuple[Tensor, Any]:
-        """The stream after the attention, and what the attention returned (with its side outputs, where `asked` names some)."""
+        """The stream after the attention, and what the attention returned (with its side outputs, where
+        `asked` names some)."""
         if self.attn is None:
             if asked.get("aux") or asked.get("metric"):
                 raise NotImplementedError(
@@ -90,8 +97,9 @@ class PrunedBlock(Block):
         return x + drop_path(y.expand(x.shape[0], 1, -1))
 
 
-# gather and scatter_add with an expanded index: of PyTorch's ways the fastest on a CPU, forward and backward (index_select along the last
-# axis takes 3 times, zeros + index_copy 4 times as long; [8, 197, 384], one Zen 3 core). Indices are unique, so both are deterministic.
+# gather and scatter_add with an expanded index: of PyTorch's ways the fastest on a CPU, forward and backward
+# (index_select along the last axis takes 3 times, zeros + index_copy 4 times as long; [8, 197, 384], one Zen
+# 3 core). Indices are unique, so both are deterministic.
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -109,7 +117,8 @@ def _widen(values: Tensor, index: Tensor, width: int) -> Tensor:
 
 
 def kept_indices(gates: Gates) -> dict[str, dict[str, list[int]]]:
-    """Kept channels of every sub-block, by name and gate: {"blocks.0.attn": {"in": [...], "out": [...], "inner": [...]}, ...}."""
+    """Kept channels of every sub-block, by name and gate: {"blocks.0.attn": {"in": [...], "out": [...],
+    "inner": [...]}, ...}."""
     hard = gates.hard().cpu()
     return {
         block.name: {
@@ -121,9 +130,11 @@ def kept_indices(gates: Gates) -> dict[str, dict[str, list[int]]]:
 
 
 def shrink(model: VisionTransformer) -> VisionTransformer:
-    """Makes a masked model small and dense, in place, and returns it: same logits (masks are rounded to 0 or 1 first).
+    """Makes a masked model small and dense, in place, and returns it: same logits (masks are rounded to 0 or
+    1 first).
 
-    The model is one that `p3b.prune` or `p3b.gates.attach` has put gates on. Raises ValueError when it has none.
+    The model is one that `p3b.prune` or `p3b.gates.attach` has put gates on. Raises ValueError when it has
+    none.
     """
     gates = getattr(model, "p3b_gates", None)
     if gates is None:
@@ -147,21 +158,31 @@ def cut(model: VisionTransformer, kept: dict[str, dict[str, list[int]]]) -> None
         for half, norm, scale in (("attn", "norm1", "ls1"), ("mlp", "norm2", "ls2")):
             indices = kept[f"blocks.{i}.{half}"]
             reads, writes, inner = (
-                torch.tensor(indices[gate], dtype=torch.long, device=device) for gate in ("in", "out", "inner")
+                torch.tensor(indices[gate], dtype=torch.long, device=device)
+                for gate in ("in", "out", "inner")
             )
             _cut_half(block, half, norm, scale, reads, writes, inner, model.embed_dim)
     model.p3b_kept = kept
 
 
 def _cut_half(
-    block: PrunedBlock, half: str, norm: str, scale: str, reads: Tensor, writes: Tensor, inner: Tensor, width: int
+    block: PrunedBlock,
+    half: str,
+    norm: str,
+    scale: str,
+    reads: Tensor,
+    writes: Tensor,
+    inner: Tensor,
+    width: int,
 ) -> None:
     branch = getattr(block, half)
     block.register_buffer(f"{half}_index", writes if len(writes) < width else None, persistent=False)
     block.register_parameter(f"{half}_constant", None)
     layer_scale = getattr(block, scale)
     if isinstance(layer_scale, LayerScale):
-        layer_scale.gamma = nn.Parameter(layer_scale.gamma[writes], requires_grad=layer_scale.gamma.requires_grad)
+        layer_scale.gamma = nn.Parameter(
+            layer_scale.gamma[writes], requires_grad=layer_scale.gamma.requires_grad
+        )
     if len(reads) and len(writes) and len(inner):
         (_cut_attn if half == "attn" else _cut_mlp)(branch, reads, inner)
         _cut_linear(branch.proj if half == "attn" else branch.fc2, rows=writes)
@@ -183,7 +204,11 @@ def _constant_output(branch: nn.Module, half: str, inner: Tensor) -> Tensor:
     if len(inner) == 0:
         return out
     if half == "mlp":
-        hidden = branch.fc1.weight.new_zeros(branch.fc1.out_features) if branch.fc1.bias is None else branch.fc1.bias
+        hidden = (
+            branch.fc1.weight.new_zeros(branch.fc1.out_features)
+            if branch.fc1.bias is None
+            else branch.fc1.bias
+        )
         hidden = branch.act(hidden)[inner]
         if not isinstance(branch.norm, nn.Identity):
             _cut_norm_plain(branch.norm, inner)
@@ -239,7 +264,8 @@ def _cut_attn(attn: nn.Module, reads: Tensor, inner: Tensor) -> None:
     heads, head_dim, kept = attn.num_heads, attn.head_dim, len(inner)
     _cut_linear(attn.qkv, _tiled(inner, head_dim, 3 * heads), reads)
     _cut_linear(attn.proj, columns=_tiled(inner, head_dim, heads))
-    # The logits keep the scale head_dim ** -0.5. Attention layers derive theirs from the head size they see, so the ratio goes into q.
+    # The logits keep the scale head_dim ** -0.5. Attention layers derive theirs from the head size they see,
+    # so the ratio goes into q.
     ratio = (kept / head_dim) ** 0.5
     if isinstance(attn.q_norm, nn.Identity):
         attn.qkv.weight[: heads * kept] *= ratio

@@ -1,7 +1,8 @@
 """The training loops: `prune` (warm-up, sparsify, sharpen, shrink, fine-tune) and `finetune`.
 
-One step of the prune run: forward with taps, loss of the model plus losses of the probes, one backward, both optimizers, then the gates'
-scores and the blocks' benefits are added to tensors on the device. Nothing is read back to the host until a mask update or a report.
+One step of the prune run: forward with taps, loss of the model plus losses of the probes, one backward, both
+optimizers, then the gates' scores and the blocks' benefits are added to tensors on the device. Nothing is
+read back to the host until a mask update or a report.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Silent:
 
 @dataclass
 class Result:
-    """What `prune` returns: the small dense model, the history of the run (JSON-able), the settings and a few figures."""
+    """What `prune` returns: the small dense model, the history of the run (JSON-able), the settings and a few
+    figures."""
 
     model: nn.Module
     history: dict[str, Any]
@@ -81,12 +83,15 @@ def prune(
     *,
     progress: Progress | None = None,
 ) -> Result:
-    """Prunes a timm ViT by block benefit (P3B): trains it under gates, shrinks it to a small dense model, fine-tunes that.
+    """Prunes a timm ViT by block benefit (P3B): trains it under gates, shrinks it to a small dense model,
+    fine-tunes that.
 
-    model: a timm VisionTransformer with its classifier for the target classes; it is copied, not changed. Loaders give
-    `(images [B, C, H, W] float, labels int64 [B] or soft targets [B, K])` and have a length. The result's model runs p3b_ext's attention;
-    `p3b_ext.unpatch` gives it timm's back. Raises ValueError (budget, settings) before training starts, NotImplementedError for parts
-    of the model that cannot be gated.
+    model: a timm VisionTransformer with its classifier for the target classes; it is copied, not changed.
+    Loaders give
+    `(images [B, C, H, W] float, labels int64 [B] or soft targets [B, K])` and have a length. The result's
+    model runs p3b_ext's attention;
+    `p3b_ext.unpatch` gives it timm's back. Raises ValueError (budget, settings) before training starts,
+    NotImplementedError for parts of the model that cannot be gated.
     """
     config, progress = config or Config(), progress or Silent()
     device = _device(config)
@@ -101,13 +106,26 @@ def prune(
         history = run.finish(val_loader)
         if config.finetune_epochs:
             tuned = _finetune(
-                model, train_loader, val_loader, config, config.finetune_epochs, _Unclosed(progress), config.final_epoch
+                model,
+                train_loader,
+                val_loader,
+                config,
+                config.finetune_epochs,
+                _Unclosed(progress),
+                config.final_epoch,
             )
             history["epochs"] += tuned["epochs"]
             history["accuracy_final"] = tuned["accuracy_final"]
     finally:
         progress.close()
-    keys = ("dense_params", "final_params", "accuracy_masked", "accuracy_shrunk", "accuracy_final", "skipped_steps")
+    keys = (
+        "dense_params",
+        "final_params",
+        "accuracy_masked",
+        "accuracy_shrunk",
+        "accuracy_final",
+        "skipped_steps",
+    )
     return Result(model, history, config, {key: history[key] for key in keys})
 
 
@@ -120,9 +138,11 @@ def finetune(
     epochs: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Fine-tunes any classifier, in place: timm's optimizer, one-cycle or cosine schedule; returns its history.
+    """Fine-tunes any classifier, in place: timm's optimizer, one-cycle or cosine schedule; returns its
+    history.
 
-    epochs: default `config.finetune_epochs`. The history holds "epochs" (records as in `prune`) and "accuracy_final".
+    epochs: default `config.finetune_epochs`. The history holds "epochs" (records as in `prune`) and
+    "accuracy_final".
     """
     config, progress = config or Config(), progress or Silent()
     epochs = config.finetune_epochs if epochs is None else epochs
@@ -181,8 +201,12 @@ class PruneRun:
         self.outside_params = int(outside_cost(model, blocks, "params"))
         self.goal = torch.ones_like(self.full)
         # an unreachable budget must fail here, before anything is trained
-        budget.keep_ratios(torch.ones_like(self.full), self.full, self.outside, config.prune_ratio, config.floor)
-        self.probes = Probes(model, alpha=config.alpha, form=config.patch_probe, width=config.patch_probe_width)
+        budget.keep_ratios(
+            torch.ones_like(self.full), self.full, self.outside, config.prune_ratio, config.floor
+        )
+        self.probes = Probes(
+            model, alpha=config.alpha, form=config.patch_probe, width=config.patch_probe_width
+        )
         self.probes.to(self.device)
         self.benefit = Benefit(self.probes.criteria, len(blocks), self.device)
         self.importance = Importance(
@@ -216,7 +240,9 @@ class PruneRun:
         """Whether the coming step trains and reads the probes."""
         return self.count % self.config.probe_every == 0
 
-    def epoch(self, epoch: int, train_loader: Batches, val_loader: Batches, progress: Progress) -> dict[str, Any]:
+    def epoch(
+        self, epoch: int, train_loader: Batches, val_loader: Batches, progress: Progress
+    ) -> dict[str, Any]:
         """One epoch of the prune run; returns its record."""
         self.model.train()
         self.probes.train()
@@ -235,7 +261,8 @@ class PruneRun:
         return record
 
     def update(self, final: bool = False) -> None:
-        """New masks from what was measured since the last update. At the end: two windows count, full ratio, hard masks."""
+        """New masks from what was measured since the last update. At the end: two windows count, full ratio,
+        hard masks."""
         config = self.config
         benefit = self.benefit.take(include_previous=final)
         importance = self.importance.update(benefit, self.gates.kept_cost(config.budget))
@@ -272,7 +299,9 @@ class PruneRun:
         history["accuracy_masked"] = _accuracy(model, val_loader, self.config, self.device)
         shrink(model)
         patch(model)
-        history["accuracy_shrunk"] = history["accuracy_final"] = _accuracy(model, val_loader, self.config, self.device)
+        history["accuracy_shrunk"] = history["accuracy_final"] = _accuracy(
+            model, val_loader, self.config, self.device
+        )
         history["final_params"] = sum(p.numel() for p in model.parameters())
         history["skipped_steps"] = int(self.step.skipped)
         return history
@@ -356,14 +385,17 @@ class Step:
 
     def _step(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         if self.on_device:
-            optimizer.found_inf = (~finite).float()  # fused optimizers skip on the device, as under a GradScaler
+            optimizer.found_inf = (
+                ~finite
+            ).float()  # fused optimizers skip on the device, as under a GradScaler
             optimizer.step()
         elif finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def check(self, where: str) -> None:
-        """Raises RuntimeError after ten steps in a row without a finite gradient; one host read, so once an epoch."""
+        """Raises RuntimeError after ten steps in a row without a finite gradient; one host read, so once an
+        epoch."""
         if self.longest_skip >= MAX_SKIPPED:
             raise RuntimeError(
                 f"train: gradients must be finite, got {int(self.longest_skip)} steps in a row that are not ({where}); "
@@ -424,11 +456,15 @@ def _record(phase: str, epoch: int, meter: Meter, accuracy: float, params: int) 
     }
 
 
-def _report(progress: Progress, meter: Meter, phase: str, epoch: int, step: int, steps: int, params: int) -> None:
+def _report(
+    progress: Progress, meter: Meter, phase: str, epoch: int, step: int, steps: int, params: int
+) -> None:
     if isinstance(progress, Silent) or (step % max(1, steps // REPORTS_PER_EPOCH) and step != steps - 1):
         return
     loss, accuracy = meter.read()
-    progress.step(phase=phase, epoch=epoch, step=step, steps=steps, loss=loss, accuracy=accuracy, params=params)
+    progress.step(
+        phase=phase, epoch=epoch, step=step, steps=steps, loss=loss, accuracy=accuracy, params=params
+    )
 
 
 class _Unclosed:
@@ -442,7 +478,9 @@ class _Unclosed:
 
 def _groups(loader: Batches, epoch: int, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """An epoch's batches in groups of `size`; a last group that is not full is left out."""
-    if hasattr(loader, "set_epoch"):  # order and augmentation then depend on the epoch, not on what ran before
+    if hasattr(
+        loader, "set_epoch"
+    ):  # order and augmentation then depend on the epoch, not on what ran before
         loader.set_epoch(epoch)
     group = []
     for batch in loader:
@@ -457,7 +495,9 @@ def _steps_per_epoch(loader: Batches, config: Config) -> int:
         raise TypeError(f"train: train_loader must have a length, got {type(loader).__name__}")
     steps = len(loader) // config.accumulate
     if steps == 0:
-        raise ValueError(f"train: train_loader must give at least accumulate = {config.accumulate} batches, got {len(loader)}")
+        raise ValueError(
+            f"train: train_loader must give at least accumulate = {config.accumulate} batches, got {len(loader)}"
+        )
     return steps
 
 
@@ -466,10 +506,14 @@ def _optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optim
     try:
         return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **fused)
     except (AssertionError, ValueError) as error:
-        raise ValueError(f"train: opt must be an optimizer that timm knows, got {config.opt!r} ({error})") from None
+        raise ValueError(
+            f"train: opt must be an optimizer that timm knows, got {config.opt!r} ({error})"
+        ) from None
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def _scheduler(
+    optimizer: torch.optim.Optimizer, config: Config, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     if config.schedule == "one-cycle" and steps > 1:
         peaks = [group["lr"] for group in optimizer.param_groups]
         return torch.optim.lr_scheduler.OneCycleLR(

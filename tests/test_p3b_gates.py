@@ -1,0 +1,322 @@
+"""Gates: the soft mask, gates folded into weights against gates on activations, scores, masks that meet their
+cost, reactivation."""
+
+import copy
+
+import pytest
+import torch
+import vits
+from p3b import Config, gates
+from p3b.gates import attach, detach, outside_cost, sharpening, soft_mask, sub_blocks
+from timm.layers import RmsNorm
+from torch import nn
+
+FAMILIES = [
+    *("deit", "distilled", "augreg_no_qkv_bias", "gap", "layer_scale", "qk_norm", "qk_norm_scale_norm"),
+    *("reg4_gap", "no_embed_class", "pre_norm"),
+]
+SCALES = Config().gate_scales
+
+
+def vit(name="deit", **options):
+    return vits.family(name, **({"img_size": 32, "depth": 2} | options))
+
+
+def images():
+    return vits.images(3, 32)
+
+
+@pytest.mark.parametrize(
+    "tau, expected",
+    [
+        (0.1, [0.0014, 0.0122, 0.1, 0.5, 0.9, 0.9878, 0.9986, 0.9998, 1, 1]),
+        (0.05, [0.0000, 0.0002, 0.0122, 0.5, 0.9878, 0.9998, 1, 1, 1, 1]),
+        (0.0, [0, 0, 0, 0.5, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_soft_mask_of_the_worked_example(tau, expected):
+    mask = soft_mask(torch.arange(1, 11), 4, tau)
+    torch.testing.assert_close(mask, torch.tensor(expected), rtol=0, atol=5.1e-5)
+
+
+def test_soft_mask_with_one_half_added_is_hard_at_tau_zero():
+    assert soft_mask(torch.arange(1, 6), 2.5, 0.0).tolist() == [0, 0, 1, 1, 1]
+    assert soft_mask(torch.arange(1, 6), 0.5, 0.0).tolist() == [1] * 5
+    assert soft_mask(torch.arange(1, 6), 5.5, 0.0).tolist() == [0] * 5
+    with pytest.raises(ValueError, match="tau must be 0 or more, got -1"):
+        soft_mask(torch.arange(3), 1, -1)
+    with pytest.raises(ValueError, match=r"ranks must be of shape \[E\], got \[2, 2\]"):
+        soft_mask(torch.ones(2, 2), 1, 0.1)
+
+
+def test_sharpening():
+    assert sharpening(5, 10, 20, 0.1) == 0.1
+    assert sharpening(10, 10, 20, 0.1) == 0.1
+    assert sharpening(15, 10, 20, 0.1) == pytest.approx(0.05)
+    assert sharpening(20, 10, 20, 0.1) == 0
+    assert sharpening(10, 10, 10, 0.1) == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gates_of_one_change_nothing(name):
+    model = vit(name)
+    before, keys = model(images()), list(model.state_dict())
+    attach(model)
+    torch.testing.assert_close(model(images()), before, rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == keys
+    detach(model)
+    assert torch.equal(model(images()), before)
+    assert not hasattr(model, "p3b_gates")
+    assert {type(m) for m in model.modules()} == {type(m) for m in vit(name).modules()}
+
+
+class OnActivations:
+    """The same gates as the paper puts them: multiplying activations, by hooks. The meaning that folding must
+    reproduce."""
+
+    def __init__(self, model, values):
+        self.values = values.clone().requires_grad_()
+        for block in sub_blocks(model):
+            inputs, out, inner = (self.values[place] for place in block.slices())
+            layer = model.blocks[block.block]
+            if block.kind == "attn":
+                self.scale(layer.norm1, inputs)
+                self.scale(layer.attn.proj, out)
+                repeat = 3 * layer.attn.num_heads
+                if isinstance(layer.attn.q_norm, nn.Identity):
+                    self.scale(layer.attn.qkv, inner.repeat(repeat))
+                else:
+                    third = torch.ones(2 * layer.attn.attn_dim)
+                    self.scale(layer.attn.qkv, torch.cat((third, inner.repeat(layer.attn.num_heads))))
+                    self.norm(layer.attn.q_norm, inner)
+                    self.norm(layer.attn.k_norm, inner)
+            else:
+                self.scale(layer.norm2, inputs)
+                self.scale(layer.mlp.act, inner)
+                self.scale(layer.mlp.fc2, out)
+
+    @staticmethod
+    def scale(module, gate):
+        module.register_forward_hook(lambda _, args, out: out * gate)
+
+    @staticmethod
+    def norm(module, gate):
+        def normalise(_, args, out):
+            x, share = args[0], gate / gate.sum()
+            if isinstance(module, RmsNorm):
+                y = x / ((x**2 * share).sum(-1, keepdim=True) + module.eps).sqrt()
+            else:
+                mean = (x * share).sum(-1, keepdim=True)
+                y = (x - mean) / (((x - mean) ** 2 * share).sum(-1, keepdim=True) + module.eps).sqrt() + 0.0
+            y = y * module.weight
+            return (y if getattr(module, "bias", None) is None else y + module.bias) * gate
+
+        module.register_forward_hook(normalise)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"init_values": 0.3},
+        {"qkv_bias": False, "proj_bias": False},
+        {"qk_norm": True},
+        {"qk_norm": True, "norm_layer": RmsNorm},
+    ],
+    ids=["deit", "layer-scale", "no-bias", "qk-norm", "qk-norm-rms"],
+)
+def test_folded_gates_equal_gates_on_activations_and_so_do_their_gradients(options):
+    model = vit("deit", **options).double()
+    plain = copy.deepcopy(model)
+    folded = attach(model)
+    values = torch.rand(folded.values.shape, generator=torch.Generator().manual_seed(5)) * 0.9 + 0.1
+    folded.set(values)
+    meaning = OnActivations(plain, values.double())
+    x = images().double()
+    weight = torch.randn(10, generator=torch.Generator().manual_seed(6)).double()
+    ours, theirs = model(x), plain(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    torch.testing.assert_close(folded.grad.double(), meaning.values.grad, rtol=1e-4, atol=1e-5)
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(
+            p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_gradcheck_of_scaled_weights():
+    weight, rows, cols = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (5,), (3,))
+    )
+    apply = gates._ScaledWeight.apply
+    assert torch.autograd.gradcheck(apply, (weight, rows, cols))
+    assert torch.autograd.gradcheck(lambda w, r: apply(w, r, None), (weight, rows))
+    assert torch.autograd.gradcheck(lambda w, c: apply(w, None, c), (weight, cols))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_costs_add_up_to_the_model(name):
+    model = vit(name)
+    blocks = sub_blocks(model)
+    total = sum(b.full("params") for b in blocks) + outside_cost(model, blocks, "params")
+    assert total == sum(p.numel() for p in model.parameters())
+    outside = {key for key, _ in model.named_parameters() if not key.startswith("blocks.")}
+    assert outside_cost(model, blocks, "params") == sum(
+        p.numel() for k, p in model.named_parameters() if k in outside
+    )
+
+
+def test_macs_of_deit_small():
+    with torch.device("meta"):
+        from timm.models.vision_transformer import VisionTransformer
+
+        model = VisionTransformer(embed_dim=384, num_heads=6, patch_size=16)
+    blocks = sub_blocks(model)
+    total = sum(b.full("macs") for b in blocks) + outside_cost(model, blocks, "macs")
+    assert total / 1e9 == pytest.approx(4.599, abs=1e-3)
+
+
+def test_scores_are_mean_squares_of_finite_gradients():
+    model = vit()
+    gate = attach(model)
+    values = torch.rand_like(gate.values)
+    gate.set(values)
+    gradients = [torch.randn_like(values) for _ in range(3)]
+    for gradient, finite in zip(gradients, (True, False, True), strict=True):
+        gate.grad.copy_(gradient if finite else gradient / 0)
+        gate.accumulate(torch.tensor(finite))
+        assert not gate.grad.any()
+    expected = (values * gradients[0]).square() + (values * gradients[2]).square()
+    torch.testing.assert_close(gate.score_sum, expected)
+    assert float(gate.count) == 2
+
+
+def measured(model, seed=0):
+    """Gates with random scores, as after some steps."""
+    gate = attach(model)
+    generator = torch.Generator().manual_seed(seed)
+    gate.grad.copy_(torch.randn(gate.values.shape, generator=generator))
+    gate.accumulate(torch.tensor(True))
+    return gate
+
+
+@pytest.mark.parametrize("unit", ["params", "macs"])
+def test_masks_keep_the_share_of_cost_asked_for(unit):
+    model = vit()
+    for kappa in (0.9, 0.5, 0.25, 0.1):
+        gate = measured(model)
+        gate.update(torch.full((4,), kappa), 0.0, scales=SCALES, unit=unit)
+        assert set(gate.values.tolist()) == {0.0, 1.0}
+        full = torch.tensor([b.full(unit) for b in gate.blocks], dtype=torch.float64)
+        torch.testing.assert_close(
+            gate.kept_cost(unit) / full, torch.full((4,), kappa, dtype=torch.float64), rtol=0, atol=0.03
+        )
+        detach(model)
+
+
+def test_keep_ratio_one_is_all_ones_and_zero_is_none():
+    gate = measured(vit())
+    gate.update(torch.tensor([1.0, 0.0, 1.0, 0.0]), 0.1, scales=SCALES)
+    for block, expected in zip(gate.blocks, (1, 0, 1, 0), strict=True):
+        assert (gate.values[block.start : block.stop] == expected).all()
+    assert gate.kept_cost().tolist() == [gate.blocks[0].full("params"), 0, gate.blocks[2].full("params"), 0]
+
+
+def test_gate_scales_decide_how_much_each_gate_loses():
+    """At one threshold theta every gate loses the share theta / scale of its elements, whatever the
+    scores."""
+    model = vit(embed_dim=48, num_heads=3)
+    gate = measured(model)
+    gate.update(torch.full((4,), 0.5), 0.0, scales=SCALES)
+    for block, (kept_in, kept_out, kept_inner) in zip(gate.blocks, gate.kept_counts(), strict=True):
+        lost = [1 - n / size for n, size in zip((kept_in, kept_out, kept_inner), block.sizes, strict=True)]
+        theta = lost[0]
+        inner_scale = 1.0 if block.kind == "attn" else 0.75
+        assert lost[1] == pytest.approx(theta / 1.5, abs=0.04)
+        assert lost[2] == pytest.approx(theta / inner_scale, abs=0.07)
+
+
+def test_update_ranks_by_score_inside_a_gate():
+    gate = measured(vit())
+    score = gate.score_sum.clone()
+    gate.update(torch.full((4,), 0.4), 0.05, scales=SCALES)
+    for block in gate.blocks:
+        for place in block.slices():
+            assert (gate.values[place][score[place].argsort()].diff() >= 0).all()
+    assert not gate.score_sum.any() and float(gate.count) == 0
+
+
+@pytest.mark.parametrize("rank_zero_by", ["gradient", "last"])
+def test_elements_asleep_come_back_when_their_block_may_keep_more(rank_zero_by):
+    """Their score (m g)^2 is 0: the ones with the largest gradient (or the largest score while awake) return
+    first."""
+    model = vit()
+    gate = measured(model, seed=1)
+    first_score = gate.score_sum.clone()
+    gate.update(torch.full((4,), 0.4), 0.0, scales=SCALES)
+    asleep = gate.values == 0
+    gradient = torch.randn(gate.values.shape, generator=torch.Generator().manual_seed(2))
+    gate.grad.copy_(gradient)
+    gate.accumulate(torch.tensor(True))
+    assert not gate.score_sum[asleep].any()
+    change = gate.update(torch.tensor([0.8, 0.4, 0.4, 0.4]), 0.0, scales=SCALES, rank_zero_by=rank_zero_by)
+    block = gate.blocks[0]
+    assert change["reactivated"][block.name] > 0 and change["removed"][block.name] == 0
+    assert sum(change["reactivated"].values()) == change["reactivated"][block.name]
+    order_by = gradient.square() if rank_zero_by == "gradient" else first_score
+    for place in block.slices():
+        slept, back = asleep[place], gate.values[place] == 1
+        returned, stayed = order_by[place][slept & back], order_by[place][slept & ~back]
+        if len(returned) and len(stayed):
+            assert returned.min() > stayed.max()
+
+
+def test_the_last_update_counts_two_windows():
+    gate = measured(vit(), seed=1)
+    first = gate.score_sum.clone()
+    gate.update(torch.ones(4), 0.0, scales=SCALES)
+    gate.grad.copy_(torch.randn(gate.values.shape, generator=torch.Generator().manual_seed(2)))
+    gate.accumulate(torch.tensor(True))
+    both = first + gate.score_sum
+    gate.update(torch.full((4,), 0.5), 0.0, scales=SCALES, include_previous=True)
+    for block in gate.blocks:
+        for place in block.slices():
+            kept, cut = both[place][gate.values[place] == 1], both[place][gate.values[place] == 0]
+            assert kept.min() > cut.max()
+
+
+def test_gates_survive_deepcopy():
+    model = vit()
+    gate = attach(model)
+    gate.set(torch.rand_like(gate.values))
+    twin = copy.deepcopy(model)
+    twin.p3b_gates.set(torch.rand_like(gate.values))
+    twin(images()).sum().backward()
+    assert not gate.grad.any() and twin.p3b_gates.grad.any()
+    assert not torch.equal(twin(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: nn.Linear(2, 2), "model must be a timm VisionTransformer"),
+        (
+            lambda: vits.family("registers_dinov2"),
+            "blocks.0.mlp must be timm's Mlp with Linear layers, got GluMlp",
+        ),
+        (lambda: vits.family("res_post"), "blocks.0 must be a pre-norm timm Block"),
+    ],
+)
+def test_what_cannot_be_gated_says_so(make, message):
+    with pytest.raises((TypeError, NotImplementedError), match=message):
+        attach(make())
+
+
+def test_gates_cannot_be_put_on_twice():
+    model = vit()
+    gate = attach(model)
+    with pytest.raises(ValueError, match="must have no gates yet"):
+        attach(model)
+    with pytest.raises(ValueError, match="values must be of shape"):
+        gate.set(torch.ones(3))

@@ -1,0 +1,423 @@
+"""The prune run from end to end on a task of a second: what it trains, what it must not touch, what it writes
+down."""
+
+import copy
+import json
+
+import p3b
+import pytest
+import torch
+import vits
+from p3b import Config
+from p3b.train import Meter, PruneRun, Step, _optimizer
+
+from p3b_ext.patch import patch, unpatch
+
+CLASSES, STEPS, BATCH = 4, 6, 16
+# a task this short leaves some updates without a positive benefit; test_p3b_benefit.py tests that warning
+pytestmark = pytest.mark.filterwarnings("ignore:importance")
+
+
+def vit(name="deit", **options):
+    torch.manual_seed(0)
+    small = {
+        "img_size": 16,
+        "patch_size": 4,
+        "depth": 2,
+        "embed_dim": 24,
+        "num_heads": 2,
+        "num_classes": CLASSES,
+        "weight_init": "reset",
+    }
+    return vits.FAMILIES[name].get("cls", vits.VisionTransformer)(
+        **(small | {k: v for k, v in vits.FAMILIES[name].items() if k != "cls"} | options)
+    )
+
+
+def batches(count=STEPS, seed=0, size=BATCH):
+    """Noise on one of four colours, which is the class."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        labels = torch.randint(0, CLASSES, (size,), generator=generator)
+        images = torch.randn(size, 3, 16, 16, generator=generator)
+        colours = torch.cat((torch.eye(3), torch.zeros(1, 3)))
+        images += 2 * colours[labels][:, :, None, None]
+        made.append((images, labels))
+    return made
+
+
+def config(**options):
+    short = {
+        "start_epoch": 1,
+        "sparse_epoch": 3,
+        "final_epoch": 4,
+        "finetune_epochs": 2,
+        "lr": 3e-3,
+        "probe_lr": 5e-3,
+    }
+    return Config(**(short | options))
+
+
+def prune(model=None, **options):
+    train = options.pop("train", None) or batches()
+    return p3b.prune(model or vit(), train, batches(2, 1), config(**options))
+
+
+class Recorder:
+    def __init__(self):
+        self.calls = []
+
+    def phase(self, name, total_epochs):
+        self.calls.append(("phase", name, total_epochs))
+
+    def step(self, *, phase, epoch, step, steps, loss, accuracy, params):
+        assert loss > 0 and 0 <= accuracy <= 100 and params > 0 and step < steps
+        self.calls.append(("step", phase))
+
+    def epoch(self, record):
+        self.calls.append(("epoch", record["phase"], record["epoch"]))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+def test_prune_from_end_to_end():
+    model = vit()
+    before = copy.deepcopy(model.state_dict())
+    progress = Recorder()
+    result = p3b.prune(model, batches(), batches(2, 1), config(prune_ratio=0.5), progress=progress)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+    history = json.loads(json.dumps(result.history, allow_nan=False))
+    names = ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
+    assert history["blocks"] == names
+    assert history["dense_params"] == sum(p.numel() for p in model.parameters())
+    assert history["final_params"] == sum(p.numel() for p in result.model.parameters())
+    assert history["final_params"] / history["dense_params"] == pytest.approx(0.5, abs=0.02)
+    assert history["accuracy_masked"] == history["accuracy_shrunk"]
+    assert history["accuracy_final"] > 60  # chance is 25
+    assert [(e["phase"], e["epoch"]) for e in history["epochs"]] == [
+        *(("prune", i) for i in range(4)),
+        *(("finetune", i) for i in range(2)),
+    ]
+    for record in history["epochs"][:4]:
+        assert list(record["keep_ratio"]) == names
+    kept = [record["params"] for record in history["epochs"]]
+    assert kept[0] == history["dense_params"] and kept[-1] == history["final_params"]
+
+    updates = history["updates"]
+    assert [u["step"] for u in updates] == [*range(7, 24, 2), 24]
+    for update in updates:
+        assert set(update["benefit"]) == {"cls", "patch"}
+        for key in ("importance", "goal_keep_ratio", "keep_ratio", "reactivated", "removed"):
+            assert list(update[key]) == names, key
+    assert [u["params"] for u in updates[:3]] == sorted((u["params"] for u in updates[:3]), reverse=True)
+    assert updates[-1]["params"] == history["final_params"]
+
+    assert progress.calls[0] == ("phase", "prune", 4) and progress.calls[-1] == ("close",)
+    assert progress.calls.count(("close",)) == 1 and ("phase", "finetune", 2) in progress.calls
+    assert sum(call[0] == "step" for call in progress.calls) == 6 * STEPS
+
+    x = batches(1, 5)[0][0]
+    result.model.eval()
+    torch.testing.assert_close(unpatch(copy.deepcopy(result.model))(x), result.model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_same_seed_same_run():
+    first, second = prune(seed=3), prune(seed=3)
+    assert first.history == second.history
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert first.model.p3b_kept == second.model.p3b_kept
+    assert prune(seed=4).history != first.history
+
+
+@pytest.mark.parametrize(
+    "name", ["distilled", "gap", "layer_scale", "qk_norm", "reg4_gap", "augreg_no_qkv_bias"]
+)
+def test_every_family_can_be_pruned(name):
+    result = prune(vit(name), finetune_epochs=0)
+    assert (
+        result.summary["accuracy_masked"]
+        == result.summary["accuracy_shrunk"]
+        == result.summary["accuracy_final"]
+    )
+    assert result.summary["final_params"] < 0.53 * result.summary["dense_params"]
+    has_class_token = name in ("distilled", "layer_scale", "qk_norm", "augreg_no_qkv_bias")
+    assert ("cls" in result.history["updates"][-1]["benefit"]) == has_class_token
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amp": "bfloat16"},
+        {"budget": "macs", "momentum": "sqrt"},
+        {"patch_probe": "conv", "probe_share": 0.5, "probe_every": 2},
+        {"patch_probe": "linear", "clip_grad": 1.0, "schedule": "cosine"},
+        {"opt": "sgd", "rank_zero_by": "last", "floor": 0.1, "schedule": "constant"},
+        {"final_epoch": 3, "opt": "lamb"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_settings_run(options):
+    result = prune(finetune_epochs=1, **options)
+    unit = options.get("budget", "params")
+    if unit == "params":
+        assert result.summary["final_params"] / result.summary["dense_params"] == pytest.approx(0.5, abs=0.03)
+    assert min(result.history["updates"][-1]["goal_keep_ratio"].values()) >= options.get("floor", 0)
+
+
+def test_soft_targets_give_the_same_losses_as_labels():
+    soft = [(x, torch.nn.functional.one_hot(y, CLASSES).float()) for x, y in batches()]
+    hard = prune(label_smoothing=0.0, finetune_epochs=0)
+    again = prune(label_smoothing=0.0, finetune_epochs=0, train=soft)
+    for a, b in zip(hard.history["epochs"], again.history["epochs"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+# the step -----------------------------------------------------------------------------------------------------------
+
+
+def run_of(model=None, **options):
+    run = PruneRun(patch(model or vit()), config(**options), STEPS)
+    run.model.train()
+    return run, Meter(run.device)
+
+
+def test_gates_are_bitwise_untouched_between_updates():
+    run, meter = run_of(start_epoch=0, weight_decay=0.5, lr=0.1)
+    values = torch.rand_like(run.gates.values)
+    run.gates.set(values)
+    weights = [p.clone() for p in run.model.parameters()]
+    for batch in batches():
+        run.step([batch], meter)
+    assert torch.equal(run.gates.values, values)
+    assert all(not torch.equal(a, b) for a, b in zip(weights, run.model.parameters(), strict=True))
+    held = {p.data_ptr() for p in run.step.parameters} | {p.data_ptr() for p in run.probes.parameters()}
+    assert held.isdisjoint({run.gates.values.data_ptr()})
+    assert len(run.step.parameters) == len(list(run.model.parameters()))
+
+
+def test_scores_are_those_of_the_batch_gradient():
+    run, meter = run_of(start_epoch=0, label_smoothing=0.0, lr=1e-12)
+    run.gates.set(torch.rand_like(run.gates.values) * 0.5 + 0.5)
+    images, labels = batches(1)[0]
+    twin = copy.deepcopy(run.model)
+    torch.nn.functional.cross_entropy(twin(images), labels).backward()
+    expected = (twin.p3b_gates.values * twin.p3b_gates.grad).square()
+    run.step([(images, labels)], meter)
+    torch.testing.assert_close(run.gates.score_sum, expected, rtol=1e-4, atol=1e-10)
+
+
+def test_nothing_is_measured_in_the_warm_up():
+    run, meter = run_of(start_epoch=1)
+    run.step([batches(1)[0]], meter)
+    assert not run.gates.score_sum.any() and not run.benefit.count and not run.gates.grad.any()
+    assert any(state for state in run.probe_optimizer.state.values())  # the probes learn from the start
+
+
+def test_accumulated_batches_make_one_step():
+    images, labels = batches(1, size=8)[0]
+    halves = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    whole, meter = run_of(start_epoch=0, patch_probe="linear")
+    split, _ = run_of(start_epoch=0, patch_probe="linear")
+    split.probes.load_state_dict(whole.probes.state_dict())
+    whole.step([(images, labels)], meter)
+    split.step(halves, meter)
+    torch.testing.assert_close(split.gates.score_sum, whole.gates.score_sum, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(
+        split.benefit.sums / split.benefit.count, whole.benefit.sums, rtol=1e-3, atol=1e-5
+    )
+    assert float(split.gates.count) == 1
+    # two batches a step: three steps an epoch, updates counted in steps
+    result = prune(accumulate=2, updates_per_epoch=1, finetune_epochs=0)
+    assert [u["step"] for u in result.history["updates"]] == [5, 8, 11, 12]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_gradients_change_nothing(bad):
+    run, meter = run_of(start_epoch=0)
+    good = batches(2)
+    run.step([good[0]], meter)
+    weights = [p.clone() for p in (*run.model.parameters(), *run.probes.parameters())]
+    score, count = run.gates.score_sum.clone(), float(run.gates.count)
+    images = good[1][0].clone()
+    images[0, 0, 0, 0] = bad
+    run.step([(images, good[1][1])], meter)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights, (*run.model.parameters(), *run.probes.parameters()), strict=True)
+    )
+    assert torch.equal(run.gates.score_sum, score) and float(run.gates.count) == count
+    assert torch.isfinite(run.benefit.sums).all()
+    assert float(run.step.skipped) == 1
+    run.step([good[1]], meter)
+    assert float(run.gates.count) == count + 1 and torch.isfinite(run.gates.score_sum).all()
+    for _ in range(10):
+        run.step([(images, good[1][1])], meter)
+    with pytest.raises(RuntimeError, match=r"10 steps in a row that are not .*epoch 3"):
+        run.step.check("epoch 3")
+
+
+def test_clipping():
+    model = vit()
+    step = Step(
+        model,
+        _optimizer(model, config(opt="sgd"), 1.0),
+        config(clip_grad=1e-3, weight_decay=0.0),
+        torch.device("cpu"),
+    )
+    before = [p.clone() for p in model.parameters()]
+    step.optimizer.param_groups[0]["momentum"] = 0.0
+    for group in step.optimizer.param_groups:
+        group["weight_decay"], group["momentum"], group["nesterov"] = 0.0, 0.0, False
+    step(batches(1), Meter(torch.device("cpu")))
+    moved = torch.stack([(a - b).norm() for a, b in zip(before, model.parameters(), strict=True)]).norm()
+    assert float(moved.detach()) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_backbone_and_probes_train_in_train_mode():
+    modes = []
+    model = vit(pos_drop_rate=0.1)
+    model.pos_drop.register_forward_hook(lambda module, *_: modes.append(module.training))
+    p3b.prune(model, batches(2), batches(1, 1), config(sparse_epoch=2, final_epoch=2, finetune_epochs=1))
+    per_epoch = [True, True, False]
+    assert modes == [
+        *per_epoch,
+        *per_epoch,
+        False,
+        False,
+        *per_epoch,
+    ]  # masked and shrunk are evaluated between
+
+
+# decisions ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_whose_benefit_rises_late_regains_channels():
+    """Reactivation: early updates starve the last MLP, later ones find it useful; its channels come back, the
+    budget holds."""
+    run, meter = run_of(
+        vit(depth=3),
+        start_epoch=0,
+        sparse_epoch=2,
+        final_epoch=30,
+        prune_ratio=0.6,
+        gamma=0.5,
+        updates_per_epoch=2,
+    )
+    late = "blocks.2.mlp"
+    place = run.names.index(late)
+    data = batches()
+    for number in range(16):
+        for batch in data[:3]:
+            run.step([batch], meter)
+            run.count += 1
+        benefit = torch.full((len(run.names),), 0.3, dtype=torch.float64)
+        benefit[place] = -0.2 if number < 8 else 1.5
+        run.benefit.take = lambda include_previous=False, values=benefit: {"cls": values, "patch": values}
+        run.update()
+    updates = run.history["updates"]
+    starved, fed = updates[7], updates[-1]
+    assert starved["keep_ratio"][late] < 0.1
+    assert fed["keep_ratio"][late] > starved["keep_ratio"][late] + 0.3
+    returned = sum(update["reactivated"][late] for update in updates[8:])
+    assert returned > 20
+    assert sum(update["reactivated"][late] for update in updates[8:10]) > 0
+    for update in updates[6:]:
+        assert update["params"] / run.history["dense_params"] == pytest.approx(0.4, abs=0.03)
+
+
+def test_unreachable_budget_fails_before_training():
+    with pytest.raises(
+        ValueError, match=r"prune_ratio must be at most 0\.\d+ \(the smallest possible model keeps"
+    ):
+        prune(prune_ratio=0.99)
+
+
+@pytest.mark.parametrize(
+    "train, options, error, message",
+    [
+        (iter([]), {}, TypeError, "train_loader must have a length"),
+        ([], {}, ValueError, "train_loader must give at least accumulate = 1 batches, got 0"),
+        (None, {"opt": "no-such"}, ValueError, "opt must be an optimizer that timm knows, got 'no-such'"),
+        (None, {"device": "toaster"}, ValueError, "device must be auto, cpu or cuda, got 'toaster'"),
+    ],
+)
+def test_bad_arguments(train, options, error, message):
+    with pytest.raises(error, match=message):
+        p3b.prune(vit(), batches() if train is None else train, batches(1), config(**options))
+
+
+def test_finetune_learns_and_needs_an_epoch():
+    model = vit()
+    history = p3b.finetune(model, batches(), batches(2, 1), config(finetune_lr=5e-3), epochs=6)
+    assert history["accuracy_final"] > 60
+    assert [e["epoch"] for e in history["epochs"]] == list(range(6))
+    with pytest.raises(ValueError, match="epochs must be 1 or more, got 0"):
+        p3b.finetune(model, batches(), batches(2, 1), config(), epochs=0)
+
+
+def test_result_can_be_saved_and_loaded(tmp_path):
+    result = prune(finetune_epochs=1)
+    loaded = p3b.load(p3b.save(result, tmp_path / "run", meta={"data": "colours"}))
+    x = batches(1, 5)[0][0]
+    torch.testing.assert_close(loaded(x), result.model.eval()(x), rtol=1e-5, atol=1e-5)
+    description = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert Config.from_dict(description["config"]) == result.config
+    assert description["summary"] == result.summary
+
+
+# settings -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"prune_ratio": 1.0}, ValueError, r"config: prune_ratio must be in \(0, 1\), got 1.0"),
+        ({"prune_ratio": "half"}, TypeError, "config: prune_ratio must be float, got 'half'"),
+        ({"final_epoch": 2.5}, TypeError, "config: final_epoch must be int, got 2.5"),
+        ({"lr": float("nan")}, ValueError, "config: lr must be finite, got nan"),
+        ({"start_epoch": 7}, ValueError, "config: sparse_epoch must be above start_epoch = 7, got 7"),
+        ({"final_epoch": 3}, ValueError, "config: final_epoch must be at least sparse_epoch = 7, got 3"),
+        ({"budget": "flops"}, ValueError, "config: budget must be one of params, macs, got 'flops'"),
+        ({"rank_zero_by": "luck"}, ValueError, "config: rank_zero_by must be one of gradient, last"),
+        ({"gama": 0.2}, ValueError, "config: key must be one of .*gamma.*, got gama"),
+    ],
+)
+def test_settings_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        Config.from_dict(options)
+
+
+def test_settings_go_through_a_dictionary():
+    made = Config(prune_ratio=0.7, lr=1)
+    assert made.lr == 1.0 and isinstance(made.lr, float)
+    assert Config.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+@pytest.mark.parametrize("name", p3b.recipes())
+def test_recipes_parse_and_run_two_steps(name):
+    recipe = Config.from_file(name)
+    short = {
+        "start_epoch": 0,
+        "sparse_epoch": 1,
+        "final_epoch": 1,
+        "finetune_epochs": 1,
+        "updates_per_epoch": 1,
+    }
+    quick = Config.from_dict(recipe.to_dict() | short | {"prune_ratio": 0.3})
+    result = p3b.prune(vit(), batches(2 * quick.accumulate), batches(1), quick)
+    assert len(result.history["epochs"]) == 2
+
+
+def test_recipe_that_does_not_exist(tmp_path):
+    with pytest.raises(
+        ValueError, match="recipe must be a TOML file or one of digits, fashion, paper, got 'nothing'"
+    ):
+        Config.from_file("nothing")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("lr = = 1")
+    with pytest.raises(ValueError, match=r"broken\.toml must be TOML"):
+        Config.from_file(broken)
