@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(128) columns_kernel(ColumnArguments a) {
 
 template <class T>
 cudaError_t forward(ForwardArguments a, cudaStream_t stream) {
-  return with_width(a.D, [&](auto width) {
+  return with_width(a.columns, [&](auto width) {
     constexpr int kD = decltype(width)::value;
     const size_t limit = shared_memory_limit();
     const int chunks = static_cast<int>(ceil_div(a.N, kChunk));
@@ -293,7 +293,7 @@ cudaError_t forward(ForwardArguments a, cudaStream_t stream) {
 
 template <class T>
 cudaError_t columns(ColumnArguments a, cudaStream_t stream) {
-  return with_width(a.D, [&](auto width) {
+  return with_width(a.columns, [&](auto width) {
     constexpr int kD = decltype(width)::value;
     a.row_blocks = a.received ? static_cast<int>(ceil_div(a.N, 64)) : 1;
     const size_t bytes = kChunk * (kD * sizeof(T) + sizeof(float)) + (a.channel_gate ? kD * sizeof(float) : 0);
