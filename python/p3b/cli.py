@@ -23,6 +23,7 @@ import sys
 import textwrap
 import time
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # argparse has printed help or the error
         return int(end.code or 0)
     options.command_line = shlex.join(["p3b", *arguments])
+    warnings.showwarning = _warn
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -122,7 +124,9 @@ def _demo(options: argparse.Namespace) -> None:
     from .demo import demo
 
     output = options.output or _free_name("runs/demo")
-    _threads(options.threads)
+    # Its matrices are so small that a second thread gains little, and loses much on a busy machine: 28 ms a step on
+    # one thread of a shared two-core Zen 3, 350 to 1,000 ms on two.
+    _threads(options.threads or 1)
     with new_run_folder(output) as folder, Progress() as progress:
         text = demo(folder, seed=options.seed, quick=options.quick, progress=progress, command=options.command_line)
     print(text)
@@ -321,15 +325,15 @@ def _bench_models(name: str, img_size: int) -> dict[str, nn.Module]:
     """Dense and (of a run) pruned model, each as timm runs it and with p3b_ext's attention."""
     import timm
 
-    from p3b_ext.patch import patch, unpatch
+    import p3b_ext
 
     if os.path.isdir(name):
         small, _ = load_run(name)
-        models = {"dense": build(small.p3b_description), "pruned": unpatch(small)}
+        models = {"dense": build(small.p3b_description), "pruned": p3b_ext.unpatch(small)}
     else:
         check_model_name(name)
         models = {"dense": timm.create_model(name, **({"img_size": img_size} if img_size else {}))}
-    patched = {f"{key} + p3b_ext": patch(copy.deepcopy(model)) for key, model in models.items()}
+    patched = {f"{key} + p3b_ext": p3b_ext.patch(copy.deepcopy(model)) for key, model in models.items()}
     return models | patched
 
 
@@ -431,7 +435,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name != "report":
-            sub.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+            default = "1" if name == "demo" else "all cores"
+            sub.add_argument("--threads", type=int, default=0, metavar="N", help=f"CPU threads (default: {default})")
         return sub
 
     demo = command("demo", _demo, "the whole method on scikit-learn's digits, in minutes on two cores", "p3b demo")
@@ -547,6 +552,10 @@ class Progress:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, ValueError) else f"{text} ({type(error).__name__}; --debug shows where)"
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"p3b: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _device(name: str) -> torch.device:

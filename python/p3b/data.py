@@ -488,7 +488,7 @@ def _file_source(
 
 def _unknown_source(source: str) -> str:
     known = ["digits", *(f"torch/{name}" for name in TORCHVISION_NAMES)]
-    near = difflib.get_close_matches(source, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(source, known, n=3, cutoff=0.7)
     near += [f"torch/{n}" for n in difflib.get_close_matches(source, TORCHVISION_NAMES, n=3)]
     folder = Path(source).parent
     if os.path.isdir(folder) and str(folder) != ".":

@@ -17,8 +17,7 @@ import torch
 from timm import create_model
 from torch import nn
 
-from p3b_ext.patch import patch
-from p3b_ext.reduction import PPT
+import p3b_ext
 
 from . import train
 from .config import Config
@@ -40,12 +39,12 @@ class Size:
     finetune_epochs: int
 
 
-FULL = Size(source_epochs=24, start_epoch=2, sparse_epoch=9, final_epoch=14, finetune_epochs=22)
+FULL = Size(source_epochs=24, start_epoch=2, sparse_epoch=9, final_epoch=14, finetune_epochs=26)
 QUICK = Size(source_epochs=1, start_epoch=0, sparse_epoch=1, final_epoch=2, finetune_epochs=1)
 MODEL = "vit_tiny_patch16_224"
-MODEL_KWARGS = dict(img_size=16, patch_size=4, embed_dim=96, depth=6, num_heads=3, in_chans=1, num_classes=5)
-REDUCTION_BLOCKS = (2, 4)
-REDUCTION_R = 4  # of 16 patches, twice
+MODEL_KWARGS = dict(img_size=16, patch_size=4, embed_dim=64, depth=6, num_heads=4, in_chans=1, num_classes=5)
+REDUCTION_BLOCKS = (1, 3)
+REDUCTION_R = 6  # of 16 patches, then 5 (half) of the 10 left
 
 
 def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -> str:
@@ -58,14 +57,14 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
         final_epoch=size.final_epoch,
         finetune_epochs=size.finetune_epochs,
         lr=1e-3,
-        finetune_lr=2e-3,
+        finetune_lr=3e-3,
         seed=seed,
         device="cpu",  # at this size a GPU waits for its own launches
     )
     clock = {}
     start = time.perf_counter()
     torch.manual_seed(seed)
-    model = patch(create_model(MODEL, **MODEL_KWARGS))
+    model = p3b_ext.patch(create_model(MODEL, **MODEL_KWARGS))
     source = _digits(SOURCE, seed)
     train.finetune(
         model, source.train, source.val, config, epochs=size.source_epochs, progress=_Named(progress, "source")
@@ -112,7 +111,7 @@ def _digits(classes: list[int], seed: int) -> Data:
 
 def _reduced(model: nn.Module) -> nn.Module:
     """A copy that also loses tokens on the way, by PPT: half of the images are pruned, half merged."""
-    return patch(copy.deepcopy(model), PPT(r=REDUCTION_R, blocks=REDUCTION_BLOCKS))
+    return p3b_ext.patch(copy.deepcopy(model), p3b_ext.PPT(r=REDUCTION_R, blocks=REDUCTION_BLOCKS))
 
 
 class _Named:
