@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block, DiffParallelScalingBlock, Para
 from torch import nn
 from vits import FAMILIES, family, images, vit
 
+import p3b_ext
 import p3b_ext.linear
 from p3b_ext.linear import OneDnnLinear, linear
 from p3b_ext.modules import Attention
@@ -260,6 +261,43 @@ def test_bfloat16_and_autocast():
         model = patch(vit(), ToMe(9), linear="onednn")
         with torch.autocast("cpu", torch.bfloat16):
             assert model(x).isfinite().all()
+
+
+def test_the_reference_backend_exports_to_pytorchs_own_operators():
+    model, x = patch(vit(), PPT(r=12, blocks=(1, 3), threshold=2e-4)), images()
+    with torch.no_grad(), p3b_ext.backend("reference"):
+        program = torch.export.export(model, (x,))
+        names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert names and all(name.startswith(("aten.", "<built-in")) for name in names), names
+        torch.testing.assert_close(program.module()(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+class OwnHalves(Block):
+    """A block of somebody else, as p3b.surgery makes them, in which the attention may be missing."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return self.mlp_half(self.attention_half(x, attn_mask=attn_mask, is_causal=is_causal)[0])
+
+    def attention_half(self, x, **asked):
+        if self.attn is None:
+            return x, None
+        out = self.attn(self.norm1(x), **asked)
+        return x + (out if isinstance(out, torch.Tensor) else out.x), out
+
+    def mlp_half(self, x):
+        return x + self.mlp(self.norm2(x))
+
+
+def test_blocks_with_halves_of_their_own():
+    plain, own, x = vit(), vit(block_fn=OwnHalves), images()
+    with torch.no_grad():
+        for reduction in (None, ToMe(9), PPT(r=12, blocks=(1, 3), threshold=2e-4)):
+            assert torch.equal(patch(own, reduction)(x), patch(plain, reduction)(x))
+        own.blocks[1].attn = None
+        assert patch(own, ToMe(9), trace=True)(x).shape == (3, 10)
+        assert token_map(own).max() + 1 == 65 - 3 * 9  # the block without attention merges nothing
+        with pytest.raises(ValueError, match=r"patch: blocks must be ones with attention, got 1 \(pruned away\)"):
+            patch(own, PPT(blocks=(1, 3)))
 
 
 # Linear layers through oneDNN ----------------------------------------------------------------------------------------
