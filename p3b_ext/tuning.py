@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .patch import patch, reducing_blocks
 from .plan import score_spread, token_scores
 from .reduced import RECORD, ROLE
-from .reduction import PPT, Reduction, ToMe
+from .reduction import PPT, EViT, Reduction, ToMe, TopK
 
 
 def token_counts(model: nn.Module, reduction: Reduction | None = None) -> list[tuple[int, int]]:
@@ -69,25 +69,31 @@ def solve_r(model: nn.Module, macs_ratio: float, reduction: Reduction | None = N
         ValueError: a ratio that no r reaches, with the smallest that one does. TypeError: a reduction without r.
     """
     op = "solve_r"
-    if isinstance(macs_ratio, bool) or not isinstance(macs_ratio, int | float):
-        raise TypeError(f"{op}: macs_ratio must be a number, got {macs_ratio!r}")
-    if not macs_ratio > 0:
-        raise ValueError(f"{op}: macs_ratio must be above 0, got {macs_ratio}")
-    wanted = 1 / macs_ratio if macs_ratio > 1 else macs_ratio
     if reduction is None:
         record = model.__dict__.get(RECORD)
         reduction = record.reduction if record is not None and record.reduction is not None else ToMe()
     if not isinstance(reduction, ToMe | PPT):
-        raise TypeError(f"{op}: reduction must be ToMe or PPT, got {type(reduction).__name__}")
-    dense = count_macs(model, _with_r(reduction, 0))
-
-    def share(r: int) -> float:
-        return count_macs(model, _with_r(reduction, r)) / dense
-
+        raise TypeError(f"{op}: reduction must be ToMe or PPT, got {type(reduction).__name__}; see at_cost")
     high = model.patch_embed.num_patches
-    if share(high) > wanted:
-        raise ValueError(f"{op}: macs_ratio must be at least {share(high):.3f} for this model, got {wanted:.3f}")
-    return _smallest(lambda r: share(r) <= wanted, high)
+    return _cheapest_step(op, model, macs_ratio, high, lambda r: _with_r(reduction, r))
+
+
+def at_cost(model: nn.Module, macs_ratio: float, reduction: Reduction) -> Reduction:
+    """`reduction` with the r (ToMe, PPT) or keep rate (EViT, TopK) that brings the model to a wanted cost.
+
+    Keep rates are tried in steps of one patch of the full grid. Arguments and errors as `solve_r`.
+    """
+    op = "at_cost"
+    if isinstance(reduction, ToMe | PPT):
+        return _with_r(reduction, solve_r(model, macs_ratio, reduction))
+    if not isinstance(reduction, EViT | TopK):
+        raise TypeError(f"{op}: reduction must be ToMe, PPT, EViT or TopK, got {type(reduction).__name__}")
+    patches = model.patch_embed.num_patches
+
+    def with_fewer(count: int) -> Reduction:
+        return dataclasses.replace(reduction, keep_rate=(patches - count) / patches)
+
+    return with_fewer(_cheapest_step(op, model, macs_ratio, patches - 1, with_fewer))
 
 
 def calibrate(
@@ -95,15 +101,15 @@ def calibrate(
 ) -> float | tuple[float, ...]:
     """PPT's threshold for a wanted share of pruned images, measured on images.
 
-    Thresholds are found block by block, because what an earlier block does changes the scores of the later ones: one
-    pass over the loader for each block that reduces. The model keeps its PPT, with the new threshold.
+    What an earlier block does changes the scores of the later ones, so the loader is read once for each block that
+    reduces. The model keeps its PPT, with the new threshold.
 
     Args:
         model: patched with a PPT.
         loader: iterable, read several times, of images `[B, 3, H, W]` or of tuples that start with them.
         prune_share: in [0, 1], of the (image, block) pairs that are to be pruned and not merged.
-        per_block: one threshold for each block of the PPT, each of which then prunes that share of the images; else one
-            number for all, for which blocks may differ in their share.
+        per_block: one threshold for each block of the PPT, found block by block, so that each prunes that share of the
+            images; else one number for all, for which blocks differ in their share, and which is met less exactly.
 
     Raises:
         ValueError: the model is not patched with a PPT, an empty loader, a share outside [0, 1].
@@ -142,12 +148,24 @@ def _with_r(reduction: ToMe | PPT, r: int) -> Reduction:
     return dataclasses.replace(reduction, r=r)
 
 
-def _smallest(holds: Callable[[int], bool], high: int) -> int:
-    """The smallest int in [0, high] for which `holds`, which stays true once it is."""
+def _cheapest_step(op: str, model: nn.Module, macs_ratio: float, high: int, make: Callable[[int], Reduction]) -> int:
+    """The smallest step in [0, high] whose reduction costs at most macs_ratio of the dense model."""
+    if isinstance(macs_ratio, bool) or not isinstance(macs_ratio, int | float):
+        raise TypeError(f"{op}: macs_ratio must be a number, got {macs_ratio!r}")
+    if not macs_ratio > 0:
+        raise ValueError(f"{op}: macs_ratio must be above 0, got {macs_ratio}")
+    wanted = 1 / macs_ratio if macs_ratio > 1 else macs_ratio
+    dense = count_macs(model, ToMe(0))
+
+    def share(step: int) -> float:
+        return count_macs(model, make(step)) / dense
+
+    if share(high) > wanted:
+        raise ValueError(f"{op}: macs_ratio must be at least {share(high):.3f} for this model, got {wanted:.3f}")
     low = 0
-    while low < high:
+    while low < high:  # the cost falls with every step
         middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+        low, high = (low, middle) if share(middle) <= wanted else (middle + 1, high)
     return low
 
 

@@ -12,7 +12,7 @@ import p3b_ext.modules
 from p3b_ext.patch import patch, token_map
 from p3b_ext.plan import score_spread, token_scores
 from p3b_ext.reduction import PPT, EViT, ToMe, TopK
-from p3b_ext.tuning import calibrate, count_macs, solve_r, token_counts
+from p3b_ext.tuning import at_cost, calibrate, count_macs, solve_r, token_counts
 
 
 def final_sizes(model, x):
@@ -113,6 +113,15 @@ def test_solve_r_is_the_smallest_that_is_cheap_enough(reduction, ratio):
     assert count_macs(model, with_r(r)) <= wanted < count_macs(model, with_r(r - 1))
 
 
+@pytest.mark.parametrize("reduction", [EViT(blocks=(1, 2)), TopK(blocks=(0, 1)), ToMe(source=3), PPT(blocks=(1,))])
+@pytest.mark.parametrize("ratio", [0.9, 0.75])
+def test_at_cost_comes_close_from_below(reduction, ratio):
+    model = vit()
+    solved = at_cost(model, ratio, reduction)
+    assert type(solved) is type(reduction)
+    assert 0.95 * ratio <= count_macs(model, solved) / count_macs(model) <= ratio
+
+
 @pytest.mark.parametrize("score", ["cls_value", "entropy_value", "cls", "to_cls", "received"])
 @pytest.mark.parametrize("unit", ["variance", "cv2"])
 def test_calibrate_meets_the_share(score, unit):
@@ -137,7 +146,17 @@ def test_calibrate_one_threshold_for_all_blocks():
     model = patch(vit().train(), PPT(r=8, blocks=(0, 2)), linear="torch")
     assert calibrate(model, batches, 1.0) == 0.0
     threshold = calibrate(model, batches, 0.5)
-    assert 0 < threshold < math.inf
+    model.eval()
+    patch(model, PPT(r=8, blocks=(0, 2), threshold=threshold), trace=True)
+    pruned = 0
+    for x, _ in batches:
+        with torch.no_grad():
+            model(x)
+        lost = [(token_map(model, block) < 0).sum(1) for block in (0, 2)]
+        pruned += int((lost[0] > 0).sum() + (lost[1] > lost[0]).sum())
+    assert 15 <= pruned <= 21  # of 36
+    model.train()
+    calibrate(model, batches, 0.5)
     assert model.training and model.__dict__["_p3b_patch"].reduction == PPT(r=8, blocks=(0, 2), threshold=threshold)
 
 
@@ -231,6 +250,8 @@ def test_bad_targets():
         (lambda: solve_r(model, math.nan), ValueError, "solve_r: macs_ratio must be above 0, got nan"),
         (lambda: solve_r(model, "half"), TypeError, "solve_r: macs_ratio must be a number, got 'half'"),
         (lambda: solve_r(model, 0.5, TopK()), TypeError, "solve_r: reduction must be ToMe or PPT, got TopK"),
+        (lambda: at_cost(model, 0.01, TopK(blocks=(1,))), ValueError, r"at_cost: macs_ratio must be at least 0\.\d+"),
+        (lambda: at_cost(model, 0.5, 13), TypeError, "at_cost: reduction must be ToMe, PPT, EViT or TopK, got int"),
         (lambda: calibrate(model, [images()], 0.5), ValueError, "calibrate: model must be patched with a PPT"),
         (lambda: calibrate(ppt, [], 0.5), ValueError, "calibrate: loader must give at least one batch"),
         (lambda: calibrate(ppt, [images()], 1.5), ValueError, r"calibrate: prune_share must be a number in \[0, 1\]"),
