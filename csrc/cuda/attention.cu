@@ -3,7 +3,7 @@
 // at once, stay in shared memory, and the warps go over the queries in rounds; longer sequences stream through a ring.
 #include "attention.cuh"
 
-namespace p3b {
+namespace p3b::cuda {
 namespace {
 
 constexpr int kWarps = 4;           // 32 queries each at 168 registers: three blocks, 12 warps on an SM
@@ -331,4 +331,163 @@ cudaError_t attention_value_norm(const float* value_squares, float* value_norm, 
   return launch(value_norm_kernel, ceil_div(B * N, 256), 256, 0, stream, value_squares, value_norm, B * N, H, N);
 }
 
-}  // namespace p3b
+}  // namespace p3b::cuda
+
+#ifndef P3B_CUDA_ON_CPU
+#include "../attention.h"
+#include "ops.cuh"
+
+namespace p3b::cuda {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Every row of t on 16 bytes, with D rounded up to 8: t itself, or a copy.
+Tensor aligned(const Tensor& t) {
+  const int64_t D = t.size(3), element = t.element_size();
+  if (D % 8) return torch::stable::contiguous(torch::stable::pad(t, {0, 8 - D % 8}));
+  bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && (t.stride(3) == 1 || D == 1);
+  for (int axis = 0; axis < 3; axis++) fits = fits && (t.size(axis) <= 1 || t.stride(axis) * element % 16 == 0);
+  if (fits) return t;
+  const Tensor rows = torch::stable::contiguous(t);
+  return rows.const_data_ptr() == t.const_data_ptr() ? torch::stable::clone(t) : rows;
+}
+
+// The inputs as the kernels want them; keeps alive what had to be copied.
+struct Inputs {
+  Tensor q, k, v;
+  OptionalTensor key_mask, token_size, channel_gate;
+  AttentionArguments a{};
+
+  Inputs(const char* op, const Attention& s, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+         const OptionalTensor& mask, const OptionalTensor& size, const OptionalTensor& gate)
+      : q(aligned(q_in)), k(aligned(k_in)), v(aligned(v_in)), key_mask(contiguous(mask)), token_size(contiguous(size)),
+        channel_gate(contiguous(gate)) {
+    P3B_CHECK(s.D <= 128, op, ": q must have at most 128 channels per head on a GPU, got ", s.D);
+    a.B = s.B;
+    a.H = to_int(op, "heads", s.H);
+    a.N = to_int(op, "tokens", s.N);
+    a.D = static_cast<int>(s.D);
+    a.columns = static_cast<int>(round_up(s.D, 8));
+    a.scale = static_cast<float>(s.scale);
+    a.q = q.const_data_ptr();
+    a.k = k.const_data_ptr();
+    a.v = v.const_data_ptr();
+    a.q_strides = {q.stride(0), q.stride(1), q.stride(2)};
+    a.k_strides = {k.stride(0), k.stride(1), k.stride(2)};
+    a.v_strides = {v.stride(0), v.stride(1), v.stride(2)};
+    a.key_mask = pointer<bool>(key_mask);
+    a.token_size = pointer<float>(token_size);
+    a.channel_gate = pointer<float>(channel_gate);
+    a.gate_head = s.gate_per_head ? s.D : 0;
+  }
+};
+
+Tensor first_channels(const Tensor& t, int64_t D) {
+  if (t.size(t.dim() - 1) == D) return t;
+  Tensor narrowed = t;
+  narrowed = torch::stable::narrow(narrowed, t.dim() - 1, 0, D);
+  return torch::stable::contiguous(narrowed);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, OptionalTensor key_mask,
+                                                                    OptionalTensor token_size, OptionalTensor channel_gate,
+                                                                    double scale, int64_t aux) {
+  const char* op = "masked_attention";
+  const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
+  const OnDevice device(q);
+  const Inputs in(op, s, q, k, v, key_mask, token_size, channel_gate);
+  const auto rows = [&](bool wanted) {
+    return wanted ? empty(q, {s.B, s.H, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
+  };
+  Tensor out = empty(q, {s.B, s.N, s.H, in.a.columns}, q.scalar_type());
+  Tensor lse = rows(true), cls_attention = rows(aux & kClsAttention), entropy = rows(aux & kEntropy);
+  Tensor squares = rows(aux & kValueNorm);
+  Tensor value_norm = aux & kValueNorm ? empty(q, {s.B, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
+  ForwardArguments a{};
+  static_cast<AttentionArguments&>(a) = in.a;
+  a.out = out.mutable_data_ptr();
+  a.lse = pointer<float>(lse);
+  a.cls_attention = aux & kClsAttention ? pointer<float>(cls_attention) : nullptr;
+  a.entropy = aux & kEntropy ? pointer<float>(entropy) : nullptr;
+  a.value_squares = aux & kValueNorm ? pointer<float>(squares) : nullptr;
+  with_dtype(op, q, [&](auto zero) { check_launch(op, attention_forward<decltype(zero)>(a, device.stream)); });
+  if (aux & kValueNorm)
+    check_launch(op, attention_value_norm(a.value_squares, pointer<float>(value_norm), s.B, a.H, a.N, device.stream));
+  return {first_channels(out, s.D), lse, cls_attention, entropy, value_norm};
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                             Tensor lse, OptionalTensor key_mask,
+                                                             OptionalTensor token_size, OptionalTensor channel_gate,
+                                                             double scale) {
+  const char* op = "masked_attention_backward";
+  const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
+  check_attention_grad(op, s, q, grad_out, out, lse);
+  const OnDevice device(q);
+  const Inputs in(op, s, q, k, v, key_mask, token_size, channel_gate);
+  const Tensor grad_rows = torch::stable::contiguous(aligned(grad_out)), out_rows = torch::stable::contiguous(aligned(out));
+  const Tensor sums = torch::stable::contiguous(lse);
+  Tensor grad_qkv = empty(q, {s.B, s.N, 3, s.H, in.a.columns}, q.scalar_type());
+  Tensor grad_size = token_size ? empty(q, {s.B, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
+  Tensor grad_gate = !channel_gate     ? empty(q, {0}, ScalarType::Float)
+                     : s.gate_per_head ? empty(q, {s.H, s.D}, ScalarType::Float)
+                                       : empty(q, {s.D}, ScalarType::Float);
+  Tensor delta = empty(q, {s.B, s.H, s.N}, ScalarType::Float);
+  BackwardArguments a{};
+  static_cast<AttentionArguments&>(a) = in.a;
+  a.grad_out = grad_rows.const_data_ptr();
+  a.out = out_rows.const_data_ptr();
+  a.lse = pointer<float>(sums);
+  a.delta = pointer<float>(delta);
+  a.grad_qkv = grad_qkv.mutable_data_ptr();
+  with_dtype(op, q, [&](auto zero) {
+    using T = decltype(zero);
+    a.key_blocks = attention_key_blocks<T>(a.N, a.columns);
+    Tensor size_partial = empty(q, {token_size ? s.B * s.H * s.N : 0}, ScalarType::Float);
+    Tensor gate_partial = empty(q, {channel_gate ? s.B * s.H * a.key_blocks * a.columns : 0}, ScalarType::Float);
+    a.size_partial = token_size ? pointer<float>(size_partial) : nullptr;
+    a.gate_partial = channel_gate ? pointer<float>(gate_partial) : nullptr;
+    check_launch(op, attention_backward<T>(a, device.stream));
+    if (token_size) check_launch(op, attention_size_grad(a, pointer<float>(grad_size), device.stream));
+    if (channel_gate) check_launch(op, attention_gate_grad(a, pointer<float>(grad_gate), device.stream));
+  });
+  return {first_channels(grad_qkv, s.D), grad_size, grad_gate};
+}
+
+std::tuple<Tensor, Tensor> attention_columns_op(Tensor q, Tensor k, Tensor lse, OptionalTensor key_mask,
+                                                OptionalTensor token_size, OptionalTensor channel_gate, double scale,
+                                                int64_t which) {
+  const char* op = "attention_columns";
+  const Attention s = check_attention(op, q, k, nullptr, key_mask, token_size, channel_gate, scale);
+  check_dtype(op, "lse", lse, ScalarType::Float);
+  check_same_device(op, "lse", lse, q);
+  P3B_CHECK(lse.dim() == 3 && lse.size(0) == s.B && lse.size(1) == s.H && lse.size(2) == s.N, op,
+            ": lse must be [B, H, N], got shape ", shape(lse));
+  const OnDevice device(q);
+  const Inputs in(op, s, q, k, k, key_mask, token_size, channel_gate);
+  const Tensor sums = torch::stable::contiguous(lse);
+  const auto rows = [&](bool wanted) {
+    return wanted ? empty(q, {s.B, s.H, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
+  };
+  Tensor to_cls = rows(which & kToCls), received = rows(which & kReceived);
+  ColumnArguments a{};
+  static_cast<AttentionArguments&>(a) = in.a;
+  a.lse = pointer<float>(sums);
+  a.to_cls = which & kToCls ? pointer<float>(to_cls) : nullptr;
+  a.received = which & kReceived ? pointer<float>(received) : nullptr;
+  if (a.to_cls || a.received)
+    with_dtype(op, q, [&](auto zero) { check_launch(op, attention_columns<decltype(zero)>(a, device.stream)); });
+  return {to_cls, received};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(p3b_ext, CUDA, m) {
+  m.impl("masked_attention", TORCH_BOX(&masked_attention));
+  m.impl("masked_attention_backward", TORCH_BOX(&masked_attention_backward));
+  m.impl("attention_columns", TORCH_BOX(&attention_columns_op));
+}
+
+}  // namespace p3b::cuda
+#endif

@@ -6,7 +6,7 @@
 
 #include "common.cuh"
 
-namespace p3b {
+namespace p3b::cuda {
 
 struct Strides {
   int64_t batch, head, row;  // in elements; channels are contiguous
@@ -247,4 +247,4 @@ cudaError_t attention_size_grad(const BackwardArguments& a, float* grad_size, cu
 // grad_gate [D] or [H, D] = sum of gate_partial over everything else
 cudaError_t attention_gate_grad(const BackwardArguments& a, float* grad_gate, cudaStream_t stream);
 
-}  // namespace p3b
+}  // namespace p3b::cuda

@@ -5,7 +5,7 @@
 //   stream    longer sequences: a block takes 6 jobs of one kind and streams the two other tensors in chunks of 64
 #include "attention.cuh"
 
-namespace p3b {
+namespace p3b::cuda {
 namespace {
 
 constexpr int kStreamWarps = 6;
@@ -17,8 +17,9 @@ constexpr int most_warps() { return kD <= 64 ? 12 : 6; }  // by registers: 12 x 
 template <class T>
 struct Head {
   const BackwardArguments& a;
-  int index, b, h;
-  __device__ Head(const BackwardArguments& a, int index) : a(a), index(index), b(index / a.H), h(index % a.H) {}
+  int index, h;
+  int64_t b;
+  __device__ Head(const BackwardArguments& a, int index) : a(a), index(index), h(index % a.H), b(index / a.H) {}
   __device__ const T* at(const void* p, const Strides& s) const {
     return static_cast<const T*>(p) + b * s.batch + h * s.head;
   }
@@ -432,4 +433,4 @@ cudaError_t attention_gate_grad(const BackwardArguments& a, float* grad_gate, cu
   return launch(gate_grad_kernel, (per_head ? a.H : 1) * ceil_div(a.D, 32), 1024, 4096, stream, a, grad_gate, per_head);
 }
 
-}  // namespace p3b
+}  // namespace p3b::cuda

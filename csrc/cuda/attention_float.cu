@@ -2,7 +2,7 @@
 // tiles of kTile rows; a thread owns rows ty + 16 i, and columns tx + 16 j of a tile of logits.
 #include "attention.cuh"
 
-namespace p3b {
+namespace p3b::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -428,4 +428,4 @@ cudaError_t attention_backward<float>(BackwardArguments a, cudaStream_t stream) 
   });
 }
 
-}  // namespace p3b
+}  // namespace p3b::cuda

@@ -15,7 +15,7 @@
 // The only shared memory of a kernel: one buffer, sized at launch.
 #define P3B_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
-namespace p3b {
+namespace p3b::cuda {
 
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
@@ -82,10 +82,10 @@ inline int shared_memory_limit() {
   return bytes;
 }
 
-}  // namespace p3b
+}  // namespace p3b::cuda
 #endif
 
-namespace p3b {
+namespace p3b::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -205,4 +205,4 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
 #endif
 }
 
-}  // namespace p3b
+}  // namespace p3b::cuda

@@ -1,7 +1,7 @@
 // Bipartite matching, merging by slot and its inverse: kernel -> launch -> op.
 #include "rows.cuh"
 
-namespace p3b {
+namespace p3b::cuda {
 
 template <class T>
 struct MatchArguments {
@@ -258,4 +258,171 @@ cudaError_t merge_backward(MergeBackwardArguments<T> a, cudaStream_t stream) {
                 static_cast<size_t>(a.N) * 8, stream, a);
 }
 
-}  // namespace p3b
+}  // namespace p3b::cuda
+
+#ifndef P3B_CUDA_ON_CPU
+#include "../merge.h"
+#include "ops.cuh"
+
+namespace p3b::cuda {
+namespace {
+
+Tensor match_op(Tensor metric_in, int64_t r, int64_t num_prefix, std::optional<Tensor> source_in) {
+  const char* op = "match_tokens";
+  const Match s = check_match(op, metric_in, r, num_prefix, source_in);
+  const Tensor metric = with_contiguous_rows(metric_in);
+  const std::optional<Tensor> source = contiguous(source_in);
+  const OnDevice device(metric);
+  Tensor slot = empty(metric, {s.B, s.N}, ScalarType::Int);
+  with_dtype(op, metric, [&](auto zero) {
+    using T = decltype(zero);
+    MatchArguments<T> a{};
+    a.metric = {pointer<T>(metric), metric.stride(0), metric.stride(1)};
+    a.source = pointer<bool>(source);
+    a.slot = pointer<int>(slot);
+    a.B = s.B;
+    a.N = to_int(op, "tokens", s.N);
+    a.D = to_int(op, "channels", s.D);
+    a.num_prefix = static_cast<int>(s.num_prefix);
+    a.r = static_cast<int>(s.r);
+    check_launch(op, match_tokens(a, device.stream));
+  });
+  return slot;
+}
+
+std::tuple<Tensor, Tensor> merge_op(Tensor x_in, Tensor slot_in, int64_t num_out, std::optional<Tensor> size_in,
+                                    std::optional<Tensor> weight_in, bool normalize) {
+  const char* op = "merge_tokens";
+  const Slots s = check_slots(op, "x", x_in, slot_in, num_out);
+  check_size(op, "slot", slot_in, 1, x_in.size(1));
+  check_weights(op, "size", size_in, x_in, s);
+  check_weights(op, "weight", weight_in, x_in, s);
+  const Tensor x = with_contiguous_rows(x_in), slot = torch::stable::contiguous(slot_in);
+  const std::optional<Tensor> size = contiguous(size_in), weight = contiguous(weight_in);
+  const OnDevice device(x);
+  Tensor y = empty(x, {s.B, s.M, s.C}, x.scalar_type()), size_out = empty(x, {s.B, s.M}, ScalarType::Float);
+  with_dtype(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    CombineArguments<T, int> a{};
+    a.x = {pointer<T>(x), x.stride(0), x.stride(1)};
+    a.slot = pointer<int>(slot);
+    a.size = pointer<float>(size);
+    a.weight = pointer<float>(weight);
+    a.out = pointer<T>(y);
+    a.size_out = pointer<float>(size_out);
+    a.B = s.B;
+    a.N = to_int(op, "tokens", s.N);
+    a.M = to_int(op, "num_out", s.M);
+    a.C = to_int(op, "channels", s.C);
+    a.normalize = normalize;
+    check_launch(op, combine_rows(a, device.stream));
+  });
+  return {y, size_out};
+}
+
+std::tuple<Tensor, Tensor, Tensor> merge_backward_op(Tensor grad_y_in, std::optional<Tensor> grad_size_out_in, Tensor x_in,
+                                                     Tensor slot_in, Tensor y_in, std::optional<Tensor> size_in,
+                                                     std::optional<Tensor> weight_in, bool normalize) {
+  const char* op = "merge_tokens_backward";
+  check_dim(op, "grad_y", grad_y_in, 3);
+  const Slots s = check_slots(op, "x", x_in, slot_in, grad_y_in.size(1));
+  check_size(op, "slot", slot_in, 1, x_in.size(1));
+  check_weights(op, "size", size_in, x_in, s);
+  check_weights(op, "weight", weight_in, x_in, s);
+  const Tensor* outputs[] = {&grad_y_in, &y_in};
+  const char* names[] = {"grad_y", "y"};
+  const int64_t shape_of_y[] = {s.B, s.M, s.C};
+  for (int i = 0; i < 2; i++) {
+    check_dim(op, names[i], *outputs[i], 3);
+    for (int64_t axis = 0; axis < 3; axis++) check_size(op, names[i], *outputs[i], axis, shape_of_y[axis]);
+    check_dtype(op, names[i], *outputs[i], x_in.scalar_type());
+    check_same_device(op, names[i], *outputs[i], x_in);
+  }
+  if (grad_size_out_in) {
+    check_dim(op, "grad_size_out", *grad_size_out_in, 2);
+    check_size(op, "grad_size_out", *grad_size_out_in, 0, s.B);
+    check_size(op, "grad_size_out", *grad_size_out_in, 1, s.M);
+    check_dtype(op, "grad_size_out", *grad_size_out_in, ScalarType::Float);
+    check_same_device(op, "grad_size_out", *grad_size_out_in, x_in);
+  }
+  const Tensor grad_y = torch::stable::contiguous(grad_y_in), y = torch::stable::contiguous(y_in);
+  const Tensor x = with_contiguous_rows(x_in), slot = torch::stable::contiguous(slot_in);
+  const std::optional<Tensor> size = contiguous(size_in), weight = contiguous(weight_in);
+  const std::optional<Tensor> grad_size_out = contiguous(grad_size_out_in);
+  const OnDevice device(x);
+  Tensor grad_x = empty(x, {s.B, s.N, s.C}, x.scalar_type());
+  Tensor grad_size = size ? empty(x, {s.B, s.N}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
+  Tensor grad_weight = weight ? empty(x, {s.B, s.N}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
+  with_dtype(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    MergeBackwardArguments<T> a{};
+    a.grad_y = pointer<T>(grad_y);
+    a.y = pointer<T>(y);
+    a.grad_size_out = pointer<float>(grad_size_out);
+    a.x = {pointer<T>(x), x.stride(0), x.stride(1)};
+    a.slot = pointer<int>(slot);
+    a.size = pointer<float>(size);
+    a.weight = pointer<float>(weight);
+    a.grad_x = pointer<T>(grad_x);
+    a.grad_size = size ? pointer<float>(grad_size) : nullptr;
+    a.grad_weight = weight ? pointer<float>(grad_weight) : nullptr;
+    a.B = s.B;
+    a.N = to_int(op, "tokens", s.N);
+    a.M = to_int(op, "rows", s.M);
+    a.C = to_int(op, "channels", s.C);
+    a.normalize = normalize;
+    check_launch(op, merge_backward(a, device.stream));
+  });
+  return {grad_x, grad_size, grad_weight};
+}
+
+Tensor unmerge_op(Tensor y_in, Tensor slot_in, double fill) {
+  const char* op = "unmerge_tokens";
+  const Slots s = check_slots(op, "y", y_in, slot_in, 0);
+  const Tensor y = with_contiguous_rows(y_in), slot = torch::stable::contiguous(slot_in);
+  const OnDevice device(y);
+  Tensor x = empty(y, {s.B, s.N, s.C}, y.scalar_type());
+  with_dtype(op, y, [&](auto zero) {
+    using T = decltype(zero);
+    const RowsIn<T> in{pointer<T>(y), y.stride(0), y.stride(1)};
+    check_launch(op, gather_rows(in, pointer<int>(slot), pointer<T>(x), s.B, to_int(op, "tokens", s.N),
+                                 to_int(op, "rows", y.size(1)), to_int(op, "channels", s.C), static_cast<float>(fill),
+                                 device.stream));
+  });
+  return x;
+}
+
+Tensor unmerge_backward_op(Tensor grad_in, Tensor slot_in, int64_t num_out) {
+  const char* op = "unmerge_tokens_backward";
+  const Slots s = check_slots(op, "grad", grad_in, slot_in, num_out);
+  check_size(op, "slot", slot_in, 1, grad_in.size(1));
+  const Tensor grad = with_contiguous_rows(grad_in), slot = torch::stable::contiguous(slot_in);
+  const OnDevice device(grad);
+  Tensor grad_y = empty(grad, {s.B, s.M, s.C}, grad.scalar_type());
+  with_dtype(op, grad, [&](auto zero) {
+    using T = decltype(zero);
+    CombineArguments<T, int> a{};
+    a.x = {pointer<T>(grad), grad.stride(0), grad.stride(1)};
+    a.slot = pointer<int>(slot);
+    a.out = pointer<T>(grad_y);
+    a.B = s.B;
+    a.N = to_int(op, "tokens", s.N);
+    a.M = to_int(op, "num_out", s.M);
+    a.C = to_int(op, "channels", s.C);
+    check_launch(op, combine_rows(a, device.stream));
+  });
+  return grad_y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(p3b_ext, CUDA, m) {
+  m.impl("match_tokens", TORCH_BOX(&match_op));
+  m.impl("merge_tokens", TORCH_BOX(&merge_op));
+  m.impl("merge_tokens_backward", TORCH_BOX(&merge_backward_op));
+  m.impl("unmerge_tokens", TORCH_BOX(&unmerge_op));
+  m.impl("unmerge_tokens_backward", TORCH_BOX(&unmerge_backward_op));
+}
+
+}  // namespace p3b::cuda
+#endif

@@ -4,7 +4,7 @@
 
 #include "common.cuh"
 
-namespace p3b {
+namespace p3b::cuda {
 
 constexpr int kRowWarps = 8;
 constexpr int kRowsInFlight = 4;  // rows that a warp loads before it uses the first
@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kRowWarps * 32) combine_kernel(CombineArgument
   const int lane = threadIdx.x % 32, pieces = a.C / kSize;
   const int64_t b = blockIdx.x / a.tiles;
   for (int n = threadIdx.x; n < a.N; n += blockDim.x) {
-    slot[n] = static_cast<int>(a.slot[b * a.N + n]);
+    const Index m = a.slot[b * a.N + n];
+    slot[n] = m >= 0 && m < a.M ? static_cast<int>(m) : -1;
     size[n] = a.size ? a.size[b * a.N + n] : 1.f;
     weight[n] = a.weight ? a.weight[b * a.N + n] : size[n];
   }
@@ -194,4 +195,4 @@ cudaError_t combine_rows(CombineArguments<T, Index> a, cudaStream_t stream) {
                 static_cast<size_t>(a.N) * 12, stream, a);
 }
 
-}  // namespace p3b
+}  // namespace p3b::cuda

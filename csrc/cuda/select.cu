@@ -1,7 +1,7 @@
 // Ranking by score and gathering rows: kernel -> launch -> op.
 #include "rows.cuh"
 
-namespace p3b {
+namespace p3b::cuda {
 namespace {
 
 constexpr int kRankThreads = 256;
@@ -68,4 +68,88 @@ cudaError_t rank_tokens(const T* scores, int64_t stride, int64_t B, int S, int P
                 by_score, index, slot);
 }
 
-}  // namespace p3b
+}  // namespace p3b::cuda
+
+#ifndef P3B_CUDA_ON_CPU
+#include "../select.h"
+#include "ops.cuh"
+
+namespace p3b::cuda {
+namespace {
+
+void rank(const char* op, const Tensor& scores_in, const Scores& s, int64_t keep, bool by_score, int64_t* index, int* slot) {
+  const Tensor scores = with_contiguous_rows(scores_in);
+  const OnDevice device(scores);
+  const int S = to_int(op, "tokens", s.S), P = to_int(op, "num_prefix", s.num_prefix);
+  with_dtype(op, scores, [&](auto zero) {
+    using T = decltype(zero);
+    check_launch(op, rank_tokens(pointer<T>(scores), scores.stride(0), s.B, S, P, static_cast<int>(keep), by_score, index,
+                                 slot, device.stream));
+  });
+}
+
+Tensor topk_tokens(Tensor scores, int64_t keep, int64_t num_prefix, bool by_score) {
+  const char* op = "topk_tokens";
+  const Scores s = check_scores(op, scores, "keep", keep, num_prefix);
+  Tensor index = empty(scores, {s.B, num_prefix + keep}, ScalarType::Long);
+  rank(op, scores, s, keep, by_score, pointer<int64_t>(index), nullptr);
+  return index;
+}
+
+Tensor prune_slots(Tensor scores, int64_t r, int64_t num_prefix, bool by_score) {
+  const char* op = "prune_slots";
+  const Scores s = check_scores(op, scores, "r", r, num_prefix);
+  Tensor slot = empty(scores, {s.B, num_prefix + s.S}, ScalarType::Int);
+  rank(op, scores, s, s.S - r, by_score, nullptr, pointer<int>(slot));
+  return slot;
+}
+
+Tensor select_tokens(Tensor x_in, Tensor index_in) {
+  const char* op = "select_tokens";
+  const Rows s = check_select(op, x_in, index_in);
+  const Tensor x = with_contiguous_rows(x_in), index = torch::stable::contiguous(index_in);
+  const OnDevice device(x);
+  Tensor y = empty(x, {s.B, s.M, s.C}, x.scalar_type());
+  with_dtype(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    const RowsIn<T> in{pointer<T>(x), x.stride(0), x.stride(1)};
+    check_launch(op, gather_rows(in, pointer<int64_t>(index), pointer<T>(y), s.B, to_int(op, "rows", s.M),
+                                 to_int(op, "tokens", s.N), to_int(op, "channels", s.C), 0.f, device.stream));
+  });
+  return y;
+}
+
+Tensor select_tokens_backward(Tensor grad_in, Tensor index_in, int64_t num_tokens) {
+  const char* op = "select_tokens_backward";
+  const Rows s = check_select(op, grad_in, index_in, "grad");
+  check_size(op, "index", index_in, 1, grad_in.size(1));
+  P3B_CHECK(num_tokens >= 0, op, ": num_tokens must be at least 0, got ", num_tokens);
+  const Tensor grad = with_contiguous_rows(grad_in), index = torch::stable::contiguous(index_in);
+  const OnDevice device(grad);
+  Tensor grad_x = empty(grad, {s.B, num_tokens, s.C}, grad.scalar_type());
+  with_dtype(op, grad, [&](auto zero) {
+    using T = decltype(zero);
+    CombineArguments<T, int64_t> a{};
+    a.x = {pointer<T>(grad), grad.stride(0), grad.stride(1)};
+    a.slot = pointer<int64_t>(index);
+    a.out = pointer<T>(grad_x);
+    a.B = s.B;
+    a.N = to_int(op, "rows", s.M);
+    a.M = to_int(op, "num_tokens", num_tokens);
+    a.C = to_int(op, "channels", s.C);
+    check_launch(op, combine_rows(a, device.stream));
+  });
+  return grad_x;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(p3b_ext, CUDA, m) {
+  m.impl("topk_tokens", TORCH_BOX(&topk_tokens));
+  m.impl("prune_slots", TORCH_BOX(&prune_slots));
+  m.impl("select_tokens", TORCH_BOX(&select_tokens));
+  m.impl("select_tokens_backward", TORCH_BOX(&select_tokens_backward));
+}
+
+}  // namespace p3b::cuda
+#endif

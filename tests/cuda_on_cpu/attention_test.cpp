@@ -6,7 +6,7 @@
 
 #include "testing.h"
 
-using namespace p3b;
+using namespace p3b::cuda;
 
 struct Case {
   int B, H, N, D;

@@ -104,7 +104,7 @@ inline T __ldg(const T* p) { return *p; }
 using std::max;
 using std::min;
 
-namespace p3b {
+namespace p3b::cuda {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline void cp_async16(void* shared, const void* global, bool valid) { standin::copy_async(shared, global, valid); }
@@ -156,4 +156,4 @@ inline cudaError_t launch_unchecked(int64_t grid, int block, size_t shared_bytes
 }
 inline int shared_memory_limit() { return standin::shared_memory_limit; }
 
-}  // namespace p3b
+}  // namespace p3b::cuda

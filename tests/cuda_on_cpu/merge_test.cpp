@@ -3,7 +3,7 @@
 
 #include "testing.h"
 
-using namespace p3b;
+using namespace p3b::cuda;
 
 // The slots of p3b_ext/reference.py: match_tokens.
 static std::vector<int> match(const std::vector<double>& x, const std::vector<char>* source, int N, int D, int P, int r) {

@@ -3,7 +3,7 @@
 
 #include "testing.h"
 
-using namespace p3b;
+using namespace p3b::cuda;
 
 template <class T>
 static void ranks(const char* type, int B, int S, int P, int keep, bool by_score, unsigned seed) {

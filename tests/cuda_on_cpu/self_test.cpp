@@ -3,7 +3,7 @@
 #include "common.cuh"
 #include "testing.h"
 
-using namespace p3b;
+using namespace p3b::cuda;
 
 __global__ void sum_kernel(const float* x, float* out, int n, bool plant_missing_barrier) {
   P3B_SHARED(memory);
