@@ -6,10 +6,12 @@ import copy
 import pytest
 import torch
 import vits
-from p3b import Config, gates
+from p3b import Config, gates, shrink
 from p3b.gates import attach, detach, outside_cost, sharpening, soft_mask, sub_blocks
 from timm.layers import RmsNorm
 from torch import nn
+
+from p3b_ext.patch import patch, unpatch
 
 FAMILIES = [
     *("deit", "distilled", "augreg_no_qkv_bias", "gap", "layer_scale", "qk_norm", "qk_norm_scale_norm"),
@@ -143,6 +145,21 @@ def test_folded_gates_equal_gates_on_activations_and_so_do_their_gradients(optio
         torch.testing.assert_close(
             p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_gates_fold_into_onednn_linears_too():
+    model = patch(vit(), linear="onednn")
+    gate = attach(model)
+    gate.set(torch.rand(gate.values.shape, generator=torch.Generator().manual_seed(5)))
+    twin = detach(copy.deepcopy(model))
+    attach(unpatch(twin)).set(gate.values)
+    for each in (model, twin):
+        each(images()).square().sum().backward()
+    torch.testing.assert_close(model(images()), twin(images()), rtol=1e-4, atol=1e-4)
+    scale = float(twin.p3b_gates.grad.abs().max())
+    torch.testing.assert_close(gate.grad, twin.p3b_gates.grad, rtol=1e-3, atol=1e-5 * scale)
+    expected = (model.p3b_gates.harden(), model(images()))[1]
+    torch.testing.assert_close(patch(shrink(model))(images()), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradcheck_of_scaled_weights():

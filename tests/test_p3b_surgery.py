@@ -139,7 +139,7 @@ def test_a_pruned_model_cannot_be_pruned_again():
         attach(check(masked(share=0.5)))
 
 
-# on disk ------------------------------------------------------------------------------------------------------------
+# on disk
 
 
 @pytest.mark.parametrize("name", FAMILIES)

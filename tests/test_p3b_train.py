@@ -176,7 +176,7 @@ def test_soft_targets_give_the_same_losses_as_labels():
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
 
-# the step -----------------------------------------------------------------------------------------------------------
+# the step
 
 
 def run_of(model=None, **options):
@@ -292,7 +292,7 @@ def test_backbone_and_probes_train_in_train_mode():
     ]  # masked and shrunk are evaluated between
 
 
-# decisions ----------------------------------------------------------------------------------------------------------
+# decisions
 
 
 def test_a_block_whose_benefit_rises_late_regains_channels():
@@ -369,7 +369,7 @@ def test_result_can_be_saved_and_loaded(tmp_path):
     assert description["summary"] == result.summary
 
 
-# settings -----------------------------------------------------------------------------------------------------------
+# settings
 
 
 @pytest.mark.parametrize(

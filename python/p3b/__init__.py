@@ -1,4 +1,4 @@
-"""P3B: prune Vision Transformers by block benefit. `p3b.prune(model, train_loader, val_loader, p3b.Config())`."""
+"""P3B: prune Vision Transformers by block benefit: `p3b.prune(model, train_loader, val_loader, config)`."""
 
 from . import budget, gates
 from .checkpoint import load, save

@@ -69,8 +69,9 @@ def keep_ratios(
     if wanted < smallest - 1e-9 * dense:  # rounding must not refuse the smallest model itself
         least = smallest + float(outside_params)
         raise ValueError(
-            f"keep_ratios: prune_ratio must be at most {1 - least / dense:.4f} (the smallest possible model keeps {least:,.0f} "
-            f"of {dense:,.0f}: what lies outside the blocks and a floor of {floor:g}), got {prune_ratio}"
+            f"keep_ratios: prune_ratio must be at most {1 - least / dense:.4f} (the smallest possible model "
+            f"keeps {least:,.0f} of {dense:,.0f}: what lies outside the blocks and a floor of {floor:g}), "
+            f"got {prune_ratio}"
         )
     live = imp > 0
     imp = torch.where(live, imp, torch.zeros_like(imp))

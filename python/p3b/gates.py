@@ -24,7 +24,7 @@ from p3b_ext.linear import linear as onednn_linear
 
 from . import budget
 
-ASLEEP = 1e-3  # a mask below this has a score too small to order by: (m * g)^2 then repeats the order of the last mask
+ASLEEP = 1e-3  # masks below this: (m * g)^2 would only repeat the order of the last mask
 HARD = 0.5  # published: an element counts as kept at m >= 0.5
 
 
@@ -407,7 +407,7 @@ class Gates:
             _swap(mlp.norm, kept, gate=inner, gate_repeat=1)
             self._attach_out(mlp.fc2, block.ls2, out)
 
-    # measuring ---------------------------------------------------------------------------------------------------------
+    # measuring
 
     def accumulate(self, finite: Tensor) -> None:
         """Adds this optimizer step's (m * g)^2 and g^2, unless the step's gradients were not finite, and
@@ -436,7 +436,7 @@ class Gates:
         costs = [b.params if unit == "params" else b.macs for b in self.blocks]
         return torch.stack([cost(a, q, o) for cost, (a, o, q) in zip(costs, counts, strict=True)])
 
-    # deciding ----------------------------------------------------------------------------------------------------------
+    # deciding
 
     def update(
         self,

@@ -174,8 +174,8 @@ class Probes(nn.Module):
                     isinstance(self.patch, ConvProbe) and counts != {math.prod(self.grid)}
                 ):
                     raise ValueError(
-                        f"probes: every block must see the {self.grid[0]}x{self.grid[1]} patches of the grid, got {sorted(counts)}; "
-                        'patch_probe="linear" reads any number of tokens'
+                        f"probes: every block must see all {self.grid[0]}x{self.grid[1]} patches, "
+                        f'got {sorted(counts)}; patch_probe="linear" reads any number of tokens'
                     )
                 stack = torch.stack([x[:, self.prefix :].float() for x in stream])
             losses["patch"] = self._mean_losses(self.patch(stack), loss)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from p3b_ext.patch import patch
 
@@ -366,14 +367,13 @@ class Step:
         run, optimizer = self.run, self.optimizer
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # the gates' gradient is built from other products than the weights', so it can overflow on its own
-        norms = torch.stack(torch._foreach_norm(gradients + ([run.gates.grad] if run else [])))
-        finite = torch.isfinite(norms).all()
+        norm = get_total_norm(gradients)
+        finite = torch.isfinite(norm) & (torch.isfinite(run.gates.grad).all() if run else True)
         self.skipped_in_a_row = torch.where(finite, 0, self.skipped_in_a_row + 1)
         self.longest_skip = torch.maximum(self.longest_skip, self.skipped_in_a_row)
         self.skipped += ~finite
         if self.config.clip_grad:
-            norm = torch.linalg.vector_norm(norms[: len(gradients)])
-            torch._foreach_mul_(gradients, (self.config.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+            clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm)
         self._step(optimizer, finite)
         if run is not None:
             if measuring:
@@ -398,8 +398,8 @@ class Step:
         epoch."""
         if self.longest_skip >= MAX_SKIPPED:
             raise RuntimeError(
-                f"train: gradients must be finite, got {int(self.longest_skip)} steps in a row that are not ({where}); "
-                "lower the learning rate or look for broken images"
+                f"train: gradients must be finite, got {int(self.longest_skip)} steps in a row that are not "
+                f"({where}); lower the learning rate or look for broken images"
             )
 
 
@@ -496,7 +496,8 @@ def _steps_per_epoch(loader: Batches, config: Config) -> int:
     steps = len(loader) // config.accumulate
     if steps == 0:
         raise ValueError(
-            f"train: train_loader must give at least accumulate = {config.accumulate} batches, got {len(loader)}"
+            f"train: train_loader must give at least accumulate = {config.accumulate} batches, "
+            f"got {len(loader)}"
         )
     return steps
 
