@@ -12,7 +12,7 @@ import vits
 from p3b.checkpoint import read_meta
 from p3b.gates import attach, outside_cost
 
-from p3b_ext.patch import patch, unpatch
+from p3b_ext import PPT, ToMe, patch, unpatch
 
 FAMILIES = [
     *("deit", "distilled", "augreg_no_qkv_bias", "gap", "layer_scale", "qk_norm", "qk_norm_scale_norm"),
@@ -127,6 +127,28 @@ def test_pruned_model_runs_on_fused_and_stock_attention(name):
     same(unpatch(small)(images()), expected)
     small.blocks[0].attn.fused_attn = False  # timm's own arithmetic instead of PyTorch's kernel
     same(small(images()), expected)
+
+
+@pytest.mark.parametrize("name", ["deit", "qk_norm", "gap", "layer_scale"])
+def test_token_reduction_does_the_same_to_the_masked_and_the_shrunk_model(name):
+    """Keys, values and class attention of the kept channels decide which tokens go; the cut ones were zero."""
+    reductions = [ToMe(r=2)] if name == "gap" else [ToMe(r=2), PPT(r=3, blocks=(1, 2), threshold=1e-3)]
+    for reduction in reductions:
+        model = masked(name, 0.6, [(1, "out"), (3, "in")])
+        expected = patch(model, reduction)(images())
+        dense = unpatch(model)(images())
+        assert not torch.allclose(expected, dense, rtol=1e-3, atol=1e-3)
+        same(patch(p3b.shrink(model), reduction)(images()), expected)
+
+
+def test_reduction_in_a_block_without_attention_says_so():
+    small = check(masked(share=0.6, empty=[(2, "out")]))
+    with pytest.raises(ValueError, match="blocks must be ones with attention, got 1"):
+        patch(small, PPT(r=3, blocks=(1,)))
+    with pytest.raises(NotImplementedError, match="attention must exist where tokens are reduced"):
+        small.blocks[1].attention_half(torch.zeros(1, 13, 48), aux=("cls_attention",))
+    assert patch(small, PPT(r=3, blocks=(2,)))(images()).isfinite().all()
+    assert patch(small, ToMe(r=2))(images()).isfinite().all()  # passes over the block
 
 
 def test_shrink_needs_gates():

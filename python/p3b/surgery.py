@@ -75,8 +75,8 @@ class PrunedBlock(Block):
         if self.attn is None:
             if asked.get("aux") or asked.get("metric"):
                 raise NotImplementedError(
-                    "PrunedBlock: attention must exist where tokens are reduced, got a block without; choose other "
-                    "blocks for the reduction"
+                    "PrunedBlock: attention must exist where tokens are reduced, got a block without; choose "
+                    "other blocks for the reduction"
                 )
             return self._constant(x, self.attn_constant, self.attn_index, self.drop_path1), None
         out = self.attn(self.norm1(x), **asked)
