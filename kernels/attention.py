@@ -29,21 +29,22 @@ def _tail(n: int, block: int) -> int:
     return 0 if rest == 0 else 16 if rest <= 16 else min(32, block) if rest <= 32 else block
 
 
-def _tiles(n: int, d: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, int, int]:
-    """(rows a program owns, rows per step of its loop, warps, stages), smallest that keep the tensor cores full.
+def _tiles(n: int, d: int, dtype: torch.dtype, backward: bool, gated: bool) -> tuple[int, int, int, int]:
+    """(rows a program owns, rows per step of its loop, warps, stages).
 
-    64 rows are one warp group's share of a Hopper matrix instruction. float32 runs on FMA units from registers and
-    takes smaller tiles. Registers and spills of each choice: tests/bench/triton_aot.py.
+    64 rows are one warp group's share of a Hopper matrix instruction. Everything else was chosen by what the compiler
+    reports (tests/bench/triton_aot.py), for D = 64 and compute capability 9.0: in half precision steps of 32 bring the
+    backward from 209 to 175 registers, and with a gate from 336 to 72 bytes of spills; float32 products run on FMA
+    units from registers and want 8 warps (backward: 32 bytes of spills instead of 552). No choice was timed.
     """
     if dtype == torch.float32:
-        if backward:
-            return (32, 16, 4, 1) if d <= 64 else (16, 16, 4, 1)
-        return (32, 32, 4, 1) if d <= 64 else (16, 32, 4, 1)
+        return (32, 32, 8, 1) if backward or d > 64 else (64, 64, 8, 1)
     if n <= 16:
         return 16, 16, 1, 1
     if n <= 32:
         return 32, 32, 2, 1
-    return 64, 64, 4, 2
+    step = 32 if backward or gated or d > 64 else 64
+    return 64, step, 4 if d <= 64 else 8, 2
 
 
 @triton.jit
@@ -74,8 +75,10 @@ def _store_rows(base, rows, stride, tile, N, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _load_gate(gate_ptr, h, stride_gh, D, BLOCK_D: tl.constexpr):
+    """One head's gate. Volatile, so that a kernel that needs it before and after its loop reads it twice instead of
+    keeping it in registers through the loop."""
     channels = tl.arange(0, BLOCK_D)
-    return tl.load(gate_ptr + h * stride_gh + channels, mask=channels < D, other=0.0).to(tl.float32)
+    return tl.load(gate_ptr + h * stride_gh + channels, mask=channels < D, other=0.0, volatile=True).to(tl.float32)
 
 
 @triton.jit
@@ -176,6 +179,7 @@ def _forward_kernel(
     divisor = tl.where(alive, row_sum, 1.0)
     acc = acc / divisor[:, None]
     if HAS_GATE:
+        gate = _load_gate(gate_ptr, h, stride_gh, D, BLOCK_D)
         acc = acc * gate[None, :]
     _store_rows(out_ptr + (b * N * H + h) * D, rows, H * D, acc, N, D, BLOCK_D)
     lse = row_max + tl.log(divisor)  # row_max is -inf where no key is left
@@ -190,8 +194,8 @@ def _forward_kernel(
         tl.store(square_ptr + head * N + rows, tl.sum(values * values, 1), mask=rows < N)
     if WITH_CLS:
         if block == 0:
-            # Query 0 again, as a matrix-vector product over keys that the loop left in the cache. Its logits differ from
-            # the loop's by a rounding, so they are normalised by a sum of their own.
+            # Query 0 again, as a matrix-vector product over keys that the loop left in the cache. Its logits differ
+            # from the loop's by a rounding, so they are normalised by a sum of their own.
             q_cls = tl.sum(tl.where(rows[:, None] == 0, q.to(tl.float32), 0.0), 0)
             cls_ptr += head * N
             cls_max = float("-inf")
@@ -306,36 +310,39 @@ def _backward_kernel(
     v = _load_rows(v_ptr, rows, stride_vn, N, D, True, BLOCK_D, EVEN_D)
     if HAS_GATE:
         gate = _load_gate(gate_ptr, h, stride_ch, D, BLOCK_D)
-        gated_k = _scaled(k, gate * gate)
-        gated_v = _scaled(v, gate)
-    else:
-        gated_k = k
-        gated_v = v
+        k = _scaled(k, gate * gate)
+        v = _scaled(v, gate)
     bias = _key_bias(size_ptr, mask_ptr, rows, N, HAS_SIZE, HAS_MASK)
     grad_k = tl.zeros([OWN, BLOCK_D], tl.float32)
     grad_v = tl.zeros([OWN, BLOCK_D], tl.float32)
     grad_bias = tl.zeros([OWN], tl.float32)
     for start in range(0, full, STEP):
         grad_k, grad_v, grad_bias = _backward_keys(
-            grad_k, grad_v, grad_bias, gated_k, gated_v, bias, q_ptr, grad_ptr, lse_ptr, delta_ptr, start, stride_qn,
+            grad_k, grad_v, grad_bias, k, v, bias, q_ptr, grad_ptr, lse_ptr, delta_ptr, start, stride_qn,
             stride_gn, N, D, scale, STEP, BLOCK_D, EVEN_D, False, HAS_SIZE,
         )  # fmt: skip
     if TAIL > 0:
         grad_k, grad_v, grad_bias = _backward_keys(
-            grad_k, grad_v, grad_bias, gated_k, gated_v, bias, q_ptr, grad_ptr, lse_ptr, delta_ptr, full, stride_qn,
+            grad_k, grad_v, grad_bias, k, v, bias, q_ptr, grad_ptr, lse_ptr, delta_ptr, full, stride_qn,
             stride_gn, N, D, scale, TAIL, BLOCK_D, EVEN_D, True, HAS_SIZE,
         )  # fmt: skip
     if HAS_SIZE:
         tl.store(bias_part_ptr + head * N + rows, grad_bias, mask=rows < N)
     grad_k = grad_k * scale
     if HAS_GATE:
+        gate = _load_gate(gate_ptr, h, stride_ch, D, BLOCK_D)
+        _store_rows(grad_qkv_ptr + H * D, rows, 3 * H * D, grad_k * (gate * gate)[None, :], N, D, BLOCK_D)
+        _store_rows(grad_qkv_ptr + 2 * H * D, rows, 3 * H * D, grad_v * gate[None, :], N, D, BLOCK_D)
+        # Read again after the stores, so that k and v do not occupy registers through the loop.
+        k = _load_rows(k_ptr, rows, stride_kn, N, D, True, BLOCK_D, EVEN_D).to(tl.float32)
+        part = 2.0 * gate * tl.sum(k * grad_k, 0)
+        v = _load_rows(v_ptr, rows, stride_vn, N, D, True, BLOCK_D, EVEN_D).to(tl.float32)
+        part += tl.sum(v * grad_v, 0)
         channels = tl.arange(0, BLOCK_D)
-        part = tl.sum(v.to(tl.float32) * grad_v + 2.0 * gate[None, :] * (k.to(tl.float32) * grad_k), 0)
         tl.store(gate_part_ptr + ((b * blocks + block) * H + h) * D + channels, part, mask=channels < D)
-        grad_k = grad_k * (gate * gate)[None, :]
-        grad_v = grad_v * gate[None, :]
-    _store_rows(grad_qkv_ptr + H * D, rows, 3 * H * D, grad_k, N, D, BLOCK_D)
-    _store_rows(grad_qkv_ptr + 2 * H * D, rows, 3 * H * D, grad_v, N, D, BLOCK_D)
+    else:
+        _store_rows(grad_qkv_ptr + H * D, rows, 3 * H * D, grad_k, N, D, BLOCK_D)
+        _store_rows(grad_qkv_ptr + 2 * H * D, rows, 3 * H * D, grad_v, N, D, BLOCK_D)
 
     q = _load_rows(q_ptr, rows, stride_qn, N, D, True, BLOCK_D, EVEN_D)
     grad = _load_rows(grad_ptr, rows, stride_gn, N, D, True, BLOCK_D, EVEN_D)
@@ -357,6 +364,7 @@ def _backward_kernel(
         )  # fmt: skip
     grad_q = grad_q * scale
     if HAS_GATE:
+        gate = _load_gate(gate_ptr, h, stride_ch, D, BLOCK_D)
         grad_q = grad_q * (gate * gate)[None, :]
     _store_rows(grad_qkv_ptr, rows, 3 * H * D, grad_q, N, D, BLOCK_D)
 
@@ -463,7 +471,7 @@ def _forward(q, k, v, key_mask, token_size, channel_gate, scale, aux):
     entropy = torch.empty_like(lse) if aux & ENTROPY else lse.new_empty(0)
     square = torch.empty_like(lse) if aux & VALUE_NORM else lse.new_empty(0)  # of each head's values
     if batch * heads * n > 0:
-        own, step, warps, stages = _tiles(n, d, q.dtype, backward=False)
+        own, step, warps, stages = _tiles(n, d, q.dtype, False, channel_gate is not None)
         block_d = _padded_channels(d)
         gate, stride_gate = _gate(channel_gate, lse)
         wrap_triton(_forward_kernel)[(batch * heads * triton.cdiv(n, own),)](
@@ -522,7 +530,7 @@ def masked_attention_backward(
     out, lse = out.contiguous(), lse.contiguous()
     batch, heads, n, d = q.shape
     grad_qkv = q.new_empty(batch, n, 3, heads, d)
-    own, step, warps, stages = _tiles(n, d, q.dtype, backward=True)
+    own, step, warps, stages = _tiles(n, d, q.dtype, True, channel_gate is not None)
     blocks = triton.cdiv(n, own)
     bias_part = lse.new_empty((batch, heads, n) if token_size is not None else 0)
     gate_part = lse.new_empty((batch, blocks, heads, d) if channel_gate is not None else 0)
@@ -572,7 +580,7 @@ def attention_columns(
     to_cls = torch.empty_like(lse) if which & TO_CLS else lse.new_empty(0)
     received = torch.empty_like(lse) if which & RECEIVED else lse.new_empty(0)
     if which and batch * heads * n > 0:
-        own, step, warps, stages = _tiles(n, d, q.dtype, backward=False)
+        own, step, warps, stages = _tiles(n, d, q.dtype, False, channel_gate is not None)
         block_d = _padded_channels(d)
         gate, stride_gate = _gate(channel_gate, lse)
         wrap_triton(_columns_kernel)[(batch * heads * triton.cdiv(n, own),)](

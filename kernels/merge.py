@@ -13,11 +13,10 @@ from torch.library import triton_op, wrap_triton
 
 from p3b_ext import reference
 
-from .select import MAX_RANKED, block_size, channel_block, count_before, gather_rows, order_key, sum_rows
+from .select import MAX_RANKED, block_size, channel_block, count_before, gather_rows, order_key, rank_tiles, sum_rows
 
 _OWN, _STEP = 32, 32  # sources a program owns, destinations per step: float32 products run on FMA units
 _STEP_D = 32  # metric channels per step
-_COMPARED = 8192  # elements of one tile of comparisons
 
 
 @triton.jit
@@ -216,10 +215,10 @@ def match_tokens(metric: Tensor, r: int, num_prefix: int, source: Tensor | None)
             metric, mask, best, ordinal, metric.stride(0), metric.stride(1), n, d, num_prefix,
             OWN=_OWN, STEP=_STEP, BLOCK_D=min(block_size(d), _STEP_D), ALTERNATE=alternate, num_warps=4,
         )  # fmt: skip
-        block = block_size(n)
+        block, step, warps = rank_tiles(n)
         wrap_triton(_match_slots_kernel)[(batch,)](
             best, ordinal, mask, slot, n, r, num_prefix,
-            BLOCK=block, STEP=max(_COMPARED // block, 16), ALTERNATE=alternate, num_warps=4 if block <= 1024 else 8,
+            BLOCK=block, STEP=step, ALTERNATE=alternate, num_warps=warps,
         )  # fmt: skip
     return slot
 

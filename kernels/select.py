@@ -16,7 +16,7 @@ from p3b_ext import reference
 
 # Scores of one image are held in the registers of one program; more go to PyTorch's stable sort.
 MAX_RANKED = 4096
-_COMPARED = 8192  # elements of one tile of comparisons
+_COMPARED = 1024  # elements of one tile of comparisons, per warp: 32 a thread
 _MAX_CHANNELS = 1024  # channels of one row that a program moves at once
 
 
@@ -26,6 +26,13 @@ def block_size(n: int, least: int = 16) -> int:
     while block < n:
         block *= 2
     return block
+
+
+def rank_tiles(n: int) -> tuple[int, int, int]:
+    """(tokens of an image rounded up, others that one step compares them with, warps) of a program that ranks."""
+    block = block_size(n)
+    warps = 4 if block <= 1024 else 8
+    return block, min(_COMPARED * warps // block, 64), warps
 
 
 def channel_block(c: int) -> int:
@@ -189,7 +196,7 @@ def sum_rows(
             size_out if weight is None else weight.contiguous(), y, size_out,
             x.stride(0), x.stride(1), slot.stride(0), slot.stride(1), n, num_out, c,
             BLOCK_N=block_size(n), BLOCK_C=block_c, HAS_SIZE=size is not None, HAS_WEIGHT=weight is not None,
-            NORMALIZE=normalize, WITH_SIZES=sizes, num_warps=2,
+            NORMALIZE=normalize, WITH_SIZES=sizes, num_warps=2 if n <= 1024 else 8,
         )  # fmt: skip
     return y, size_out
 
@@ -197,11 +204,10 @@ def sum_rows(
 def _ranked(scores: Tensor, out: Tensor, keep: int, num_prefix: int, by_score: bool, slots: bool) -> Tensor:
     batch, n = scores.shape
     if out.numel() > 0:
-        block = block_size(n)
+        block, step, warps = rank_tiles(n)
         wrap_triton(_rank_kernel)[(batch,)](
             scores, out, scores.stride(0), n, keep, num_prefix,
-            BLOCK=block, STEP=max(_COMPARED // block, 16), BY_SCORE=by_score, SLOTS=slots,
-            num_warps=4 if block <= 1024 else 8,
+            BLOCK=block, STEP=step, BY_SCORE=by_score, SLOTS=slots, num_warps=warps,
         )  # fmt: skip
     return out
 
