@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from p3b.data import ArrayLoader, create_data, shift_and_flip
+from PIL import Image
 
 
 def batches(loader):
@@ -13,7 +12,9 @@ def batches(loader):
 
 
 def same(a, b):
-    return len(a) == len(b) and all(torch.equal(p, q) and torch.equal(y, z) for (p, y), (q, z) in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        torch.equal(p, q) and torch.equal(y, z) for (p, y), (q, z) in zip(a, b, strict=True)
+    )
 
 
 @pytest.fixture
@@ -172,14 +173,14 @@ def test_unreadable_image_is_one_line(folder, workers):
 
 def test_folders_that_are_no_data_sets(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="one folder per class .* got no images"):
+    with pytest.raises(ValueError, match=r"one folder per class .* got no images"):
         create_data(tmp_path / "empty")
     Image.new("RGB", (4, 4)).save(tmp_path / "empty" / "a.png")
     with pytest.raises(ValueError, match="got 1 images outside any class folder"):
         create_data(tmp_path / "empty")
     root = folder("train", "val")
     (root / "val" / "red").rename(root / "val" / "rot")
-    with pytest.raises(ValueError, match="must have the classes of .* got also rot"):
+    with pytest.raises(ValueError, match=r"must have the classes of .* got also rot"):
         create_data(root)
 
 
@@ -207,13 +208,18 @@ def test_npz_cut_short(npz):
     path = npz()
     whole = open(path, "rb").read()
     open(path, "wb").write(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="must be a readable .npz file"):
+    with pytest.raises(ValueError, match=r"must be a readable .npz file"):
         create_data(path)
 
 
 @pytest.mark.parametrize(
     ("source", "hint"),
-    [("digitz", "digits"), ("cifar100", "torch/cifar100"), ("torch/cifar1000", "torch/cifar100"), ("no/such/place", "")],
+    [
+        ("digitz", "digits"),
+        ("cifar100", "torch/cifar100"),
+        ("torch/cifar1000", "torch/cifar100"),
+        ("no/such/place", ""),
+    ],
 )
 def test_unknown_names_come_with_near_ones(source, hint):
     with pytest.raises(ValueError, match="data: source must be an existing folder") as error:
@@ -222,7 +228,7 @@ def test_unknown_names_come_with_near_ones(source, hint):
 
 
 def test_a_set_that_was_not_downloaded(tmp_path):
-    with pytest.raises(ValueError, match="readable by timm's create_dataset in .* got: ") as error:
+    with pytest.raises(ValueError, match=r"readable by timm's create_dataset in .* got: ") as error:
         create_data("torch/cifar10", root=str(tmp_path))
     assert "\n" not in str(error.value)
 

@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
+from p3b.costs import count_macs, count_params, peak_memory, throughput
+from p3b.evaluate import Row, evaluate, measure, metrics, relative, tables
 from torch import nn
 
 import p3b_ext
-from p3b.costs import count_macs, count_params, peak_memory, throughput
-from p3b.evaluate import Row, evaluate, measure, metrics, relative, tables
 
 SMALL = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, in_chans=1, num_classes=5)
 
@@ -38,9 +38,9 @@ def vit_macs(tokens, mlp_tokens, width, inputs, classes, hidden=4):
 
 
 def test_evaluate_by_hand():
-    images = torch.tensor(
-        [[3.0, 1, 0, 0, 0, 0], [0, 2, 1, 0, 0, 0], [5, 4, 3, 2, 1, 0], [0, 0, 0, 0, 0, 9]]
-    ).view(4, 1, 1, 6)
+    images = torch.tensor([[3.0, 1, 0, 0, 0, 0], [0, 2, 1, 0, 0, 0], [5, 4, 3, 2, 1, 0], [0, 0, 0, 0, 0, 9]]).view(
+        4, 1, 1, 6
+    )
     labels = torch.tensor([0, 2, 5, 5])  # first; second; last of six; first
     model = Fixed().train()
     found = evaluate(model, [(images[:3], labels[:3]), (images[3:], labels[3:])])
@@ -141,7 +141,10 @@ def test_relative_figures_by_hand():
 
 
 def test_tables_show_the_rows():
-    rows = [Row("dense", 80.0, 22_050_664, 4_598_882_304, 2**20, 100.0), Row("small", None, 11_025_332, 10**9, 2**19, 150.4)]
+    rows = [
+        Row("dense", 80.0, 22_050_664, 4_598_882_304, 2**20, 100.0),
+        Row("small", None, 11_025_332, 10**9, 2**19, 150.4),
+    ]
     text = tables(rows)
     assert text.splitlines()[2].split() == ["dense", "80.00", "22.051", "4.5989", "1.0", "100"]
     assert text.splitlines()[3].split() == ["small", "–", "11.025", "1.0000", "0.5", "150"]

@@ -16,6 +16,7 @@ import difflib
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import shlex
@@ -31,6 +32,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+import p3b_ext
 
 from . import train
 from .architecture import build
@@ -102,11 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     debug = "--debug" in arguments
     try:
-        options = parser.parse_args(arguments)
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            options.parser.error(f"unknown flag {' '.join(unknown)}")
     except SystemExit as end:  # argparse has printed help or the error
         return int(end.code or 0)
     options.command_line = shlex.join(["p3b", *arguments])
     warnings.showwarning = _warn
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of a failing download
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -140,7 +146,7 @@ def _prune(options: argparse.Namespace) -> None:
     with new_run_folder(job.output) as folder:
         model, data, known = model_and_data(job, config)
         dense = copy.deepcopy(model)
-        print(data.description, file=sys.stderr)
+        print(data.description)
         with Progress() as progress:
             result = train.prune(model, data.train, data.val, config, progress=progress)
         # A head that has never seen these classes has no accuracy worth a number.
@@ -155,6 +161,7 @@ def _prune(options: argparse.Namespace) -> None:
             rows=rows,
             history=result.history,
             settings=dataclasses.asdict(job) | config.to_dict(),
+            batch_size=job.batch_size,
             title=f"{job.model} pruned by block benefit",
             command=options.command_line,
         )
@@ -168,7 +175,7 @@ def _finetune(options: argparse.Namespace) -> None:
     _threads(options.threads)
     with new_run_folder(job.output) as folder:
         model, data, _ = model_and_data(job, config)
-        print(data.description, file=sys.stderr)
+        print(data.description)
         with Progress() as progress:
             history = train.finetune(
                 model, data.train, data.val, config, epochs=config.finetune_epochs, progress=progress
@@ -182,6 +189,7 @@ def _finetune(options: argparse.Namespace) -> None:
             rows=rows,
             history=history,
             settings=dataclasses.asdict(job) | config.to_dict(),
+            batch_size=job.batch_size,
             title=f"{job.model} fine-tuned",
             command=options.command_line,
         )
@@ -226,7 +234,7 @@ def _bench(options: argparse.Namespace) -> None:
         for name, m in models.items()
     ]
     print(tables(rows))
-    print("\n" + conditions(images))
+    print("\n" + conditions(images.shape, device))
 
 
 def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
@@ -268,11 +276,14 @@ def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
 
 
 def check_model_name(name: str) -> None:
-    """ValueError with near matches unless timm knows the model."""
+    """ValueError with near matches unless timm knows the model as a ViT."""
     import timm
+    from timm.models import is_model_in_modules
 
     if timm.is_model(name):
-        return
+        if is_model_in_modules(name.split(".")[0], ("vision_transformer", "deit")):
+            return
+        raise ValueError(f"model: name must be one of timm's plain ViTs or DeiTs, got {name!r}")
     near = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*") + timm.list_models("*deit*"), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"model: name must be one that timm knows or the folder of a run, got {name!r}{hint}")
@@ -295,7 +306,7 @@ def create_model(job: Job, data: Data) -> nn.Module:
         raise ValueError(f"model: {job.model} must be one of timm's VisionTransformers (ViT, DeiT), got a {kind}")
     if job.checkpoint:
         _load_weights(model, job.checkpoint)
-    return model
+    return p3b_ext.patch(model)
 
 
 def _load_weights(model: nn.Module, path: str) -> None:
@@ -324,8 +335,6 @@ def _load_weights(model: nn.Module, path: str) -> None:
 def _bench_models(name: str, img_size: int) -> dict[str, nn.Module]:
     """Dense and (of a run) pruned model, each as timm runs it and with p3b_ext's attention."""
     import timm
-
-    import p3b_ext
 
     if os.path.isdir(name):
         small, _ = load_run(name)
@@ -405,14 +414,11 @@ def _add_flags(parser: argparse.ArgumentParser, title: str, cls: type, leave_out
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line and exit code 2 (argparse's own prints the whole usage as well)."""
-        command = self.prog.removeprefix("p3b").strip()
-        near = ""
-        if "invalid choice" not in message and "unrecognized" in message:
-            flags = [f for action in self._actions for f in action.option_strings]
-            wrong = next((w for w in message.split() if w.startswith("-")), "")
-            close = difflib.get_close_matches(wrong.split("=")[0], flags, n=2)
-            near = f"; did you mean {' or '.join(close)}?" if close else ""
-        self.exit(2, f"{self.prog}: {message}{near} (p3b {command} --help)".replace("p3b  ", "p3b ") + "\n")
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        wrong = next((word for word in message.split() if word.startswith("--")), "")
+        close = difflib.get_close_matches(wrong.split("=")[0], [f for f in flags if f != wrong], n=2, cutoff=0.8)
+        near = f"; did you mean {' or '.join(close)}?" if close and "unknown flag" in message else ""
+        self.exit(2, f"{self.prog}: {message}{near} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -432,7 +438,7 @@ def _parser() -> argparse.ArgumentParser:
             description=text[0].upper() + text[1:] + ".",
             epilog=f"example: {example}",
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name != "report":
             default = "1" if name == "demo" else "all cores"
@@ -551,7 +557,8 @@ class Progress:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, ValueError) else f"{text} ({type(error).__name__}; --debug shows where)"
+    expected = isinstance(error, (ValueError, NotImplementedError))
+    return text if expected else f"{text} ({type(error).__name__}; --debug shows where)"
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

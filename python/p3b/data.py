@@ -115,11 +115,9 @@ def create_data(
     if arrays is not None:
         data = _from_arrays(arrays, size, batch_size, seed, device, augment, classes, mean, std, shift, flip)
     else:
-        if classes is not None:
-            raise ValueError(
-                f"data: classes must be left out for {source!r} (not an array set), got {classes}"
-            )
         files = _file_source(source, val_share, root, download, seed, batch_size, num_classes)
+        if classes is not None:
+            raise ValueError(f"data: classes must be left out for {source!r} (not an array set), got {classes}")
         data = _from_files(files, size, batch_size, seed, workers, augment, mean, std, flip, crop_pct)
     settings |= dict(mean=list(data.mean), std=list(data.std))
     data.settings.update(settings)
@@ -292,19 +290,13 @@ def _from_arrays(
     flip: bool | None,
 ) -> Data:
     if augment == "strong":
-        raise ValueError(
-            f"data: augment must be 'none' or 'light' for {arrays.name} (an array set), got 'strong'"
-        )
+        raise ValueError(f"data: augment must be 'none' or 'light' for {arrays.name} (an array set), got 'strong'")
     num_classes = int(max(arrays.y_train.max(), arrays.y_test.max())) + 1
     names = arrays.class_names or tuple(str(i) for i in range(num_classes))
     x, y = [arrays.x_train, arrays.x_test], [arrays.y_train, arrays.y_test]
     if classes is not None:
         classes = [int(c) for c in classes]
-        if (
-            len(set(classes)) != len(classes)
-            or len(classes) < 2
-            or not set(classes) <= set(range(num_classes))
-        ):
+        if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(num_classes)):
             wanted = f"two or more different labels below {num_classes}"
             raise ValueError(f"data: classes must be {wanted}, got {classes}")
         for part in range(2):
@@ -379,9 +371,7 @@ class SeededImages(torch.utils.data.Dataset):
 class FileLoader:
     """Batches of decoded images: the same contract as ArrayLoader, with worker processes behind it."""
 
-    def __init__(
-        self, dataset: Any, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool
-    ) -> None:
+    def __init__(self, dataset: Any, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool) -> None:
         self.dataset, self.batch_size, self.workers, self.train = dataset, batch_size, workers, train
         self.seed, self.pin, self.epoch = seed, pin, 0
 
@@ -543,9 +533,7 @@ def _class_images(folder: str) -> dict[str, list[str]]:
     return dict(sorted(classes.items()))
 
 
-def _timm_datasets(
-    source: str, root: str | None, download: bool, seed: int, batch_size: int
-) -> tuple[Any, Any]:
+def _timm_datasets(source: str, root: str | None, download: bool, seed: int, batch_size: int) -> tuple[Any, Any]:
     from timm.data import create_dataset
 
     name = source.removeprefix("torch/")
@@ -616,18 +604,14 @@ def _from_files(
         else:
             dataset = SeededImages(reader, files.counts[part], transforms[part], seed)
         pin = torch.cuda.is_available()
-        loader = FileLoader(
-            dataset, batch_size=batch_size, workers=workers, train=part == 0, seed=seed, pin=pin
-        )
+        loader = FileLoader(dataset, batch_size=batch_size, workers=workers, train=part == 0, seed=seed, pin=pin)
         loaders.append(loader)
     counts = f"{files.counts[0]:,} training and {files.counts[1]:,} validation images"
     text = f"{files.name}: {len(files.class_names)} classes, {counts}, read at {size[0]} x {size[1]}"
     return Data(loaders[0], loaders[1], len(files.class_names), 3, size, mean, std, text, files.class_names)
 
 
-def _check(
-    source: Any, batch_size: int, workers: int, augment: str, val_share: float, crop_pct: float
-) -> None:
+def _check(source: Any, batch_size: int, workers: int, augment: str, val_share: float, crop_pct: float) -> None:
     if not str(source):
         raise ValueError("data: source must be a name or a path, got an empty string")
     if batch_size < 1:

@@ -43,6 +43,7 @@ FULL = Size(source_epochs=24, start_epoch=2, sparse_epoch=9, final_epoch=14, fin
 QUICK = Size(source_epochs=1, start_epoch=0, sparse_epoch=1, final_epoch=2, finetune_epochs=1)
 MODEL = "vit_tiny_patch16_224"
 MODEL_KWARGS = dict(img_size=16, patch_size=4, embed_dim=64, depth=6, num_heads=4, in_chans=1, num_classes=5)
+TIMED_BATCH = 128
 REDUCTION_BLOCKS = (1, 3)
 REDUCTION_R = 6  # of 16 patches, then 5 (half) of the 10 left
 
@@ -87,7 +88,7 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
 
     start = time.perf_counter()
     models = {"dense": dense, "pruned": result.model, "pruned + PPT": _reduced(result.model)}
-    rows = measure(models, target.val)
+    rows = measure(models, target.val, batch_size=TIMED_BATCH, repeats=3 if quick else 15)
     clock["measure"] = time.perf_counter() - start
     history = result.history | {"dense_epochs": dense_history["epochs"]}
     save_run(
@@ -95,6 +96,7 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
         model=result,
         saved_as="pruned",
         data=target,
+        batch_size=TIMED_BATCH,
         rows=rows,
         history=history,
         settings={"model": MODEL, "model_kwargs": MODEL_KWARGS, "source_epochs": size.source_epochs} | config.to_dict(),

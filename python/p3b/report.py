@@ -28,9 +28,9 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     try:
         pictures = draw(history, folder)
         page = _page(history, metrics, pictures)
-    except (KeyError, IndexError, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
         problem = f"{type(error).__name__} {error}"
-        raise ValueError(f"report: {folder} must hold the history of a pruning run, got {problem}") from error
+        raise ValueError(f"report: {folder} must hold the records of a run, got {problem}") from error
     write_atomically(folder / REPORT, lambda path: path.write_text(page, encoding="utf-8"))
     return folder / REPORT
 
@@ -94,8 +94,9 @@ def _page(history: Mapping[str, Any], metrics: Mapping[str, Any], pictures: Mapp
     parts += [f"{metrics['description']}", "", tables(rows, markdown=True), ""]
     parts += [f"{metrics['conditions']}", ""]
     for name, caption in pictures.items():
-        parts += [f"![{caption}]({name})", "", caption, ""]
-    parts += ["## Sub-blocks", "", _sub_blocks(history), ""]
+        parts += [f"![{Path(name).stem}]({name})", "", caption, ""]
+    if "updates" in history:  # fine-tuning alone has none
+        parts += ["## Sub-blocks", "", _sub_blocks(history), ""]
     parts += ["## Made by", "", f"    {metrics['command']}", ""]
     return "\n".join(parts)
 
@@ -142,7 +143,7 @@ def _families(blocks: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _draw_benefit(history: Mapping[str, Any]) -> Any:
-    updates = [u for u in history["updates"] if u.get("benefit")]
+    updates = [u for u in history.get("updates", ()) if u.get("benefit")]
     kinds = [kind for kind in ("cls", "patch") if any(u["benefit"].get(kind) for u in updates)]
     if not kinds:
         return None
@@ -156,7 +157,7 @@ def _draw_benefit(history: Mapping[str, Any]) -> Any:
             for i, update in enumerate(chosen):
                 values = [update["benefit"][kind].get(name, float("nan")) for name in names]
                 shade = 0.2 + 0.8 * (i + 1) / count
-                label = f"{family}, epoch {_epoch(update):.3g}" if i in (0, count - 1) else None
+                label = f"{family}, epoch {_epoch(update):.1f}" if i in (0, count - 1) else None
                 depth = range(1, len(names) + 1)
                 axis.plot(depth, values, color=color, alpha=shade, marker=marker, ms=4, lw=1.3, label=label)
         axis.axhline(0, color="0.6", lw=0.8)
@@ -169,7 +170,7 @@ def _draw_benefit(history: Mapping[str, Any]) -> Any:
 
 
 def _draw_keep_ratio(history: Mapping[str, Any]) -> Any:
-    updates = history["updates"]
+    updates = history.get("updates")
     if not updates:
         return None
     families = {name: blocks for name, blocks in _families(history["blocks"]).items() if blocks}
@@ -180,7 +181,7 @@ def _draw_keep_ratio(history: Mapping[str, Any]) -> Any:
         image = axis.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
         axis.set_yticks(range(len(blocks)), [str(i + 1) for i in range(len(blocks))])
         ticks = sorted({round(i * (len(updates) - 1) / 5) for i in range(6)})
-        axis.set_xticks(ticks, [f"{_epoch(updates[i]):.3g}" for i in ticks])
+        axis.set_xticks(ticks, [f"{_epoch(updates[i]):.0f}" for i in ticks])
         for row, values in enumerate(grid):
             axis.text(len(updates) - 0.35, row, f"{values[-1]:.2f}", va="center", fontsize=7)
         axis.set_title(family, fontsize=10)
@@ -196,6 +197,7 @@ def _draw_training(history: Mapping[str, Any]) -> Any:
         return None
     figure, (left, right) = _figure(10.4, 3.4, 2)
     time = range(1, len(epochs) + 1)
+    pruning = any(record["phase"] == "prune" for record in epochs)
     for axis in (left, right):
         for i, record in enumerate(epochs):
             axis.axvspan(i + 0.5, i + 1.5, color=PHASE_TINTS.get(record["phase"], "#ffffff"), zorder=0, lw=0)
@@ -203,15 +205,16 @@ def _draw_training(history: Mapping[str, Any]) -> Any:
             if epochs[i]["phase"] != epochs[i - 1]["phase"]:
                 axis.axvline(i + 0.5, color="0.6", lw=0.8)
         axis.set_xlim(0.5, len(epochs) + 0.5)
-        axis.set_xlabel("epoch (shaded: pruning; then fine-tuning)", fontsize=9)
+        axis.set_xlabel("epoch (shaded: pruning)" if pruning else "epoch", fontsize=9)
     dense = history.get("dense_epochs") or []
     if dense:
         accuracies = [record["val_accuracy"] for record in dense]
         left.plot(range(1, len(dense) + 1), accuracies, color="0.55", lw=1.3, ls="--", label="dense")
     accuracies = [record["val_accuracy"] for record in epochs]
-    left.plot(time, accuracies, color=ACCENT, lw=1.6, label="pruned")
+    left.plot(time, accuracies, color=ACCENT, lw=1.6, label="pruned" if dense else None)
     left.set_ylabel("top-1 on the validation images (%)", fontsize=9)
-    left.legend(fontsize=8, frameon=False, loc="lower right")
+    if dense:
+        left.legend(fontsize=8, frameon=False, loc="lower right")
     right.plot(time, [record["params"] / 1e6 for record in epochs], color=ATTENTION, lw=1.6)
     right.set_ylabel("parameters kept (M)", fontsize=9)
     right.set_ylim(bottom=0)
@@ -219,7 +222,7 @@ def _draw_training(history: Mapping[str, Any]) -> Any:
 
 
 def _draw_reactivation(history: Mapping[str, Any]) -> Any:
-    updates = history["updates"]
+    updates = history.get("updates")
     if not updates:
         return None
     figure, (axis,) = _figure(7.0, 3.2, 1)

@@ -61,6 +61,7 @@ def save_run(
     saved_as: str,
     data: Data,
     rows: Sequence[Row],
+    batch_size: int,
     history: Mapping[str, Any],
     settings: Mapping[str, Any],
     title: str,
@@ -69,9 +70,10 @@ def save_run(
 ) -> None:
     """Write the files of a run: model, config.json, history.json, metrics.json, report.md and pictures.
 
-    `model` is the Result of a pruning run or a plain model, `saved_as` the name of its row.
+    `model` is the Result of a pruning run or a plain model, `saved_as` the name of its row,
+    `batch_size` the number of images the rows were timed with.
     """
-    images = next(iter(data.val))[0]
+    device = next(getattr(model, "model", model).parameters()).device
     meta = {
         "data": data.settings,
         "class_names": list(data.class_names),
@@ -83,7 +85,7 @@ def save_run(
     record = {
         "title": title,
         "description": data.description,
-        "conditions": conditions(images),
+        "conditions": conditions((batch_size, data.in_chans, *data.img_size), device),
         "command": command,
         "seconds": dict(seconds or {}),
         **metrics(rows),
@@ -102,19 +104,19 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]
     return model, meta
 
 
-def conditions(images: torch.Tensor) -> str:
-    """One sentence on how the costs were measured: machine, threads, batch, dtype, versions."""
-    if images.is_cuda:
-        machine = torch.cuda.get_device_name(images.device)
+def conditions(shape: Sequence[int], device: torch.device) -> str:
+    """One sentence on how the costs were measured: machine, threads, batch, versions. shape [B, C, H, W] as timed."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
         memory = "torch.cuda.max_memory_allocated"
     else:
-        machine = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        machine = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
         memory = "the sum of live tensors"
-    size = " x ".join(str(n) for n in images.shape)
+    size = " x ".join(str(n) for n in shape)
     return (
-        f"Costs: one forward pass of {size}, {str(images.dtype).removeprefix('torch.')}, on {machine}; images/s is "
-        f"the median of interleaved repeats, peak memory {memory} (weights included), GMACs are for one image. "
-        f"PyTorch {torch.__version__}."
+        f"Costs: one forward pass of {size}, float32, on {machine}; images/s is the median of interleaved repeats, "
+        f"peak memory {memory} (weights included), GMACs are for one image. PyTorch {torch.__version__}."
     )
 
 

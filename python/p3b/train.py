@@ -518,7 +518,7 @@ def _scheduler(
     if config.schedule == "one-cycle" and steps > 1:
         peaks = [group["lr"] for group in optimizer.param_groups]
         return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, peaks, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
+            optimizer, peaks, total_steps=steps + 1, pct_start=max(0.1, 2 / (steps + 1)), cycle_momentum=False
         )
     if config.schedule == "constant":
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

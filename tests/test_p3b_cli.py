@@ -1,0 +1,257 @@
+"""The command line: mistakes are one line and exit code 2, a run's folder is whole or not there, and it reads back."""
+
+import json
+import re
+
+import numpy as np
+import p3b
+import pytest
+import torch
+from p3b.cli import Job, Progress, main
+from p3b.run import new_run_folder
+
+TINY = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+SETTINGS = {
+    "model": "vit_tiny_patch16_224",
+    "model_kwargs": TINY,
+    "pretrained": False,
+    "data": "digits",
+    "img_size": 8,
+    "classes": [5, 6],
+    "batch_size": 32,
+    "start_epoch": 0,
+    "sparse_epoch": 1,
+    "final_epoch": 2,
+    "finetune_epochs": 1,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write SETTINGS and changes to a JSON file; returns the flags that name it."""
+
+    def write(**changes):
+        path = tmp_path / "settings.json"
+        path.write_text(json.dumps({k: v for k, v in (SETTINGS | changes).items() if v is not None}))
+        return ["--config", str(path)]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    assert main(["demo", "--quick", "--output", str(folder)]) == 0
+    return folder
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr that a mistake gives."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+def test_demo_leaves_a_whole_run(demo_run):
+    names = {path.name for path in demo_run.iterdir()}
+    records = {"model.safetensors", "model.json", "config.json", "history.json", "metrics.json", "report.md"}
+    assert names == records | {"benefit.png", "keep_ratio.png", "training.png", "reactivation.png"}
+    rows = {row["name"]: row for row in json.loads((demo_run / "metrics.json").read_text())["rows"]}
+    assert list(rows) == ["dense", "pruned", "pruned + PPT"]
+    assert abs(rows["pruned"]["params"] / rows["dense"]["params"] - 0.5) < 0.005
+    assert rows["pruned + PPT"]["macs"] < rows["pruned"]["macs"] < 0.6 * rows["dense"]["macs"]
+    assert not list(demo_run.parent.glob(".*"))
+
+
+def test_the_folder_gives_the_reported_accuracy(demo_run, capsys):
+    reported = json.loads((demo_run / "metrics.json").read_text())["rows"][1]
+    assert main(["evaluate", str(demo_run)]) == 0
+    out = capsys.readouterr().out
+    assert f"top-1 {reported['top1']:.2f} %" in out and "the run reported" not in out
+    model = p3b.load(demo_run)
+    assert sum(parameter.numel() for parameter in model.parameters()) == reported["params"]
+    settings = json.loads((demo_run / "model.json").read_text())["meta"]["data"]
+    data = p3b.data.create_data(**settings)
+    assert p3b.evaluate.evaluate(model, data.val)["top1"] == reported["top1"]
+
+
+def test_the_same_seed_gives_the_same_run(config, tmp_path):
+    folders = [tmp_path / name for name in ("first", "again", "other")]
+    for folder, seed in zip(folders, (3, 3, 4), strict=True):
+        assert main(["prune", *config(seed=seed), "--output", str(folder)]) == 0
+    histories = [json.loads((folder / "history.json").read_text()) for folder in folders]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert histories[0] == histories[1] != histories[2]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_report_and_bench_read_the_folder(demo_run, capsys):
+    (demo_run / "report.md").unlink()
+    assert main(["report", str(demo_run)]) == 0 and (demo_run / "report.md").stat().st_size > 1000
+    assert main(["bench", str(demo_run), "--batch-size", "2", "--repeats", "1", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^pruned \+ p3b_ext +– +0\.151 ", out, re.MULTILINE)
+
+
+def test_evaluate_on_other_images(demo_run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.integers(0, 256, (10, 8, 8), dtype=np.uint8) for name in ("x_train", "x_test")}
+    np.savez(tmp_path / "five.npz", **arrays, y_train=np.arange(10) % 5, y_test=np.arange(10) % 5)
+    assert main(["evaluate", str(demo_run), "--data", str(tmp_path / "five.npz")]) == 2  # its classes are digits 5 to 9
+    assert "classes must be" in capsys.readouterr().err
+
+
+def test_finetune_then_prune_the_result(config, tmp_path, capsys):
+    dense, small = tmp_path / "dense", tmp_path / "small"
+    assert main(["finetune", *config(), "--output", str(dense)]) == 0
+    assert main(["prune", *config(model=str(dense), prune_ratio=0.4), "--output", str(small)]) == 0
+    rows = json.loads((small / "metrics.json").read_text())["rows"]
+    before = json.loads((dense / "metrics.json").read_text())["rows"][0]
+    assert rows[0]["top1"] == before["top1"] and abs(rows[1]["params"] / before["params"] - 0.6) < 0.01
+    assert json.loads((small / "config.json").read_text())["prune_ratio"] == 0.4
+    assert "Made by" in (dense / "report.md").read_text()
+
+
+def test_toml_and_flags_agree_and_flags_win(tmp_path, capsys):
+    path = tmp_path / "settings.toml"
+    path.write_text('model = "vit_tiny_patch16_224"\ndata = "digits"\nprune_ratio = 2.0\n')
+    assert "prune_ratio must be in (0, 1), got 2.0" in fails(
+        capsys, "prune", "--config", path, "--output", tmp_path / "x"
+    )
+    flags = ["--prune-ratio", "-1.5"]
+    error = fails(capsys, "prune", "--config", path, *flags, "--output", tmp_path / "x")
+    assert "prune_ratio must be in (0, 1), got -1.5" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "vit_tini_patch16_224"}, "did you mean vit_tiny_patch16_224"),
+        ({"model": "resnet18"}, "one of timm's plain ViTs or DeiTs, got 'resnet18'"),
+        ({"model_kwargs": {"depht": 2}}, "must be a ViT that can be built"),
+        ({"data": "digitz"}, "did you mean digits?"),
+        ({"data": None}, "data must be given"),
+        ({"prune_ratio": 1.0}, "prune_ratio must be in (0, 1), got 1.0"),
+        ({"prune_ratio": 0.99}, "smallest possible model keeps"),
+        ({"prune_rati": 0.5}, "'prune_rati' in .*did you mean prune_ratio"),
+        ({"batch_size": "many"}, "batch_size must be int, got 'many'"),
+        ({"checkpoint": __file__}, "must be a readable weights file"),
+        ({"device": "cuda:77"}, "device: name must be a device of this machine"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(config, tmp_path, capsys, changes, message):
+    error = fails(capsys, "prune", *config(**changes), "--output", tmp_path / "new" / "run")
+    assert error.startswith("p3b prune: ") and re.search(re.escape(message) if ".*" not in message else message, error)
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
+
+
+def test_flag_mistakes_are_one_line(capsys):
+    assert "did you mean" in fails(capsys, "prune", "--prune-rati0", "0.5")
+    assert "unknown flag --epochs 3 (see p3b finetune --help)" in fails(capsys, "finetune", "--epochs", "3")
+    assert "invalid int value: 'x'" in fails(capsys, "prune", "--batch-size", "x")
+    assert "invalid choice: 'prunes'" in fails(capsys, "prunes")
+
+
+def test_a_config_file_that_is_none(tmp_path, capsys):
+    (tmp_path / "broken.toml").write_text("a = [")
+    assert "must be TOML" in fails(capsys, "prune", "--config", tmp_path / "broken.toml")
+    (tmp_path / "broken.json").write_text("[1]")
+    assert "must hold keys and values, got a list" in fails(capsys, "prune", "--config", tmp_path / "broken.json")
+    assert "must be a TOML or JSON file" in fails(capsys, "prune", "--config", tmp_path / "none.toml")
+
+
+def test_a_folder_that_holds_something_is_left_alone(config, demo_run, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in demo_run.iterdir()}
+    assert "already holds a run" in fails(capsys, "prune", *config(), "--output", demo_run)
+    assert "already holds a run" in fails(capsys, "demo", "--quick", "--output", demo_run)
+    assert before == {path.name: path.read_bytes() for path in demo_run.iterdir()}
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    assert "already holds files" in fails(capsys, "prune", *config(), "--output", tmp_path / "notes")
+    assert "got the file" in fails(capsys, "prune", *config(), "--output", tmp_path / "notes" / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_a_checkpoint_cut_short_is_one_line(demo_run, tmp_path, capsys, name):
+    for path in demo_run.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    assert name in fails(capsys, "evaluate", tmp_path)
+    (tmp_path / name).unlink()
+    assert name in fails(capsys, "evaluate", tmp_path)
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="model must be given"):
+        main(["prune", "--debug"])
+
+
+def test_a_run_folder_is_whole_or_absent(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_run_folder(tmp_path / "run") as folder:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()  # an empty folder is as good as none
+    with new_run_folder(tmp_path / "run") as folder:
+        (folder / "all").write_text("x")
+        assert not list((tmp_path / "run").iterdir())
+    assert (tmp_path / "run" / "all").read_text() == "x" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_interrupted_is_130(monkeypatch, tmp_path, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("p3b.demo.create_model", interrupted)
+    assert main(["demo", "--output", str(tmp_path / "run")]) == 130
+    assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_every_command_has_help(capsys):
+    for command in ("demo", "prune", "finetune", "evaluate", "report", "bench"):
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "example: p3b " + command in text and "None" not in text
+
+
+def test_every_setting_is_a_flag_with_a_sentence(capsys):
+    assert main(["prune", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in [*Job.__dataclass_fields__, *p3b.Config.__dataclass_fields__]:
+        flag = "--" + name.replace("_", "-")
+        switch = rf"{flag}, {flag.replace('--', '--no-')}"
+        assert re.search(rf"({switch}|{flag} [A-Z]+) .{{20,}}?\.", text), name
+
+
+def test_progress_on_a_log_is_one_line_a_phase(capsys):
+    with Progress() as progress:
+        progress.phase("prune", 2)
+        for epoch in range(2):
+            for step in range(3):
+                values = dict(loss=1.0 / (1 + step), accuracy=50.0 + epoch, params=1_500_000)
+                progress.step(phase="prune", epoch=epoch, step=step, steps=3, **values)
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"prune: epoch 2/2  loss 0\.333  top-1 51\.0 %  1\.500 M params  \d+\.\d s\n", line)
+
+
+def test_progress_bar_shows_phase_epoch_loss_accuracy_and_parameters(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Progress() as progress:
+        progress.phase("prune", 1)
+        progress.step(phase="prune", epoch=0, step=2, steps=3, loss=0.25, accuracy=75.0, params=2_000_000)
+    shown = capsys.readouterr().err
+    for part in ("prune", "100%", "epoch 1/1", "loss 0.250", "top-1 75.0 %", "2.000 M params"):
+        assert part in shown
