@@ -21,8 +21,6 @@ PACKAGES = {
     "p3b_ext.ops": "p3b_ext/ops",
     "p3b_ext.kernels": "kernels",
     "p3b": "python/p3b",
-    "p3b.methods": "python/p3b/methods",
-    "p3b.recipes": "python/p3b/recipes",
 }
 BUILDING = bool({"build_ext", "bdist_wheel", "editable_wheel", "develop", "build", "install"} & set(sys.argv))
 
@@ -204,11 +202,10 @@ def ninja_command() -> list[str]:
 
 
 modules, commands = extension() if BUILDING else ([], {})
-packages = {name: path for name, path in PACKAGES.items() if os.path.isdir(path)}
 setup(
-    packages=list(packages),
-    package_dir=packages,
-    package_data={"p3b.recipes": ["*"]},
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={"p3b": ["recipes/*.toml"]},
     ext_modules=modules,
     cmdclass=commands,
 )

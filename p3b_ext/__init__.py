@@ -12,7 +12,8 @@ from .ops.select import select_tokens, topk_tokens
 from .patch import patch, token_map, unpatch
 from .plan import TokenPlan, plan_fuse, plan_merge, plan_ppt, plan_prune, token_scores
 from .reduction import PPT, EViT, ToMe, TopK
-from .tuning import calibrate, solve_r
+from .tuning import at_cost, calibrate, solve_r, token_counts
+from .vision import draw_tokens
 
 __version__ = "0.1.0"
 
@@ -24,9 +25,11 @@ __all__ = [
     "ToMe",
     "TokenPlan",
     "TopK",
+    "at_cost",
     "backend",
     "build_info",
     "calibrate",
+    "draw_tokens",
     "masked_attention",
     "patch",
     "plan_fuse",
@@ -36,6 +39,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "select_tokens",
     "solve_r",
+    "token_counts",
     "token_map",
     "token_scores",
     "topk_tokens",
