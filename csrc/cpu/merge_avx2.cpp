@@ -26,6 +26,7 @@ struct F32x8 {
   static F32x8 zero() { return {_mm256_setzero_ps()}; }
   static F32x8 broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static F32x8 divide(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
   static F32x8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static F32x8 load(const Bf16* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};

@@ -31,6 +31,7 @@ struct F32x16 {
   static F32x16 zero() { return {_mm512_setzero_ps()}; }
   static F32x16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static F32x16 divide(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
   static F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static F32x16 load(const Bf16* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};

@@ -2,7 +2,7 @@
 // No include guard and no includes on purpose: every instruction set gets its own copy.
 //
 // V has: Acc; kWidth lanes; kRows x kColumns vectors of sums that fit the registers; kMax; kInfinity; kShrink, by which even the largest number can be
-// squared; zero(), load(const T*), store(T*, V), broadcast(Acc), fma(a, b, c) = a * b + c, sum(v); Index, count_from(), below(), keep_greater() and
+// squared; zero(), load(const T*), store(T*, V), broadcast(Acc), fma(a, b, c) = a * b + c, divide(a, b), sum(v); Index, count_from(), below(), keep_greater() and
 // store_index() for the running maximum; transpose(in, in_stride, out): kWidth rows x kWidth columns.
 
 template <class V, class T>
@@ -91,11 +91,17 @@ bool normalize(const T* x, int64_t D, typename V::Acc* out) {
     }
     return normalize<V>(out, D, out);
   }
-  const Acc norm = sizeof(Acc) == 4 ? __builtin_sqrtf(square) : __builtin_sqrt(square);
-  const V inverse = V::broadcast(1 / (norm < Acc(1e-12) ? Acc(1e-12) : norm)), zero = V::zero();
-  int64_t d = 0;
-  for (; d + W <= D; d += W) V::store(out + d, V::fma(V::load(x + d), inverse, zero));
-  if (d < D) store_part(out + d, V::fma(load_part<V>(x + d, D - d), inverse, zero), D - d);
+  Acc norm = sizeof(Acc) == 4 ? __builtin_sqrtf(square) : __builtin_sqrt(square);
+  if (norm < Acc(1e-12)) norm = Acc(1e-12);
+  const V divisor = V::broadcast(norm);
+  for (int64_t d = 0; d < D; d += W) {
+    const int64_t n = D - d < W ? D - d : W;
+    const V unit = V::divide(n == W ? V::load(x + d) : load_part<V>(x + d, n), divisor);  // a product with 1 / norm would round x / |x| to less than 1
+    if (n == W)
+      V::store(out + d, unit);
+    else
+      store_part(out + d, unit, n);
+  }
   return true;
 }
 

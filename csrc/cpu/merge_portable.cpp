@@ -23,6 +23,7 @@ struct Vec16 {
   static Vec16 zero() { return {Lanes{}}; }
   static Vec16 broadcast(Acc x) { return {Lanes{} + x}; }
   static Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return {a.v * b.v + c.v}; }
+  static Vec16 divide(Vec16 a, Vec16 b) { return {a.v / b.v}; }
   template <class T>
   static Vec16 load(const T* p) {
     Vec16 r;

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import p3b_ext  # noqa: F401
-import p3b_ext.ops.merge
+import p3b_ext  # noqa: F401  (loads the ops)
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python tests/bench/...` and pytest's importlib mode alike
-from timing import machine, paired, table  # noqa: E402
+from timing import machine, paired, table
 
 CASES = [(batch, 197, channels, 16) for batch in (8, 64) for channels in (384, 768)]  # B, N, C, r
 HEAD_CHANNELS = 64
