@@ -31,6 +31,7 @@ HALVES = [
     AttentionCase(1, 1, 197, 64, mask="some", sizes=9, gate="D"),
     AttentionCase(1, 2, 50, 40, "sliced", mask="all", gate="pruned"),
     AttentionCase(1, 1, 17, 24),
+    AttentionCase(1, 1, 35, 80, sizes=3),
 ]
 if INTERPRETED:
     from triton.runtime import interpreter
