@@ -3,11 +3,11 @@ triton is imported. By hand: TRITON_INTERPRET=1 pytest tests/triton_checks.py, o
 
 import os
 
-import p3b_ext.kernels
 import pytest
 import torch
 from cases import AttentionCase, assert_within, float64
 
+import p3b_ext.kernels
 from p3b_ext import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
