@@ -11,7 +11,9 @@ constexpr int kResidentChunks = 5;  // 5 x 64 keys x (K, V) x 64 channels = 80 K
 constexpr float kRescale = 8;       // a running maximum may lag by 2^8; sums and products are float32, the ratio is exact
 
 template <int kD>
-constexpr int row_tiles() { return kD <= 64 ? 2 : 1; }  // tiles of 16 queries per warp: what the registers hold
+constexpr int row_tiles() {
+  return kD <= 64 ? 2 : 1;
+}  // tiles of 16 queries per warp: what the registers hold
 
 template <int kTiles>
 struct RowState {
@@ -20,10 +22,9 @@ struct RowState {
 
 // 16 keys: logits, weights, running sums, weighted values.
 template <class T, int kD, int kTiles>
-__device__ __forceinline__ void forward_step(float (&o)[kTiles][kD / 8][4], RowState<kTiles>& row,
-                                             const uint32_t (&q)[kTiles][kD / 16][4], const T* keys, const T* values,
-                                             const float* bias, int j0, float scale, bool entropy, float* row0, int n0,
-                                             int N) {
+__device__ __forceinline__ void forward_step(float (&o)[kTiles][kD / 8][4], RowState<kTiles>& row, const uint32_t (&q)[kTiles][kD / 16][4],
+                                             const T* keys, const T* values, const float* bias, int j0, float scale, bool entropy, float* row0,
+                                             int n0, int N) {
   const int lane = threadIdx.x % 32;
   float s[kTiles][2][4] = {};
   const int key = j0 + lane % 8 + lane / 16 * 8;
@@ -177,8 +178,7 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 32 ? 4 : 3) forward_kernel(
       if (first < a.N) {
 #pragma unroll 1
         for (int j0 = 0; j0 < chunk_rows(c); j0 += 16)
-          forward_step<T, kD, kTiles>(o, row, queries, keys, values, bias + slot, j0, scale, a.entropy, cls,
-                                      c * kChunk + j0, a.N);
+          forward_step<T, kD, kTiles>(o, row, queries, keys, values, bias + slot, j0, scale, a.entropy, cls, c * kChunk + j0, a.N);
       }
       if (round == 0) {
         if (c + a.stages < chunks) __syncthreads();
@@ -314,20 +314,23 @@ __global__ void value_norm_kernel(const float* in, float* out, int64_t count, in
 }  // namespace
 
 template <>
-cudaError_t attention_forward<__half>(ForwardArguments a, cudaStream_t stream) { return forward<__half>(a, stream); }
+cudaError_t attention_forward<__half>(ForwardArguments a, cudaStream_t stream) {
+  return forward<__half>(a, stream);
+}
 template <>
 cudaError_t attention_forward<__nv_bfloat16>(ForwardArguments a, cudaStream_t stream) {
   return forward<__nv_bfloat16>(a, stream);
 }
 template <>
-cudaError_t attention_columns<__half>(ColumnArguments a, cudaStream_t stream) { return columns<__half>(a, stream); }
+cudaError_t attention_columns<__half>(ColumnArguments a, cudaStream_t stream) {
+  return columns<__half>(a, stream);
+}
 template <>
 cudaError_t attention_columns<__nv_bfloat16>(ColumnArguments a, cudaStream_t stream) {
   return columns<__nv_bfloat16>(a, stream);
 }
 
-cudaError_t attention_value_norm(const float* value_squares, float* value_norm, int64_t B, int H, int N,
-                                 cudaStream_t stream) {
+cudaError_t attention_value_norm(const float* value_squares, float* value_norm, int64_t B, int H, int N, cudaStream_t stream) {
   return launch(value_norm_kernel, ceil_div(B * N, 256), 256, 0, stream, value_squares, value_norm, B * N, H, N);
 }
 
@@ -359,9 +362,13 @@ struct Inputs {
   OptionalTensor key_mask, token_size, channel_gate;
   AttentionArguments a{};
 
-  Inputs(const char* op, const Attention& s, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-         const OptionalTensor& mask, const OptionalTensor& size, const OptionalTensor& gate)
-      : q(aligned(q_in)), k(aligned(k_in)), v(aligned(v_in)), key_mask(contiguous(mask)), token_size(contiguous(size)),
+  Inputs(const char* op, const Attention& s, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& mask,
+         const OptionalTensor& size, const OptionalTensor& gate)
+      : q(aligned(q_in)),
+        k(aligned(k_in)),
+        v(aligned(v_in)),
+        key_mask(contiguous(mask)),
+        token_size(contiguous(size)),
         channel_gate(contiguous(gate)) {
     P3B_CHECK(s.D <= 128, op, ": q must have at most 128 channels per head on a GPU, got ", s.D);
     a.B = s.B;
@@ -390,16 +397,13 @@ Tensor first_channels(const Tensor& t, int64_t D) {
   return torch::stable::contiguous(narrowed);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, OptionalTensor key_mask,
-                                                                    OptionalTensor token_size, OptionalTensor channel_gate,
-                                                                    double scale, int64_t aux) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, OptionalTensor key_mask, OptionalTensor token_size,
+                                                                    OptionalTensor channel_gate, double scale, int64_t aux) {
   const char* op = "masked_attention";
   const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
   const OnDevice device(q);
   const Inputs in(op, s, q, k, v, key_mask, token_size, channel_gate);
-  const auto rows = [&](bool wanted) {
-    return wanted ? empty(q, {s.B, s.H, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
-  };
+  const auto rows = [&](bool wanted) { return wanted ? empty(q, {s.B, s.H, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float); };
   Tensor out = empty(q, {s.B, s.N, s.H, in.a.columns}, q.scalar_type());
   Tensor lse = rows(true), cls_attention = rows(aux & kClsAttention), entropy = rows(aux & kEntropy);
   Tensor squares = rows(aux & kValueNorm);
@@ -412,14 +416,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention(Tensor q, Te
   a.entropy = aux & kEntropy ? pointer<float>(entropy) : nullptr;
   a.value_squares = aux & kValueNorm ? pointer<float>(squares) : nullptr;
   with_dtype(op, q, [&](auto zero) { check_launch(op, attention_forward<decltype(zero)>(a, device.stream)); });
-  if (aux & kValueNorm)
-    check_launch(op, attention_value_norm(a.value_squares, pointer<float>(value_norm), s.B, a.H, a.N, device.stream));
+  if (aux & kValueNorm) check_launch(op, attention_value_norm(a.value_squares, pointer<float>(value_norm), s.B, a.H, a.N, device.stream));
   return {first_channels(out, s.D), lse, cls_attention, entropy, value_norm};
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                             Tensor lse, OptionalTensor key_mask,
-                                                             OptionalTensor token_size, OptionalTensor channel_gate,
+std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                             OptionalTensor key_mask, OptionalTensor token_size, OptionalTensor channel_gate,
                                                              double scale) {
   const char* op = "masked_attention_backward";
   const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
@@ -455,29 +457,24 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
   return {first_channels(grad_qkv, s.D), grad_size, grad_gate};
 }
 
-std::tuple<Tensor, Tensor> attention_columns_op(Tensor q, Tensor k, Tensor lse, OptionalTensor key_mask,
-                                                OptionalTensor token_size, OptionalTensor channel_gate, double scale,
-                                                int64_t which) {
+std::tuple<Tensor, Tensor> attention_columns_op(Tensor q, Tensor k, Tensor lse, OptionalTensor key_mask, OptionalTensor token_size,
+                                                OptionalTensor channel_gate, double scale, int64_t which) {
   const char* op = "attention_columns";
   const Attention s = check_attention(op, q, k, nullptr, key_mask, token_size, channel_gate, scale);
   check_dtype(op, "lse", lse, ScalarType::Float);
   check_same_device(op, "lse", lse, q);
-  P3B_CHECK(lse.dim() == 3 && lse.size(0) == s.B && lse.size(1) == s.H && lse.size(2) == s.N, op,
-            ": lse must be [B, H, N], got shape ", shape(lse));
+  P3B_CHECK(lse.dim() == 3 && lse.size(0) == s.B && lse.size(1) == s.H && lse.size(2) == s.N, op, ": lse must be [B, H, N], got shape ", shape(lse));
   const OnDevice device(q);
   const Inputs in(op, s, q, k, k, key_mask, token_size, channel_gate);
   const Tensor sums = torch::stable::contiguous(lse);
-  const auto rows = [&](bool wanted) {
-    return wanted ? empty(q, {s.B, s.H, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
-  };
+  const auto rows = [&](bool wanted) { return wanted ? empty(q, {s.B, s.H, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float); };
   Tensor to_cls = rows(which & kToCls), received = rows(which & kReceived);
   ColumnArguments a{};
   static_cast<AttentionArguments&>(a) = in.a;
   a.lse = pointer<float>(sums);
   a.to_cls = which & kToCls ? pointer<float>(to_cls) : nullptr;
   a.received = which & kReceived ? pointer<float>(received) : nullptr;
-  if (a.to_cls || a.received)
-    with_dtype(op, q, [&](auto zero) { check_launch(op, attention_columns<decltype(zero)>(a, device.stream)); });
+  if (a.to_cls || a.received) with_dtype(op, q, [&](auto zero) { check_launch(op, attention_columns<decltype(zero)>(a, device.stream)); });
   return {to_cls, received};
 }
 

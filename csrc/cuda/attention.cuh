@@ -81,8 +81,7 @@ __device__ __forceinline__ int tile_offset(int row, int piece) {
 
 // Starts the copy of rows [first, first + rows) of one head; rows beyond N and channels beyond `columns` become zero.
 template <int kD, class T>
-__device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride, int first, int rows, int N,
-                                          int columns) {
+__device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride, int first, int rows, int N, int columns) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * (kD / 8); i += blockDim.x) {
     const int row = i / (kD / 8), piece = i % (kD / 8);
@@ -96,8 +95,7 @@ template <int kD, class T>
 __device__ __forceinline__ void tile_fragments(uint32_t (&f)[kD / 16][4], const T* tile, int first) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int kk = 0; kk < kD / 16; kk++)
-    ldmatrix_x4<false>(f[kk], tile + tile_offset<kD>(first + lane % 16, kk * 2 + lane / 16));
+  for (int kk = 0; kk < kD / 16; kk++) ldmatrix_x4<false>(f[kk], tile + tile_offset<kD>(first + lane % 16, kk * 2 + lane / 16));
 }
 
 // Multiplies 8 channels by their gates, or by the squares: q and k carry one each, and k takes both.
@@ -124,8 +122,7 @@ __device__ __forceinline__ void load_gate(const AttentionArguments& a, int h, fl
 
 // A operand of mma: 16 rows of one head straight from global memory, 16 bytes per lane.
 template <int kD, class T>
-__device__ __forceinline__ void load_fragments(uint32_t (&f)[kD / 16][4], const T* head, int64_t stride, int first,
-                                               int N, int columns) {
+__device__ __forceinline__ void load_fragments(uint32_t (&f)[kD / 16][4], const T* head, int64_t stride, int first, int N, int columns) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -144,9 +141,7 @@ __device__ __forceinline__ void load_fragments(uint32_t (&f)[kD / 16][4], const 
 }
 
 // Channels of fragment register i of step kk are column, column + 1.
-__device__ __forceinline__ int fragment_column(int kk, int i) {
-  return kk * 16 + i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2;
-}
+__device__ __forceinline__ int fragment_column(int kk, int i) { return kk * 16 + i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2; }
 
 template <int kD, class T>
 __device__ __forceinline__ void gate_fragments(uint32_t (&f)[kD / 16][4], const float* gate, bool squared) {
@@ -163,8 +158,7 @@ __device__ __forceinline__ void gate_fragments(uint32_t (&f)[kD / 16][4], const 
 
 // Accumulators of 16 rows to 16 rows of T, 16 bytes per lane.
 template <int kD, class T>
-__device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], T* head, int64_t stride, int first, int N,
-                                           int columns) {
+__device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], T* head, int64_t stride, int first, int N, int columns) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -176,8 +170,7 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], T* hea
       for (int i = 0; i < 4; i++) w[i] = pack<T>(acc[g * 4 + i][2 * r], acc[g * 4 + i][2 * r + 1]);
       quad_transpose(w);
       const int column = (g * 4 + lane % 4) * 8;
-      if (row < N && column < columns)
-        *reinterpret_cast<uint4*>(head + row * stride + column) = {w[0], w[1], w[2], w[3]};
+      if (row < N && column < columns) *reinterpret_cast<uint4*>(head + row * stride + column) = {w[0], w[1], w[2], w[3]};
     }
   }
 }

@@ -11,7 +11,9 @@ namespace {
 constexpr int kStreamWarps = 6;
 
 template <int kD>
-constexpr int most_warps() { return kD <= 64 ? 12 : 6; }  // by registers: 12 x 168 or 6 x 255 a thread
+constexpr int most_warps() {
+  return kD <= 64 ? 12 : 6;
+}  // by registers: 12 x 168 or 6 x 255 a thread
 
 // Where one head lies. Pointers are computed at each use: held over a loop they would cost registers.
 template <class T>
@@ -20,16 +22,12 @@ struct Head {
   int index, h;
   int64_t b;
   __device__ Head(const BackwardArguments& a, int index) : a(a), index(index), h(index % a.H), b(index / a.H) {}
-  __device__ const T* at(const void* p, const Strides& s) const {
-    return static_cast<const T*>(p) + b * s.batch + h * s.head;
-  }
+  __device__ const T* at(const void* p, const Strides& s) const { return static_cast<const T*>(p) + b * s.batch + h * s.head; }
   __device__ const T* q() const { return at(a.q, a.q_strides); }
   __device__ const T* k() const { return at(a.k, a.k_strides); }
   __device__ const T* v() const { return at(a.v, a.v_strides); }
   __device__ int64_t out_row() const { return static_cast<int64_t>(a.H) * a.columns; }
-  __device__ const T* out(const void* p) const {
-    return static_cast<const T*>(p) + b * a.N * out_row() + h * a.columns;
-  }
+  __device__ const T* out(const void* p) const { return static_cast<const T*>(p) + b * a.N * out_row() + h * a.columns; }
   __device__ int64_t grad_row() const { return 3 * out_row(); }
   __device__ T* grad(int which) const {  // 0 q, 1 k, 2 v
     return static_cast<T*>(a.grad_qkv) + b * a.N * grad_row() + which * out_row() + h * a.columns;
@@ -56,9 +54,8 @@ struct KeyJob {
 
 // 16 keys against queries [i, i + 16) of the tiles.
 template <class T, int kD>
-__device__ __forceinline__ void key_step(KeyJob<kD>& job, const uint32_t (&k)[kD / 16][4],
-                                         const uint32_t (&v)[kD / 16][4], const float (&bias)[2], const T* queries,
-                                         const T* grads, const float* lse, const float* delta, int i, float scale) {
+__device__ __forceinline__ void key_step(KeyJob<kD>& job, const uint32_t (&k)[kD / 16][4], const uint32_t (&v)[kD / 16][4], const float (&bias)[2],
+                                         const T* queries, const T* grads, const float* lse, const float* delta, int i, float scale) {
   const int lane = threadIdx.x % 32;
   float p[2][4] = {}, ds[2][4] = {};
   rows_product<kD>(p, k, queries, i);
@@ -84,10 +81,9 @@ __device__ __forceinline__ void key_step(KeyJob<kD>& job, const uint32_t (&k)[kD
 
 // 16 queries against keys [j, j + 16) of the tiles.
 template <class T, int kD>
-__device__ __forceinline__ void query_step(float (&dq)[kD / 8][4], const uint32_t (&q)[kD / 16][4],
-                                           const uint32_t (&grad)[kD / 16][4], const float (&lse)[2],
-                                           const float (&delta)[2], const T* keys, const T* values, const float* bias,
-                                           int j, float scale) {
+__device__ __forceinline__ void query_step(float (&dq)[kD / 8][4], const uint32_t (&q)[kD / 16][4], const uint32_t (&grad)[kD / 16][4],
+                                           const float (&lse)[2], const float (&delta)[2], const T* keys, const T* values, const float* bias, int j,
+                                           float scale) {
   const int lane = threadIdx.x % 32;
   float p[2][4] = {}, ds[2][4] = {};
   rows_product<kD>(p, q, keys, j);
@@ -96,8 +92,7 @@ __device__ __forceinline__ void query_step(float (&dq)[kD / 8][4], const uint32_
   for (int t = 0; t < 2; t++) {
     const float2 b = *reinterpret_cast<const float2*>(bias + j + t * 8 + lane % 4 * 2);
 #pragma unroll
-    for (int x = 0; x < 4; x++)
-      ds[t][x] = fast_exp2(fmaf(p[t][x], scale, x % 2 ? b.y : b.x) - lse[x / 2]) * (ds[t][x] - delta[x / 2]);
+    for (int x = 0; x < 4; x++) ds[t][x] = fast_exp2(fmaf(p[t][x], scale, x % 2 ? b.y : b.x) - lse[x / 2]) * (ds[t][x] - delta[x / 2]);
   }
   uint32_t f[4];
   pack_fragment<T>(f, ds);
@@ -107,8 +102,8 @@ __device__ __forceinline__ void query_step(float (&dq)[kD / 8][4], const uint32_
 // Gates are shared by q, k and v: with W = ds^T q and U = p^T grad_out, the gradient of gate g is the sum over keys
 // of 2 g scale k W + v U, which needs no division by a gate that may be 0. `sums` belongs to this warp.
 template <class T, int kD>
-__device__ __forceinline__ void finish_keys(const BackwardArguments& a, const Head<T>& head, KeyJob<kD>& job, int first,
-                                            const float* gate, float* sums) {
+__device__ __forceinline__ void finish_keys(const BackwardArguments& a, const Head<T>& head, KeyJob<kD>& job, int first, const float* gate,
+                                            float* sums) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -150,8 +145,7 @@ __device__ __forceinline__ void finish_keys(const BackwardArguments& a, const He
 }
 
 template <class T, int kD>
-__device__ __forceinline__ void finish_queries(const BackwardArguments& a, const Head<T>& head, float (&dq)[kD / 8][4],
-                                               int first) {
+__device__ __forceinline__ void finish_queries(const BackwardArguments& a, const Head<T>& head, float (&dq)[kD / 8][4], int first) {
 #pragma unroll
   for (int d = 0; d < kD / 8; d++)
 #pragma unroll
@@ -242,10 +236,9 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
 
 // One kind of jobs over the tensors that it streams: keys_here over Q and grad_out, else over K and V.
 template <class T, int kD, bool keys_here>
-__device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned char* memory, const Head<T>& head,
-                                            int block) {
+__device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned char* memory, const Head<T>& head, int block) {
   const int lane = threadIdx.x % 32, warp = warp_number(), first = (block * kStreamWarps + warp) * 16;
-  T* ring = reinterpret_cast<T*>(memory);  // two stages of two tiles
+  T* ring = reinterpret_cast<T*>(memory);                             // two stages of two tiles
   float* numbers = reinterpret_cast<float*>(ring + 4 * kChunk * kD);  // two stages of lse and delta, or bias
   float* gate = a.channel_gate ? numbers + 4 * kChunk : nullptr;
   float* sums = a.gate_partial ? numbers + 4 * kChunk + kD : nullptr;
@@ -255,10 +248,9 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
     if (c < chunks) {
       T *one = ring + c % 2 * 2 * kChunk * kD, *two = one + kChunk * kD;
       float* number = numbers + c % 2 * 2 * kChunk;
-      load_tile<kD>(one, keys_here ? head.q() : head.k(), keys_here ? a.q_strides.row : a.k_strides.row, c * kChunk,
-                    kChunk, a.N, a.columns);
-      load_tile<kD>(two, keys_here ? head.out(a.grad_out) : head.v(), keys_here ? head.out_row() : a.v_strides.row,
-                    c * kChunk, kChunk, a.N, a.columns);
+      load_tile<kD>(one, keys_here ? head.q() : head.k(), keys_here ? a.q_strides.row : a.k_strides.row, c * kChunk, kChunk, a.N, a.columns);
+      load_tile<kD>(two, keys_here ? head.out(a.grad_out) : head.v(), keys_here ? head.out_row() : a.v_strides.row, c * kChunk, kChunk, a.N,
+                    a.columns);
       for (int i = threadIdx.x; i < kChunk; i += blockDim.x) {
         const int n = c * kChunk + i;
         number[i] = keys_here ? row_lse(a, a.lse, head.index, n) : key_bias(a, head.b, n);
@@ -304,20 +296,20 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
       const int rows = min(kChunk, static_cast<int>(round_up(a.N - c * kChunk, 16)));
       if (keys_here) {
 #pragma unroll 1
-        for (int i = 0; i < rows; i += 16)
-          key_step<T, kD>(job, x, y, row[0], one, two, number, number + kChunk, i, scale);
+        for (int i = 0; i < rows; i += 16) key_step<T, kD>(job, x, y, row[0], one, two, number, number + kChunk, i, scale);
       } else {
 #pragma unroll 1
-        for (int j = 0; j < rows; j += 16)
-          query_step<T, kD>(job.dk, x, y, row[0], row[1], one, two, number, j, scale);
+        for (int j = 0; j < rows; j += 16) query_step<T, kD>(job.dk, x, y, row[0], row[1], one, two, number, j, scale);
       }
     }
     __syncthreads();
     load(c + 2);
   }
   if (first < a.N) {
-    if (keys_here) finish_keys<T, kD>(a, head, job, first, gate, sums ? sums + warp * kD : nullptr);
-    else finish_queries<T, kD>(a, head, job.dk, first);
+    if (keys_here)
+      finish_keys<T, kD>(a, head, job, first, gate, sums ? sums + warp * kD : nullptr);
+    else
+      finish_queries<T, kD>(a, head, job.dk, first);
   }
   if (sums && keys_here) finish_gates(a, sums, kD, static_cast<int64_t>(head.index) * a.key_blocks + block);
 }
@@ -327,17 +319,18 @@ __global__ void __launch_bounds__(kStreamWarps * 32, kD <= 64 ? 2 : 1) backward_
   P3B_SHARED(memory);
   const int blocks = a.key_blocks + a.query_blocks, block = blockIdx.x % blocks;
   const Head<T> head(a, blockIdx.x / blocks);
-  if (block < a.key_blocks) stream_jobs<T, kD, true>(a, memory, head, block);
-  else stream_jobs<T, kD, false>(a, memory, head, block - a.key_blocks);
+  if (block < a.key_blocks)
+    stream_jobs<T, kD, true>(a, memory, head, block);
+  else
+    stream_jobs<T, kD, false>(a, memory, head, block - a.key_blocks);
 }
-
 
 template <class T>
 __global__ void __launch_bounds__(256) delta_kernel(BackwardArguments a) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 8;  // of [B, N, H]
   const bool valid = row < a.B * a.N * a.H;
-  const float delta = row_delta(static_cast<const T*>(a.grad_out) + row * a.columns,
-                                static_cast<const T*>(a.out) + row * a.columns, a.columns, valid);
+  const float delta =
+      row_delta(static_cast<const T*>(a.grad_out) + row * a.columns, static_cast<const T*>(a.out) + row * a.columns, a.columns, valid);
   if (valid && threadIdx.x % 8 == 0) a.delta[(row / a.H / a.N * a.H + row % a.H) * a.N + row / a.H % a.N] = delta;
 }
 
@@ -357,13 +350,11 @@ cudaError_t backward(BackwardArguments a, cudaStream_t stream) {
     const int tiles = static_cast<int>(ceil_div(a.N, 16));
     const int most = resident_bytes<kD>(a.N, 6) <= limit / 2 ? 6 : most_warps<kD>();  // 6: two blocks fit an SM
     if (resident_bytes<kD>(a.N, most) <= limit)
-      return launch(backward_resident_kernel<T, kD>, a.B * a.H, min(tiles, most) * 32,
-                    resident_bytes<kD>(a.N, min(tiles, most)), stream, a);
+      return launch(backward_resident_kernel<T, kD>, a.B * a.H, min(tiles, most) * 32, resident_bytes<kD>(a.N, min(tiles, most)), stream, a);
     const cudaError_t error = launch(delta_kernel<T>, ceil_div(a.B * a.N * a.H * 8, 256), 256, 0, stream, a);
     if (error != cudaSuccess) return error;
     const size_t bytes = 4 * kChunk * (kD * 2 + sizeof(float)) + (1 + kStreamWarps) * kD * sizeof(float);
-    return launch(backward_stream_kernel<T, kD>, a.B * a.H * (a.key_blocks + a.query_blocks), kStreamWarps * 32, bytes,
-                  stream, a);
+    return launch(backward_stream_kernel<T, kD>, a.B * a.H * (a.key_blocks + a.query_blocks), kStreamWarps * 32, bytes, stream, a);
   });
 }
 
@@ -414,11 +405,17 @@ __global__ void __launch_bounds__(1024) gate_grad_kernel(BackwardArguments a, fl
 }  // namespace
 
 template <>
-int attention_key_blocks<__half>(int N, int columns) { return key_blocks(N, columns); }
+int attention_key_blocks<__half>(int N, int columns) {
+  return key_blocks(N, columns);
+}
 template <>
-int attention_key_blocks<__nv_bfloat16>(int N, int columns) { return key_blocks(N, columns); }
+int attention_key_blocks<__nv_bfloat16>(int N, int columns) {
+  return key_blocks(N, columns);
+}
 template <>
-cudaError_t attention_backward<__half>(BackwardArguments a, cudaStream_t stream) { return backward<__half>(a, stream); }
+cudaError_t attention_backward<__half>(BackwardArguments a, cudaStream_t stream) {
+  return backward<__half>(a, stream);
+}
 template <>
 cudaError_t attention_backward<__nv_bfloat16>(BackwardArguments a, cudaStream_t stream) {
   return backward<__nv_bfloat16>(a, stream);

@@ -71,14 +71,12 @@ __device__ __forceinline__ void store_logits(float* p, const float (&s)[Tiling<k
 #pragma unroll
   for (int i = 0; i < Tl::kPer; i++)
 #pragma unroll
-    for (int j = 0; j < Tl::kPer; j++)
-      p[(threadIdx.x / 16 + 16 * i) * Tl::kLogits + threadIdx.x % 16 + 16 * j] = s[i][j];
+    for (int j = 0; j < Tl::kPer; j++) p[(threadIdx.x / 16 + 16 * i) * Tl::kLogits + threadIdx.x % 16 + 16 * j] = s[i][j];
 }
 
 // acc[i] += p[row i] . tile, this thread's channels
 template <int kD>
-__device__ __forceinline__ void add_rows(float (&acc)[Tiling<kD>::kPer][Tiling<kD>::kChannels], const float* p,
-                                         const float* tile) {
+__device__ __forceinline__ void add_rows(float (&acc)[Tiling<kD>::kPer][Tiling<kD>::kChannels], const float* p, const float* tile) {
   using Tl = Tiling<kD>;
   const int ty = threadIdx.x / 16, channel = threadIdx.x % 16 * Tl::kChannels;
 #pragma unroll 1
@@ -100,8 +98,8 @@ __device__ __forceinline__ void add_rows(float (&acc)[Tiling<kD>::kPer][Tiling<k
 }
 
 template <int kD>
-__device__ __forceinline__ void store_channels(const float (&acc)[Tiling<kD>::kPer][Tiling<kD>::kChannels], float* head,
-                                               int64_t stride, int first, int N, int columns) {
+__device__ __forceinline__ void store_channels(const float (&acc)[Tiling<kD>::kPer][Tiling<kD>::kChannels], float* head, int64_t stride, int first,
+                                               int N, int columns) {
   using Tl = Tiling<kD>;
 #pragma unroll
   for (int i = 0; i < Tl::kPer; i++) {
@@ -203,8 +201,7 @@ __global__ void __launch_bounds__(kThreads) float_forward_kernel(ForwardArgument
       if (a.entropy) a.entropy[rows + n] = sum == 0 ? 0.f : entropy < 0 ? 0.f : entropy;
     }
     if (a.cls_attention && n == 0)
-      for (int j = tx; j < a.N; j += 16)
-        a.cls_attention[rows + j] = fast_exp2(a.cls_attention[rows + j] - m[i]) * inverse;
+      for (int j = tx; j < a.N; j += 16) a.cls_attention[rows + j] = fast_exp2(a.cls_attention[rows + j] - m[i]) * inverse;
   }
   float* out = static_cast<float*>(a.out) + (b * a.N * a.H + h) * a.columns;
   store_channels<kD>(o, out, static_cast<int64_t>(a.H) * a.columns, first, a.N, a.columns);
@@ -257,11 +254,10 @@ __global__ void __launch_bounds__(kThreads) float_columns_kernel(ColumnArguments
 
 // keys_here: a block owns kTile keys and goes over the queries; else the other way round. See attention_backward.cu.
 template <int kD, bool keys_here>
-__device__ __forceinline__ void float_backward_jobs(const BackwardArguments& a, unsigned char* memory, int block,
-                                                    int head) {
+__device__ __forceinline__ void float_backward_jobs(const BackwardArguments& a, unsigned char* memory, int block, int head) {
   using Tl = Tiling<kD>;
   constexpr int kSize = Tl::kTile * Tl::kStride;
-  float* one = reinterpret_cast<float*>(memory);  // own rows: k, or q
+  float* one = reinterpret_cast<float*>(memory);                          // own rows: k, or q
   float *two = one + kSize, *three = two + kSize, *four = three + kSize;  // own v or grad_out; the others' two
   float *weights = four + kSize, *gate = weights + Tl::kTile * Tl::kLogits;
   const int h = head % a.H, first = block * Tl::kTile, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
@@ -341,8 +337,7 @@ __device__ __forceinline__ void float_backward_jobs(const BackwardArguments& a, 
       for (int i = 0; i < Tl::kPer; i++) {
         const int n = first + ty + 16 * i;
         if (a.gate_partial && n < a.N && column < a.columns)
-          of_gate += 2 * a.scale * g * k[n * a.k_strides.row + column] * grad_one[i][d] +
-                     v[n * a.v_strides.row + column] * grad_two[i][d];
+          of_gate += 2 * a.scale * g * k[n * a.k_strides.row + column] * grad_one[i][d] + v[n * a.v_strides.row + column] * grad_two[i][d];
         grad_one[i][d] *= a.scale * g * g;
         grad_two[i][d] *= g;
       }
@@ -365,8 +360,10 @@ template <int kD>
 __global__ void __launch_bounds__(kThreads, 1) float_backward_kernel(BackwardArguments a) {
   P3B_SHARED(memory);
   const int blocks = a.key_blocks + a.query_blocks, block = blockIdx.x % blocks, head = blockIdx.x / blocks;
-  if (block < a.key_blocks) float_backward_jobs<kD, true>(a, memory, block, head);
-  else float_backward_jobs<kD, false>(a, memory, block - a.key_blocks, head);
+  if (block < a.key_blocks)
+    float_backward_jobs<kD, true>(a, memory, block, head);
+  else
+    float_backward_jobs<kD, false>(a, memory, block - a.key_blocks, head);
 }
 
 __global__ void __launch_bounds__(kThreads) float_delta_kernel(BackwardArguments a) {
@@ -423,8 +420,7 @@ cudaError_t attention_backward<float>(BackwardArguments a, cudaStream_t stream) 
     a.key_blocks = a.query_blocks = attention_key_blocks<float>(a.N, a.columns);
     const cudaError_t error = launch(float_delta_kernel, ceil_div(a.B * a.N * a.H * 8, kThreads), kThreads, 0, stream, a);
     if (error != cudaSuccess) return error;
-    return launch(float_backward_kernel<kD>, a.B * a.H * (a.key_blocks + a.query_blocks), kThreads,
-                  bytes_of<kD>(4, true), stream, a);
+    return launch(float_backward_kernel<kD>, a.B * a.H * (a.key_blocks + a.query_blocks), kThreads, bytes_of<kD>(4, true), stream, a);
   });
 }
 

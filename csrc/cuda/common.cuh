@@ -34,11 +34,20 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 // Waits until at most `pending` (0 to 4) of this thread's newest groups are in flight.
 __device__ __forceinline__ void cp_async_wait(int pending) {
   switch (pending) {
-    case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
-    case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
-    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-    default: asm volatile("cp.async.wait_group 0;" ::: "memory");
+    case 4:
+      asm volatile("cp.async.wait_group 4;" ::: "memory");
+      break;
+    case 3:
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+      break;
+    case 2:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
   }
 }
 
@@ -46,13 +55,12 @@ __device__ __forceinline__ void cp_async_wait(int pending) {
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-#define P3B_MMA(T, NAME)                                                                                        \
-  template <>                                                                                                   \
-  __device__ __forceinline__ void mma_16816<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                         \
-                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                                      \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                           \
+#define P3B_MMA(T, NAME)                                                                                                          \
+  template <>                                                                                                                     \
+  __device__ __forceinline__ void mma_16816<T>(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {                      \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                             \
   }
 P3B_MMA(__half, "f16")
 P3B_MMA(__nv_bfloat16, "bf16")
@@ -95,20 +103,32 @@ __host__ __device__ inline int64_t round_up(int64_t a, int64_t b) { return ceil_
 template <class T>
 __device__ __forceinline__ float to_float(T x);
 template <>
-__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__half x) {
+  return __half2float(x);
+}
 template <>
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
 
 template <class T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float(float x) { return x; }
+__device__ __forceinline__ float from_float(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
 
 // Two 16-bit values in one register, the lower column in the lower half.
 template <class T>
@@ -178,16 +198,17 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
     for (int i = 0; i < 4; i++) {
       if (i & bit) continue;
       const uint32_t received = __shfl_xor_sync(kAllLanes, high ? w[i] : w[i | bit], bit);
-      if (high) w[i] = received;
-      else w[i | bit] = received;
+      if (high)
+        w[i] = received;
+      else
+        w[i | bit] = received;
     }
   }
 }
 
 // One dimension of blocks, so that no limit but 2^31 - 1 exists. An empty grid is no launch and no error.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
-                   Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks < 0 || blocks > 0x7fffffff || threads < 1 || threads > 1024) return cudaErrorInvalidConfiguration;
   if (shared_bytes > static_cast<size_t>(shared_memory_limit())) return cudaErrorInvalidConfiguration;
@@ -196,11 +217,10 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   return launch_unchecked(blocks, threads, shared_bytes, [=] { kernel(arguments...); });
 #else
   if (shared_bytes > (48 << 10)) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream> > >(arguments...);
   return cudaGetLastError();
 #endif
 }

@@ -14,12 +14,12 @@ struct MatchArguments {
 
 template <class T>
 struct MergeBackwardArguments {
-  const T *grad_y, *y;        // [B, M, C]
-  const float* grad_size_out;  // [B, M] or null
-  RowsIn<T> x;                // [B, N, C]
-  const int* slot;            // [B, N]
-  const float *size, *weight;  // [B, N] or null
-  T* grad_x;                  // [B, N, C]
+  const T *grad_y, *y;             // [B, M, C]
+  const float* grad_size_out;      // [B, M] or null
+  RowsIn<T> x;                     // [B, N, C]
+  const int* slot;                 // [B, N]
+  const float *size, *weight;      // [B, N] or null
+  T* grad_x;                       // [B, N, C]
   float *grad_size, *grad_weight;  // [B, N], null where size / weight is
   int64_t B;
   int N, M, C, tiles;
@@ -52,8 +52,8 @@ struct MatchMemory {
 
 // Normalised channels [d0, d0 + 32) of 64 tokens of `list`, channel-major; zeros beyond its end.
 template <class T>
-__device__ __forceinline__ void load_match_tile(float* tile, const T* metric, int64_t stride, const int* list,
-                                                const float* norm, int first, int count, int d0, int D) {
+__device__ __forceinline__ void load_match_tile(float* tile, const T* metric, int64_t stride, const int* list, const float* norm, int first,
+                                                int count, int d0, int D) {
   for (int i = threadIdx.x; i < kTile * kDepth; i += blockDim.x) {
     const int token = i / kDepth, d = i % kDepth;
     float x = 0;
@@ -92,8 +92,10 @@ __global__ void __launch_bounds__(kMatchThreads) match_kernel(MatchArguments<T> 
     const unsigned others = __ballot_sync(kAllLanes, n < a.N && !is_source);
     const unsigned before = (1u << lane) - 1;
     if (warp == 0 && n < a.N) {
-      if (is_source) s.source[num_sources + __popc(sources & before)] = n;
-      else s.destination[num_destinations + __popc(others & before)] = n;
+      if (is_source)
+        s.source[num_sources + __popc(sources & before)] = n;
+      else
+        s.destination[num_destinations + __popc(others & before)] = n;
     }
     num_sources += __popc(sources);
     num_destinations += __popc(others);
@@ -252,10 +254,10 @@ template <class T>
 cudaError_t merge_backward(MergeBackwardArguments<T> a, cudaStream_t stream) {
   constexpr int kWide = 16 / sizeof(T);
   a.tiles = static_cast<int>(ceil_div(a.N, kRowWarps * 2));
-  const bool wide = a.C % kWide == 0 && fits16(a.x.data, a.x.batch) && fits16(a.x.data, a.x.row) &&
-                    fits16(a.grad_y) && fits16(a.y) && fits16(a.grad_x);
-  return launch(wide ? merge_backward_kernel<T, kWide> : merge_backward_kernel<T, 1>, a.B * a.tiles, kRowWarps * 32,
-                static_cast<size_t>(a.N) * 8, stream, a);
+  const bool wide =
+      a.C % kWide == 0 && fits16(a.x.data, a.x.batch) && fits16(a.x.data, a.x.row) && fits16(a.grad_y) && fits16(a.y) && fits16(a.grad_x);
+  return launch(wide ? merge_backward_kernel<T, kWide> : merge_backward_kernel<T, 1>, a.B * a.tiles, kRowWarps * 32, static_cast<size_t>(a.N) * 8,
+                stream, a);
 }
 
 }  // namespace p3b::cuda
@@ -290,8 +292,8 @@ Tensor match_op(Tensor metric_in, int64_t r, int64_t num_prefix, std::optional<T
   return slot;
 }
 
-std::tuple<Tensor, Tensor> merge_op(Tensor x_in, Tensor slot_in, int64_t num_out, std::optional<Tensor> size_in,
-                                    std::optional<Tensor> weight_in, bool normalize) {
+std::tuple<Tensor, Tensor> merge_op(Tensor x_in, Tensor slot_in, int64_t num_out, std::optional<Tensor> size_in, std::optional<Tensor> weight_in,
+                                    bool normalize) {
   const char* op = "merge_tokens";
   const Slots s = check_slots(op, "x", x_in, slot_in, num_out);
   check_size(op, "slot", slot_in, 1, x_in.size(1));
@@ -320,9 +322,8 @@ std::tuple<Tensor, Tensor> merge_op(Tensor x_in, Tensor slot_in, int64_t num_out
   return {y, size_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor> merge_backward_op(Tensor grad_y_in, std::optional<Tensor> grad_size_out_in, Tensor x_in,
-                                                     Tensor slot_in, Tensor y_in, std::optional<Tensor> size_in,
-                                                     std::optional<Tensor> weight_in, bool normalize) {
+std::tuple<Tensor, Tensor, Tensor> merge_backward_op(Tensor grad_y_in, std::optional<Tensor> grad_size_out_in, Tensor x_in, Tensor slot_in,
+                                                     Tensor y_in, std::optional<Tensor> size_in, std::optional<Tensor> weight_in, bool normalize) {
   const char* op = "merge_tokens_backward";
   check_dim(op, "grad_y", grad_y_in, 3);
   const Slots s = check_slots(op, "x", x_in, slot_in, grad_y_in.size(1));
@@ -385,9 +386,8 @@ Tensor unmerge_op(Tensor y_in, Tensor slot_in, double fill) {
   with_dtype(op, y, [&](auto zero) {
     using T = decltype(zero);
     const RowsIn<T> in{pointer<T>(y), y.stride(0), y.stride(1)};
-    check_launch(op, gather_rows(in, pointer<int>(slot), pointer<T>(x), s.B, to_int(op, "tokens", s.N),
-                                 to_int(op, "rows", y.size(1)), to_int(op, "channels", s.C), static_cast<float>(fill),
-                                 device.stream));
+    check_launch(op, gather_rows(in, pointer<int>(slot), pointer<T>(x), s.B, to_int(op, "tokens", s.N), to_int(op, "rows", y.size(1)),
+                                 to_int(op, "channels", s.C), static_cast<float>(fill), device.stream));
   });
   return x;
 }

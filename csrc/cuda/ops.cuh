@@ -17,7 +17,7 @@ struct OnDevice {
   cudaStream_t stream;
   explicit OnDevice(const Tensor& t) : guard(t.get_device()) {
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &current));
+    if (aoti_torch_get_current_cuda_stream(t.get_device(), &current)) throw std::runtime_error("p3b_ext: no current CUDA stream");
     stream = static_cast<cudaStream_t>(current);
   }
 };
@@ -35,19 +35,29 @@ inline int to_int(const char* op, const char* name, int64_t x) {
 template <class F>
 void with_dtype(const char* op, const Tensor& t, F f) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Half: return f(__half());
-    case ScalarType::BFloat16: return f(__nv_bfloat16());
-    default: P3B_CHECK(false, op, ": dtype must be float32, bfloat16 or float16 on a GPU, got ", torch::headeronly::toString(t.scalar_type()));
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Half:
+      return f(__half());
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16());
+    default:
+      P3B_CHECK(false, op, ": dtype must be float32, bfloat16 or float16 on a GPU, got ", torch::headeronly::toString(t.scalar_type()));
   }
 }
 
 template <class T>
-T* pointer(Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+T* pointer(Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
 template <class T>
-const T* pointer(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+const T* pointer(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
 template <class T>
-const T* pointer(const std::optional<Tensor>& t) { return t ? pointer<T>(*t) : nullptr; }
+const T* pointer(const std::optional<Tensor>& t) {
+  return t ? pointer<T>(*t) : nullptr;
+}
 
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;

@@ -11,7 +11,7 @@ constexpr int kRowsInFlight = 4;  // rows that a warp loads before it uses the f
 
 template <class T>
 struct RowsIn {
-  const T* data;  // [B, rows, C], contiguous channels
+  const T* data;       // [B, rows, C], contiguous channels
   int64_t batch, row;  // strides in elements
 };
 
@@ -77,22 +77,21 @@ __global__ void __launch_bounds__(kRowWarps * 32)
 }
 
 template <class T, class Index>
-cudaError_t gather_rows(RowsIn<T> in, const Index* index, T* out, int64_t B, int N, int M, int C, float fill,
-                        cudaStream_t stream) {
+cudaError_t gather_rows(RowsIn<T> in, const Index* index, T* out, int64_t B, int N, int M, int C, float fill, cudaStream_t stream) {
   constexpr int kWide = 16 / sizeof(T);
   const int64_t blocks = C ? ceil_div(B * N, kRowWarps * kRowsInFlight) : 0;
   const bool wide = C % kWide == 0 && fits16(in.data, in.batch) && fits16(in.data, in.row) && fits16(out);
-  return launch(wide ? gather_kernel<T, kWide, Index> : gather_kernel<T, 1, Index>, blocks, kRowWarps * 32, 0, stream,
-                in, index, out, B, N, M, C, fill);
+  return launch(wide ? gather_kernel<T, kWide, Index> : gather_kernel<T, 1, Index>, blocks, kRowWarps * 32, 0, stream, in, index, out, B, N, M, C,
+                fill);
 }
 
 template <class T, class Index>
 struct CombineArguments {
-  RowsIn<T> x;             // [B, N, C]
-  const Index* slot;       // [B, N]: the row of out that takes this token, none where outside [0, M)
+  RowsIn<T> x;                 // [B, N, C]
+  const Index* slot;           // [B, N]: the row of out that takes this token, none where outside [0, M)
   const float *size, *weight;  // [B, N] or null; weight, else size, else 1 weighs the rows
-  T* out;                  // [B, M, C]
-  float* size_out;         // [B, M] or null: sum of sizes
+  T* out;                      // [B, M, C]
+  float* size_out;             // [B, M] or null: sum of sizes
   int64_t B;
   int N, M, C, tiles;
   bool normalize;
@@ -191,8 +190,8 @@ cudaError_t combine_rows(CombineArguments<T, Index> a, cudaStream_t stream) {
   constexpr int kWide = 16 / sizeof(T);
   a.tiles = static_cast<int>(ceil_div(a.M, kRowWarps * kRowsInFlight));
   const bool wide = a.C % kWide == 0 && fits16(a.x.data, a.x.batch) && fits16(a.x.data, a.x.row) && fits16(a.out);
-  return launch(wide ? combine_kernel<T, kWide, Index> : combine_kernel<T, 1, Index>, a.B * a.tiles, kRowWarps * 32,
-                static_cast<size_t>(a.N) * 12, stream, a);
+  return launch(wide ? combine_kernel<T, kWide, Index> : combine_kernel<T, 1, Index>, a.B * a.tiles, kRowWarps * 32, static_cast<size_t>(a.N) * 12,
+                stream, a);
 }
 
 }  // namespace p3b::cuda

@@ -62,10 +62,9 @@ __global__ void __launch_bounds__(kRankThreads)
 }  // namespace
 
 template <class T>
-cudaError_t rank_tokens(const T* scores, int64_t stride, int64_t B, int S, int P, int keep, bool by_score,
-                        int64_t* index, int* slot, cudaStream_t stream) {
-  return launch(rank_kernel<T>, B, kRankThreads, (S + ceil_div(S, 32)) * 4, stream, scores, stride, S, P, keep,
-                by_score, index, slot);
+cudaError_t rank_tokens(const T* scores, int64_t stride, int64_t B, int S, int P, int keep, bool by_score, int64_t* index, int* slot,
+                        cudaStream_t stream) {
+  return launch(rank_kernel<T>, B, kRankThreads, (S + ceil_div(S, 32)) * 4, stream, scores, stride, S, P, keep, by_score, index, slot);
 }
 
 }  // namespace p3b::cuda
@@ -83,8 +82,7 @@ void rank(const char* op, const Tensor& scores_in, const Scores& s, int64_t keep
   const int S = to_int(op, "tokens", s.S), P = to_int(op, "num_prefix", s.num_prefix);
   with_dtype(op, scores, [&](auto zero) {
     using T = decltype(zero);
-    check_launch(op, rank_tokens(pointer<T>(scores), scores.stride(0), s.B, S, P, static_cast<int>(keep), by_score, index,
-                                 slot, device.stream));
+    check_launch(op, rank_tokens(pointer<T>(scores), scores.stride(0), s.B, S, P, static_cast<int>(keep), by_score, index, slot, device.stream));
   });
 }
 
@@ -113,8 +111,8 @@ Tensor select_tokens(Tensor x_in, Tensor index_in) {
   with_dtype(op, x, [&](auto zero) {
     using T = decltype(zero);
     const RowsIn<T> in{pointer<T>(x), x.stride(0), x.stride(1)};
-    check_launch(op, gather_rows(in, pointer<int64_t>(index), pointer<T>(y), s.B, to_int(op, "rows", s.M),
-                                 to_int(op, "tokens", s.N), to_int(op, "channels", s.C), 0.f, device.stream));
+    check_launch(op, gather_rows(in, pointer<int64_t>(index), pointer<T>(y), s.B, to_int(op, "rows", s.M), to_int(op, "tokens", s.N),
+                                 to_int(op, "channels", s.C), 0.f, device.stream));
   });
   return y;
 }

@@ -156,7 +156,7 @@ int main(int argc, char** argv) {
   else if (plant == "divergent_shuffle") {
     std::vector<float> out(32);
     launch(divergent_shuffle_kernel, 1, 32, 0, nullptr, out.data());
-  } else if (plant.empty() || plant == "small") {
+  } else if (plant.empty() || plant == "small" || plant == "medium") {
     sums(false);
     transposes(0, false);
     rings(false, false);
