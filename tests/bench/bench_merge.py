@@ -2,6 +2,10 @@
 
 `python tests/bench/bench_merge.py` prints a markdown table of paired timings; `make bench` runs the cases below
 under pytest-benchmark. Bytes: x, metric and sizes read once, y, sizes and slots written once.
+
+glibc maps allocations above 32 MiB afresh at every call (B64 C768 in float32 is one), and the page faults then
+cost more than the work. THP_MEM_ALLOC_ENABLE=1 makes PyTorch ask for huge pages; large MALLOC_MMAP_THRESHOLD_ and
+MALLOC_TRIM_THRESHOLD_ keep the memory.
 """
 
 import argparse
