@@ -1,0 +1,358 @@
+"""Kernels and whole models on a GPU beside the strongest alternatives: bench.py {attention,tokens,models} --output FILE.
+
+A case is timed in CUDA graphs: cold, over sets of buffers that together exceed twice the L2 cache, and warm, over one.
+The figure is the median of several replays, per call. Copy bandwidth and bf16 rate are measured in the same run; `share`
+is the bound that they give over the cold time. Every baseline is forced; one that cannot run is listed with its reason.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import p3b_ext
+from p3b_ext.ops.merge import match_tokens, merge_tokens
+from p3b_ext.ops.select import select_tokens, topk_tokens
+
+Call = Callable[[], object]
+ALL_AUX = ("lse", "cls_attention", "entropy", "value_norm")
+
+
+class Bench:
+    def __init__(self, device: str, quick: bool):
+        self.device, self.quick, self.rows = device, quick, []
+        self.gpu = device == "cuda"
+        self.l2 = torch.cuda.get_device_properties(0).L2_cache_size if self.gpu else 1 << 20
+        self.bandwidth = self.rate = float("nan")
+
+    def graph(self, calls: list[Call]) -> Call:
+        """All calls as one CUDA graph; on a CPU just all calls."""
+        if not self.gpu:
+            return lambda: [call() for call in calls]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                for call in calls:
+                    call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        return graph.replay
+
+    def time(self, calls: list[Call], replays: int = 15) -> float:
+        """Median seconds of one call."""
+        replay = self.graph(calls)
+        seconds = []
+        for _ in range(2 if self.quick else replays):
+            if self.gpu:
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                replay()
+                end.record()
+                torch.cuda.synchronize()
+                seconds.append(begin.elapsed_time(end) / 1e3)
+            else:
+                start = time.perf_counter()
+                replay()
+                seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds) / len(calls)
+
+    def peaks(self) -> None:
+        size = 1 << (10 if self.quick else 29)
+        x = torch.empty(size, device=self.device, dtype=torch.bfloat16).normal_()
+        y = torch.empty_like(x)
+        self.bandwidth = 4 * size / self.time([lambda: y.copy_(x)])
+        n = 64 if self.quick else 8192
+        a, b = (torch.randn(n, n, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        self.rate = 2 * n**3 / self.time([lambda: a @ b])
+        print(f"copy {self.bandwidth / 1e12:.2f} TB/s, bf16 product {self.rate / 1e12:.0f} TFLOP/s", flush=True)
+
+    def compare(self, case: str, sets: list, ours: dict, baselines: dict, bytes_: float, flops: float = 0.0) -> None:
+        """Time functions of one set of buffers; sets are rotated where cold."""
+        bound = max(bytes_ / self.bandwidth, flops / self.rate)
+        found: list[dict] = []
+        for what, make in [*ours.items(), *baselines.items()]:
+            row = {"case": case, "what": what, "bound_us": round(bound * 1e6, 1)}
+            try:
+                calls = [make(s) for s in sets]
+                row["cold_us"] = round(self.time(calls) * 1e6, 1)
+                row["warm_us"] = round(self.time(calls[:1] * len(calls)) * 1e6, 1)
+                row["share"] = round(bound * 1e6 / row["cold_us"], 3)
+            except Exception as error:
+                row["what"] += (
+                    f" (not run: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})"
+                )
+                if self.gpu:
+                    torch.cuda.synchronize()
+            row["ours"] = what in ours
+            found.append(row)
+        best = min((r["cold_us"] for r in found if not r["ours"] and "cold_us" in r), default=None)
+        for row in found:
+            if row["ours"] and best and row.get("cold_us"):
+                row["times_best_baseline"] = round(best / row["cold_us"], 3)
+            print(row, flush=True)
+        self.rows += found
+
+    def sets(self, bytes_: float, make: Call) -> list:
+        return [make() for _ in range(2 if self.quick else min(16, max(2, int(2 * self.l2 / bytes_) + 1)))]
+
+
+def on(backend: str, call: Call) -> Call:
+    def run():
+        with p3b_ext.backend(backend):
+            return call()
+
+    return run
+
+
+def sdpa(kind: SDPBackend, q, k, v, mask=None) -> Call:
+    def run():
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return run
+
+
+def eager(q, k, v, mask=None) -> Call:
+    def run():
+        s = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return (s if mask is None else s + mask).softmax(-1) @ v
+
+    return run
+
+
+def flex(q, k, v, log_size=None) -> Call:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    score_mod = None if log_size is None else (lambda score, b, h, i, j: score + log_size[b, j])
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, score_mod=score_mod)
+
+
+def backward(forward: Call, wanted: list, grad: torch.Tensor) -> Call:
+    out = forward()
+    return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
+
+
+def attention(bench: Bench) -> None:
+    shapes = [(256, 12, 197, 64), (64, 12, 577, 64), (32, 12, 1025, 64), (512, 12, 50, 64)]
+    native = ["cuda", "triton"] if bench.gpu else ["cpu"]
+    kinds = {
+        f"SDPA {kind.name.lower()}": kind
+        for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    }
+    for B, H, N, D in [(1, 2, 17, 8)] if bench.quick else shapes:
+        case, tensor = f"B{B} H{H} N{N} D{D} bf16", 2.0 * B * H * N * D
+
+        def make(B=B, H=H, N=N, D=D) -> dict:
+            qkv = torch.randn(B, N, 3, H, D, device=bench.device, dtype=torch.bfloat16)
+            q, k, v = (t.detach() for t in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+            size = torch.randint(1, 5, (B, N), device=bench.device).float()
+            bias = size.log().to(torch.bfloat16)[:, None, None, :].expand(B, H, N, N)
+            grad = torch.randn(B, N, H, D, device=bench.device, dtype=torch.bfloat16).transpose(1, 2)
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            gate = torch.ones(H, D, device=bench.device, requires_grad=True)
+            return dict(x=(q, k, v), size=size, log_size=size.log(), bias=bias, grad=grad, leaves=leaves, gate=gate)
+
+        sets = bench.sets(4 * tensor, make)
+        flops = 4.0 * B * H * N * N * D
+        attend = p3b_ext.masked_attention
+        ours = {b: lambda s, b=b: on(b, lambda: attend(*s["x"])) for b in native}
+        ours |= {f"{b} + 4 side outputs": lambda s, b=b: on(b, lambda: attend(*s["x"], aux=ALL_AUX)) for b in native}
+        base = {n: lambda s, kind=kind: sdpa(kind, *s["x"]) for n, kind in kinds.items()}
+        base |= {"flex": lambda s: flex(*s["x"]), "eager": lambda s: eager(*s["x"])}
+        bench.compare(f"{case} forward", sets, ours, base, 4 * tensor, flops)
+
+        ours = {b: lambda s, b=b: on(b, lambda: attend(*s["x"], token_size=s["size"])) for b in native}
+        base = {n: lambda s, kind=kind: sdpa(kind, *s["x"], s["bias"]) for n, kind in kinds.items()}
+        base |= {"flex": lambda s: flex(*s["x"], s["log_size"]), "eager": lambda s: eager(*s["x"], s["bias"])}
+        bench.compare(f"{case} forward, sizes", sets, ours, base, 4 * tensor, flops)
+
+        ours = {
+            b: lambda s, b=b: on(b, backward(on(b, lambda: attend(*s["leaves"])), s["leaves"], s["grad"]))
+            for b in native
+        }
+        ours |= {
+            f"{b} + gate gradients": lambda s, b=b: on(
+                b,
+                backward(
+                    on(b, lambda: attend(*s["leaves"], channel_gate=s["gate"])), [*s["leaves"], s["gate"]], s["grad"]
+                ),
+            )
+            for b in native
+        }
+        base = {n: lambda s, k=k: backward(sdpa(k, *s["leaves"]), s["leaves"], s["grad"]) for n, k in kinds.items()}
+        base["eager"] = lambda s: backward(eager(*s["leaves"]), s["leaves"], s["grad"])
+        bench.compare(f"{case} backward", sets, ours, base, 8 * tensor, 2.5 * flops)
+
+
+def tome_in_pytorch(metric: torch.Tensor, x: torch.Tensor, size: torch.Tensor, r: int):
+    """Bipartite matching and merging in PyTorch's own operations, as a user writes the published formulas."""
+    m = metric / metric.norm(dim=-1, keepdim=True)
+    scores = m[:, ::2] @ m[:, 1::2].transpose(-1, -2)
+    scores[:, 0] = -torch.inf
+    best, partner = scores.max(-1)
+    order = best.argsort(-1, descending=True)
+    merged, kept = order[:, :r, None], order[:, r:, None].sort(1).values
+    target = partner[..., None].gather(1, merged)
+
+    def combine(t):
+        a, b = t[:, ::2], t[:, 1::2]
+        b = b.scatter_reduce(
+            1, target.expand(-1, -1, t.shape[-1]), a.gather(1, merged.expand(-1, -1, t.shape[-1])), "sum"
+        )
+        return torch.cat([a.gather(1, kept.expand(-1, -1, t.shape[-1])), b], 1)
+
+    total = combine(size[..., None])
+    return combine(x * size[..., None].to(x.dtype)) / total.to(x.dtype), total
+
+
+def tokens(bench: Bench) -> None:
+    native = ["cuda", "triton"] if bench.gpu else ["cpu"]
+    shapes = [(2, 17, 16, 3)] if bench.quick else [(256, 197, 768, 16), (256, 197, 384, 13)]
+    for B, N, C, r in shapes:
+        M, K = N - r, 1 + (N - 1) * 7 // 10
+
+        def make(B=B, N=N, C=C) -> dict:
+            x = torch.randn(B, N, C, device=bench.device, dtype=torch.bfloat16)
+            metric = torch.randn(B, N, min(C, 64), device=bench.device, dtype=torch.bfloat16)
+            return dict(
+                x=x,
+                metric=metric,
+                size=torch.ones(B, N, device=bench.device),
+                scores=torch.rand(B, N - 1, device=bench.device),
+            )
+
+        bytes_ = 2.0 * B * C * (N + M)
+        sets = bench.sets(bytes_, make)
+        merge = lambda s, r=r, M=M: merge_tokens(s["x"], match_tokens(s["metric"], r), M, size=s["size"])  # noqa: E731
+        compiled = torch.compile(tome_in_pytorch, dynamic=False)
+        base = {"PyTorch": lambda s, r=r: lambda: tome_in_pytorch(s["metric"], s["x"], s["size"], r)}
+        base["PyTorch compiled"] = lambda s, r=r: lambda: compiled(s["metric"], s["x"], s["size"], r)
+        bench.compare(
+            f"B{B} C{C} {N}->{M} match + merge",
+            sets,
+            {b: lambda s, b=b: on(b, lambda: merge(s)) for b in native},
+            base,
+            bytes_,
+        )
+
+        bytes_ = 2.0 * B * C * K * 2
+        select = lambda s, K=K: select_tokens(s["x"], topk_tokens(s["scores"], K - 1))  # noqa: E731
+
+        def plain(s, K=K, C=C):
+            index = s["scores"].topk(K - 1, -1).indices + 1
+            index = torch.cat([torch.zeros_like(index[:, :1]), index], 1)
+            return s["x"].gather(1, index[..., None].expand(-1, -1, C))
+
+        bench.compare(
+            f"B{B} C{C} {N}->{K} select",
+            sets,
+            {b: lambda s, b=b: on(b, lambda: select(s)) for b in native},
+            {"topk + gather": lambda s: lambda: plain(s)},
+            bytes_,
+        )
+
+
+def macs(depth: int, width: int, n: int, removed: Callable[[int], int]) -> float:
+    """Multiply-adds of the blocks, r tokens leaving between attention and MLP."""
+    total = 0.0
+    for block in range(depth):
+        total += 4 * n * width**2 + 2 * n * n * width
+        n -= min(removed(block), (n - 1) // 2)
+        total += 8 * n * width**2
+    return total
+
+
+def models(bench: Bench) -> None:
+    import timm
+
+    batch = 2 if bench.quick else 256
+    names = (
+        ["vit_tiny_patch16_224"]
+        if bench.quick
+        else ["deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224"]
+    )
+    for name in names:
+        images = torch.randn(batch, 3, 224, 224, device=bench.device, dtype=torch.bfloat16)
+
+        def speed(reduction=None, kind=None, patched=True, name=name, images=images) -> float:
+            torch.manual_seed(0)
+            model = timm.create_model(name).to(bench.device, torch.bfloat16).eval()
+            if patched:
+                p3b_ext.patch(model, reduction)
+            with torch.inference_mode():
+                if kind is None:
+                    return bench.time([lambda: model(images)], replays=7)
+                with sdpa_kernel(kind):
+                    return bench.time([lambda: model(images)], replays=7)
+
+        model = timm.create_model(name)
+        depth, width, r = len(model.blocks), model.embed_dim, 8 if "large" in name else 13
+        dense = macs(depth, width, 197, lambda _: 0)
+        variants = {
+            f"dense, {kind.name.lower()}": (1.0, dict(kind=kind, patched=False))
+            for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+        }
+        variants["dense, patched"] = (1.0, {})
+        variants[f"ToMe r={r}"] = (dense / macs(depth, width, 197, lambda _, r=r: r), dict(reduction=p3b_ext.ToMe(r=r)))
+        if depth == 12:
+            ratio = dense / macs(depth, width, 197, lambda block: 50 if block in (3, 6, 9) else 0)
+            variants["PPT r=50"] = (ratio, dict(reduction=p3b_ext.PPT(r=50)))
+        found = []
+        for what, (ratio, options) in variants.items():
+            row = {"case": f"{name} batch {batch} bf16", "what": what, "macs_ratio": round(ratio, 3)}
+            try:
+                seconds = speed(**options)
+                row |= {"cold_us": round(seconds * 1e6), "images_per_s": round(batch / seconds, 1)}
+            except Exception as error:
+                row["what"] += (
+                    f" (not run: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})"
+                )
+            found.append(row)
+        best = max(
+            (
+                r["images_per_s"]
+                for r in found
+                if "patched" not in r["what"] and r["macs_ratio"] == 1 and "images_per_s" in r
+            ),
+            default=None,
+        )
+        for row in found:
+            if best and "images_per_s" in row:
+                row["times_best_baseline"] = round(row["images_per_s"] / best, 3)
+                row["share"] = round(row["images_per_s"] / (best * row["macs_ratio"]), 3)
+            print(row, flush=True)
+        bench.rows += found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=["attention", "tokens", "models"])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that the script runs")
+    options = parser.parse_args()
+    bench = Bench(options.device, options.quick)
+    bench.peaks()
+    try:
+        {"attention": attention, "tokens": tokens, "models": models}[options.suite](bench)
+    finally:
+        if options.output:
+            found = {"copy_bytes_per_s": bench.bandwidth, "bf16_flop_per_s": bench.rate, "rows": bench.rows}
+            options.output.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Stages of tests/gpu/run.sh: each runs in a process of its own, is timed, and is reported even if another fails.
+
+Writes OUT/results.json, OUT/table.md and one log per stage, anew after every stage.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TOTAL_SECONDS = 590
+FAMILIES = [f"tests/test_{name}.py" for name in ("attention", "select", "merge", "plan", "reduction", "patch")]
+
+
+def overlay(folder: Path) -> Path:
+    """A folder for PYTHONPATH in which the packages look as installed: kernels/ is p3b_ext.kernels, python/p3b is p3b."""
+    package = folder / "p3b_ext"
+    package.mkdir()
+    for path in (ROOT / "p3b_ext").iterdir():
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+    (package / "kernels").symlink_to(ROOT / "kernels")
+    (folder / "p3b").symlink_to(ROOT / "python" / "p3b")
+    return folder
+
+
+def architecture() -> str:
+    """What to build for: the GPU that is here, or every architecture where there is none."""
+    code = "import torch; print(torch.cuda.get_device_capability() if torch.cuda.is_available() else '')"
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    found = re.search(r"\((\d+), (\d+)\)", text)
+    if not found:
+        return "8.0;9.0a+PTX"
+    major, minor = found.groups()
+    return "9.0a" if (major, minor) == ("9", "0") else f"{major}.{minor}"
+
+
+def stages(out: Path) -> dict[str, tuple[list, int]]:
+    """Name of each stage -> its command and the seconds that it may take."""
+    python, report = sys.executable, "--junitxml"
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    small = [python, HERE / "small.py"]
+    bench = [python, HERE / "bench.py"]
+    return {
+        "environment": ([python, HERE / "environment.py", "--output", out / "environment.json"], 60),
+        "build": ([python, "setup.py", "build_ext", "--inplace"], 240),
+        "tests_cuda": ([*pytest, *FAMILIES, "-k", "cuda and not triton", report, out / "tests_cuda.xml"], 150),
+        "tests_triton": ([*pytest, *FAMILIES, "-k", "triton", report, out / "tests_triton.xml"], 150),
+        "compile": ([python, HERE / "compile_check.py"], 120),
+        "memcheck": ([sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *small], 90),
+        "racecheck": ([sanitizer, "--tool", "racecheck", "--error-exitcode", "9", *small], 120),
+        "attention": ([*bench, "attention", "--output", out / "attention.json"], 120),
+        "tokens": ([*bench, "tokens", "--output", out / "tokens.json"], 60),
+        "models": ([*bench, "models", "--output", out / "models.json"], 150),
+    }
+
+
+def run_stage(name: str, command: list, seconds: float, out: Path, environment: dict) -> dict:
+    extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name in ("memcheck", "racecheck") else {}
+    start = time.perf_counter()
+    with (out / f"{name}.log").open("w") as log:
+        try:
+            code = subprocess.run(
+                [str(part) for part in command],
+                cwd=ROOT,
+                env=environment | extra,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+            ).returncode
+            outcome = "passed" if code == 0 else f"failed (exit {code})"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped after {seconds:.0f} s"
+        except OSError as error:
+            outcome = f"not run ({error})"
+    lines = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()
+    record = {
+        "outcome": outcome,
+        "seconds": round(time.perf_counter() - start, 1),
+        "last_line": (lines or [""])[-1][-200:],
+    }
+    data = out / f"{name}.json"
+    if data.exists():
+        record["data"] = json.loads(data.read_text())
+    return record
+
+
+def table(results: dict) -> str:
+    lines = ["| stage | outcome | seconds | last line |", "|---|---|---|---|"]
+    for name, r in results.items():
+        lines.append(f"| {name} | {r['outcome']} | {r['seconds']} | {r['last_line'].replace('|', '/')} |")
+    lines += ["", "cold: rotating buffers larger than twice the L2; warm: one set of buffers; medians in microseconds."]
+    lines += ["share: the bound (bytes over copy bandwidth, or products over the bf16 rate) over the cold time."]
+    lines += ["", "| case | what | cold | warm | share of bound | best baseline / this |", "|---|---|---|---|---|---|"]
+    for stage in ("attention", "tokens", "models"):
+        for row in results.get(stage, {}).get("data", {}).get("rows", []):
+            cells = [row.get(key) for key in ("case", "what", "cold_us", "warm_us", "share", "times_best_baseline")]
+            lines.append("| " + " | ".join("" if c is None else str(c) for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("stages", nargs="*")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    known = stages(out)
+    unknown = [name for name in options.stages if name not in known]
+    if unknown:
+        parser.error(f"no stage named {', '.join(unknown)}; there are {', '.join(known)}")
+    results: dict[str, dict] = {}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT / 'tests'}", "TORCH_CUDA_ARCH_LIST": architecture()}
+        environment |= {"P3B_EXT_CUDA": "1"}
+        overlaid = False
+        for name in options.stages or known:
+            command, seconds = known[name]
+            left = TOTAL_SECONDS - (time.perf_counter() - start)
+            if not overlaid and name not in ("environment", "build"):  # after the build, which brings _C
+                overlay(Path(folder))
+                overlaid = True
+            if left < 5:
+                results[name] = {"outcome": "no time left", "seconds": 0, "last_line": ""}
+            else:
+                results[name] = run_stage(name, command, min(seconds, left), out, environment)
+            print(f"{name:12s} {results[name]['seconds']:6.1f} s  {results[name]['outcome']}", flush=True)
+            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            (out / "table.md").write_text(table(results))
+    return int(any(r["outcome"] != "passed" for r in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
