@@ -1,4 +1,4 @@
-"""The block shapes of AVX-512 on any machine: the CPU kernels over an emulated 16-lane vector type (tests/fuzz/wide_kernels.cpp)."""
+"""The block shapes of AVX-512 on any machine: the CPU kernels over an emulated 16-lane vector type."""
 
 import os
 import shutil

@@ -430,9 +430,8 @@ def main() -> int:
             if failures == 10:
                 break
     done = ", ".join(f"{name} {counts[name]}" for name in names)
-    print(
-        f"fuzz: {sum(counts.values())} calls in {time.time() - start:.0f} s, {failures} wrong, on {', '.join(isas)}; {done}"
-    )
+    took = time.time() - start
+    print(f"fuzz: {sum(counts.values())} calls in {took:.0f} s, {failures} wrong, on {', '.join(isas)}; {done}")
     return 1 if failures else 0
 
 
