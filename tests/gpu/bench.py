@@ -1,11 +1,15 @@
-"""Kernels and whole models on a GPU beside the strongest alternatives: bench.py {attention,tokens,models} --output FILE.
+"""Kernels and whole models on a GPU beside the strongest alternatives.
+
+    bench.py {attention,tokens,models} --output FILE
 
 A case is timed in CUDA graphs: cold, over sets of buffers that together exceed twice the L2 cache, and warm, over one.
-The figure is the median of several replays, per call. Copy bandwidth and bf16 rate are measured in the same run; `share`
-is the bound that they give over the cold time. Every baseline is forced; one that cannot run is listed with its reason.
+The figure is the median of several replays, per call. Copy bandwidth and bf16 rate are measured in the same run;
+`share` is the bound that they give over the cold time. Every baseline is forced; one that cannot run is listed with
+its reason.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -23,12 +27,19 @@ from p3b_ext.ops.select import select_tokens, topk_tokens
 
 Call = Callable[[], object]
 ALL_AUX = ("lse", "cls_attention", "entropy", "value_norm")
+KINDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+
+
+def not_run(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f" (not run: {type(error).__name__}: {lines[0][:100] if lines else ''})"
 
 
 class Bench:
     def __init__(self, device: str, quick: bool):
         self.device, self.quick, self.rows = device, quick, []
         self.gpu = device == "cuda"
+        self.native = ["cuda", "triton"] if self.gpu else ["cpu"]
         self.l2 = torch.cuda.get_device_properties(0).L2_cache_size if self.gpu else 1 << 20
         self.bandwidth = self.rate = float("nan")
 
@@ -89,9 +100,7 @@ class Bench:
                 row["warm_us"] = round(self.time(calls[:1] * len(calls)) * 1e6, 1)
                 row["share"] = round(bound * 1e6 / row["cold_us"], 3)
             except Exception as error:
-                row["what"] += (
-                    f" (not run: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})"
-                )
+                row["what"] += not_run(error)
                 if self.gpu:
                     torch.cuda.synchronize()
             row["ours"] = what in ours
@@ -146,54 +155,62 @@ def backward(forward: Call, wanted: list, grad: torch.Tensor) -> Call:
 
 def attention(bench: Bench) -> None:
     shapes = [(256, 12, 197, 64), (64, 12, 577, 64), (32, 12, 1025, 64), (512, 12, 50, 64)]
-    native = ["cuda", "triton"] if bench.gpu else ["cpu"]
-    kinds = {
-        f"SDPA {kind.name.lower()}": kind
-        for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    for shape in [(1, 2, 17, 8)] if bench.quick else shapes:
+        attention_case(bench, *shape)
+
+
+def attention_case(bench: Bench, B: int, H: int, N: int, D: int) -> None:
+    case, tensor, flops = f"B{B} H{H} N{N} D{D} bf16", 2.0 * B * H * N * D, 4.0 * B * H * N * N * D
+    kinds = {f"SDPA {kind.name.lower()}": kind for kind in KINDS}
+    attend = p3b_ext.masked_attention
+
+    def make() -> dict:
+        qkv = torch.randn(B, N, 3, H, D, device=bench.device, dtype=torch.bfloat16)
+        q, k, v = (t.detach() for t in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        size = torch.randint(1, 5, (B, N), device=bench.device).float()
+        bias = size.log().to(torch.bfloat16)[:, None, None, :].expand(B, H, N, N)
+        grad = torch.randn(B, N, H, D, device=bench.device, dtype=torch.bfloat16).transpose(1, 2)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        gate = torch.ones(H, D, device=bench.device, requires_grad=True)
+        return dict(x=(q, k, v), size=size, log_size=size.log(), bias=bias, grad=grad, leaves=leaves, gate=gate)
+
+    def plain(b: str):
+        return lambda s: on(b, lambda: attend(*s["x"]))
+
+    def with_aux(b: str):
+        return lambda s: on(b, lambda: attend(*s["x"], aux=ALL_AUX))
+
+    def with_sizes(b: str):
+        return lambda s: on(b, lambda: attend(*s["x"], token_size=s["size"]))
+
+    def gradients(b: str):
+        return lambda s: on(b, backward(on(b, lambda: attend(*s["leaves"])), s["leaves"], s["grad"]))
+
+    def gate_gradients(b: str):
+        def of(s: dict) -> Call:
+            forward = on(b, lambda: attend(*s["leaves"], channel_gate=s["gate"]))
+            return on(b, backward(forward, [*s["leaves"], s["gate"]], s["grad"]))
+
+        return of
+
+    sets = bench.sets(4 * tensor, make)
+    ours = {b: plain(b) for b in bench.native} | {f"{b} + 4 side outputs": with_aux(b) for b in bench.native}
+    base = {n: lambda s, kind=kind: sdpa(kind, *s["x"]) for n, kind in kinds.items()}
+    base |= {"flex": lambda s: flex(*s["x"]), "eager": lambda s: eager(*s["x"])}
+    bench.compare(f"{case} forward", sets, ours, base, 4 * tensor, flops)
+
+    ours = {b: with_sizes(b) for b in bench.native}
+    base = {n: lambda s, kind=kind: sdpa(kind, *s["x"], s["bias"]) for n, kind in kinds.items()}
+    base |= {"flex": lambda s: flex(*s["x"], s["log_size"]), "eager": lambda s: eager(*s["x"], s["bias"])}
+    bench.compare(f"{case} forward, sizes", sets, ours, base, 4 * tensor, flops)
+
+    ours = {b: gradients(b) for b in bench.native}
+    ours |= {f"{b} + gate gradients": gate_gradients(b) for b in bench.native}
+    base = {
+        n: lambda s, kind=kind: backward(sdpa(kind, *s["leaves"]), s["leaves"], s["grad"]) for n, kind in kinds.items()
     }
-    for B, H, N, D in [(1, 2, 17, 8)] if bench.quick else shapes:
-        case, tensor = f"B{B} H{H} N{N} D{D} bf16", 2.0 * B * H * N * D
-
-        def make(B=B, H=H, N=N, D=D) -> dict:
-            qkv = torch.randn(B, N, 3, H, D, device=bench.device, dtype=torch.bfloat16)
-            q, k, v = (t.detach() for t in qkv.permute(2, 0, 3, 1, 4).unbind(0))
-            size = torch.randint(1, 5, (B, N), device=bench.device).float()
-            bias = size.log().to(torch.bfloat16)[:, None, None, :].expand(B, H, N, N)
-            grad = torch.randn(B, N, H, D, device=bench.device, dtype=torch.bfloat16).transpose(1, 2)
-            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-            gate = torch.ones(H, D, device=bench.device, requires_grad=True)
-            return dict(x=(q, k, v), size=size, log_size=size.log(), bias=bias, grad=grad, leaves=leaves, gate=gate)
-
-        sets = bench.sets(4 * tensor, make)
-        flops = 4.0 * B * H * N * N * D
-        attend = p3b_ext.masked_attention
-        ours = {b: lambda s, b=b: on(b, lambda: attend(*s["x"])) for b in native}
-        ours |= {f"{b} + 4 side outputs": lambda s, b=b: on(b, lambda: attend(*s["x"], aux=ALL_AUX)) for b in native}
-        base = {n: lambda s, kind=kind: sdpa(kind, *s["x"]) for n, kind in kinds.items()}
-        base |= {"flex": lambda s: flex(*s["x"]), "eager": lambda s: eager(*s["x"])}
-        bench.compare(f"{case} forward", sets, ours, base, 4 * tensor, flops)
-
-        ours = {b: lambda s, b=b: on(b, lambda: attend(*s["x"], token_size=s["size"])) for b in native}
-        base = {n: lambda s, kind=kind: sdpa(kind, *s["x"], s["bias"]) for n, kind in kinds.items()}
-        base |= {"flex": lambda s: flex(*s["x"], s["log_size"]), "eager": lambda s: eager(*s["x"], s["bias"])}
-        bench.compare(f"{case} forward, sizes", sets, ours, base, 4 * tensor, flops)
-
-        ours = {
-            b: lambda s, b=b: on(b, backward(on(b, lambda: attend(*s["leaves"])), s["leaves"], s["grad"]))
-            for b in native
-        }
-        ours |= {
-            f"{b} + gate gradients": lambda s, b=b: on(
-                b,
-                backward(
-                    on(b, lambda: attend(*s["leaves"], channel_gate=s["gate"])), [*s["leaves"], s["gate"]], s["grad"]
-                ),
-            )
-            for b in native
-        }
-        base = {n: lambda s, k=k: backward(sdpa(k, *s["leaves"]), s["leaves"], s["grad"]) for n, k in kinds.items()}
-        base["eager"] = lambda s: backward(eager(*s["leaves"]), s["leaves"], s["grad"])
-        bench.compare(f"{case} backward", sets, ours, base, 8 * tensor, 2.5 * flops)
+    base["eager"] = lambda s: backward(eager(*s["leaves"]), s["leaves"], s["grad"])
+    bench.compare(f"{case} backward", sets, ours, base, 8 * tensor, 2.5 * flops)
 
 
 def tome_in_pytorch(metric: torch.Tensor, x: torch.Tensor, size: torch.Tensor, r: int):
@@ -207,61 +224,52 @@ def tome_in_pytorch(metric: torch.Tensor, x: torch.Tensor, size: torch.Tensor, r
     target = partner[..., None].gather(1, merged)
 
     def combine(t):
-        a, b = t[:, ::2], t[:, 1::2]
-        b = b.scatter_reduce(
-            1, target.expand(-1, -1, t.shape[-1]), a.gather(1, merged.expand(-1, -1, t.shape[-1])), "sum"
-        )
-        return torch.cat([a.gather(1, kept.expand(-1, -1, t.shape[-1])), b], 1)
+        a, b, c = t[:, ::2], t[:, 1::2], t.shape[-1]
+        b = b.scatter_reduce(1, target.expand(-1, -1, c), a.gather(1, merged.expand(-1, -1, c)), "sum")
+        return torch.cat([a.gather(1, kept.expand(-1, -1, c)), b], 1)
 
     total = combine(size[..., None])
     return combine(x * size[..., None].to(x.dtype)) / total.to(x.dtype), total
 
 
 def tokens(bench: Bench) -> None:
-    native = ["cuda", "triton"] if bench.gpu else ["cpu"]
-    shapes = [(2, 17, 16, 3)] if bench.quick else [(256, 197, 768, 16), (256, 197, 384, 13)]
-    for B, N, C, r in shapes:
-        M, K = N - r, 1 + (N - 1) * 7 // 10
+    for shape in [(2, 17, 16, 3)] if bench.quick else [(256, 197, 768, 16), (256, 197, 384, 13)]:
+        tokens_case(bench, *shape)
 
-        def make(B=B, N=N, C=C) -> dict:
-            x = torch.randn(B, N, C, device=bench.device, dtype=torch.bfloat16)
-            metric = torch.randn(B, N, min(C, 64), device=bench.device, dtype=torch.bfloat16)
-            return dict(
-                x=x,
-                metric=metric,
-                size=torch.ones(B, N, device=bench.device),
-                scores=torch.rand(B, N - 1, device=bench.device),
-            )
 
-        bytes_ = 2.0 * B * C * (N + M)
-        sets = bench.sets(bytes_, make)
-        merge = lambda s, r=r, M=M: merge_tokens(s["x"], match_tokens(s["metric"], r), M, size=s["size"])  # noqa: E731
-        compiled = torch.compile(tome_in_pytorch, dynamic=False)
-        base = {"PyTorch": lambda s, r=r: lambda: tome_in_pytorch(s["metric"], s["x"], s["size"], r)}
-        base["PyTorch compiled"] = lambda s, r=r: lambda: compiled(s["metric"], s["x"], s["size"], r)
-        bench.compare(
-            f"B{B} C{C} {N}->{M} match + merge",
-            sets,
-            {b: lambda s, b=b: on(b, lambda: merge(s)) for b in native},
-            base,
-            bytes_,
-        )
+def tokens_case(bench: Bench, B: int, N: int, C: int, r: int) -> None:
+    M, K = N - r, 1 + (N - 1) * 7 // 10
+    compiled = torch.compile(tome_in_pytorch, dynamic=False)
 
-        bytes_ = 2.0 * B * C * K * 2
-        select = lambda s, K=K: select_tokens(s["x"], topk_tokens(s["scores"], K - 1))  # noqa: E731
+    def make() -> dict:
+        x = torch.randn(B, N, C, device=bench.device, dtype=torch.bfloat16)
+        metric = torch.randn(B, N, min(C, 64), device=bench.device, dtype=torch.bfloat16)
+        size, scores = torch.ones(B, N, device=bench.device), torch.rand(B, N - 1, device=bench.device)
+        return dict(x=x, metric=metric, size=size, scores=scores)
 
-        def plain(s, K=K, C=C):
+    def merge(b: str):
+        return lambda s: on(b, lambda: merge_tokens(s["x"], match_tokens(s["metric"], r), M, size=s["size"]))
+
+    def select(b: str):
+        return lambda s: on(b, lambda: select_tokens(s["x"], topk_tokens(s["scores"], K - 1)))
+
+    def topk_and_gather(s: dict) -> Call:
+        def run():
             index = s["scores"].topk(K - 1, -1).indices + 1
             index = torch.cat([torch.zeros_like(index[:, :1]), index], 1)
             return s["x"].gather(1, index[..., None].expand(-1, -1, C))
 
-        bench.compare(
-            f"B{B} C{C} {N}->{K} select",
-            sets,
-            {b: lambda s, b=b: on(b, lambda: select(s)) for b in native},
-            {"topk + gather": lambda s: lambda: plain(s)},
-            bytes_,
-        )
+        return run
+
+    bytes_ = 2.0 * B * C * (N + M)
+    sets = bench.sets(bytes_, make)
+    base = {
+        "PyTorch": lambda s: lambda: tome_in_pytorch(s["metric"], s["x"], s["size"], r),
+        "PyTorch compiled": lambda s: lambda: compiled(s["metric"], s["x"], s["size"], r),
+    }
+    bench.compare(f"B{B} C{C} {N}->{M} match + merge", sets, {b: merge(b) for b in bench.native}, base, bytes_)
+    base = {"topk + gather": topk_and_gather}
+    bench.compare(f"B{B} C{C} {N}->{K} select", sets, {b: select(b) for b in bench.native}, base, 4.0 * B * C * K)
 
 
 def macs(depth: int, width: int, n: int, removed: Callable[[int], int]) -> float:
@@ -275,65 +283,49 @@ def macs(depth: int, width: int, n: int, removed: Callable[[int], int]) -> float
 
 
 def models(bench: Bench) -> None:
+    names = ["deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224"]
+    for name in ["vit_tiny_patch16_224"] if bench.quick else names:
+        model_case(bench, name, 2 if bench.quick else 256)
+
+
+def model_case(bench: Bench, name: str, batch: int) -> None:
     import timm
 
-    batch = 2 if bench.quick else 256
-    names = (
-        ["vit_tiny_patch16_224"]
-        if bench.quick
-        else ["deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224"]
-    )
-    for name in names:
-        images = torch.randn(batch, 3, 224, 224, device=bench.device, dtype=torch.bfloat16)
+    images = torch.randn(batch, 3, 224, 224, device=bench.device, dtype=torch.bfloat16)
 
-        def speed(reduction=None, kind=None, patched=True, name=name, images=images) -> float:
-            torch.manual_seed(0)
-            model = timm.create_model(name).to(bench.device, torch.bfloat16).eval()
-            if patched:
-                p3b_ext.patch(model, reduction)
-            with torch.inference_mode():
-                if kind is None:
-                    return bench.time([lambda: model(images)], replays=7)
-                with sdpa_kernel(kind):
-                    return bench.time([lambda: model(images)], replays=7)
+    def seconds(reduction=None, kind=None, patched=True) -> float:
+        torch.manual_seed(0)
+        model = timm.create_model(name).to(bench.device, torch.bfloat16).eval()
+        if patched:
+            p3b_ext.patch(model, reduction)
+        with torch.inference_mode(), sdpa_kernel(kind) if kind else contextlib.nullcontext():
+            return bench.time([lambda: model(images)], replays=7)
 
-        model = timm.create_model(name)
-        depth, width, r = len(model.blocks), model.embed_dim, 8 if "large" in name else 13
-        dense = macs(depth, width, 197, lambda _: 0)
-        variants = {
-            f"dense, {kind.name.lower()}": (1.0, dict(kind=kind, patched=False))
-            for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-        }
-        variants["dense, patched"] = (1.0, {})
-        variants[f"ToMe r={r}"] = (dense / macs(depth, width, 197, lambda _, r=r: r), dict(reduction=p3b_ext.ToMe(r=r)))
-        if depth == 12:
-            ratio = dense / macs(depth, width, 197, lambda block: 50 if block in (3, 6, 9) else 0)
-            variants["PPT r=50"] = (ratio, dict(reduction=p3b_ext.PPT(r=50)))
-        found = []
-        for what, (ratio, options) in variants.items():
-            row = {"case": f"{name} batch {batch} bf16", "what": what, "macs_ratio": round(ratio, 3)}
-            try:
-                seconds = speed(**options)
-                row |= {"cold_us": round(seconds * 1e6), "images_per_s": round(batch / seconds, 1)}
-            except Exception as error:
-                row["what"] += (
-                    f" (not run: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})"
-                )
-            found.append(row)
-        best = max(
-            (
-                r["images_per_s"]
-                for r in found
-                if "patched" not in r["what"] and r["macs_ratio"] == 1 and "images_per_s" in r
-            ),
-            default=None,
-        )
-        for row in found:
-            if best and "images_per_s" in row:
-                row["times_best_baseline"] = round(row["images_per_s"] / best, 3)
-                row["share"] = round(row["images_per_s"] / (best * row["macs_ratio"]), 3)
-            print(row, flush=True)
-        bench.rows += found
+    model = timm.create_model(name)
+    depth, width, r = len(model.blocks), model.embed_dim, 8 if "large" in name else 13
+    dense = macs(depth, width, 197, lambda _: 0)
+    variants = {f"dense, {kind.name.lower()}": (1.0, dict(kind=kind, patched=False)) for kind in KINDS}
+    variants["dense, patched"] = (1.0, {})
+    variants[f"ToMe r={r}"] = (dense / macs(depth, width, 197, lambda _: r), dict(reduction=p3b_ext.ToMe(r=r)))
+    if depth == 12:
+        ratio = dense / macs(depth, width, 197, lambda block: 50 if block in (3, 6, 9) else 0)
+        variants["PPT r=50"] = (ratio, dict(reduction=p3b_ext.PPT(r=50)))
+    found = []
+    for what, (ratio, options) in variants.items():
+        row = {"case": f"{name} batch {batch} bf16", "what": what, "macs_ratio": round(ratio, 3)}
+        try:
+            time_ = seconds(**options)
+            row |= {"cold_us": round(time_ * 1e6), "images_per_s": round(batch / time_, 1)}
+        except Exception as error:
+            row["what"] += not_run(error)
+        found.append(row)
+    rates = [row["images_per_s"] for row in found[: len(KINDS)] if "images_per_s" in row]
+    for row in found:
+        if rates and "images_per_s" in row:
+            row["times_best_baseline"] = round(row["images_per_s"] / max(rates), 3)
+            row["share"] = round(row["images_per_s"] / (max(rates) * row["macs_ratio"]), 3)
+        print(row, flush=True)
+    bench.rows += found
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ FAMILIES = [f"tests/test_{name}.py" for name in ("attention", "select", "merge",
 
 
 def overlay(folder: Path) -> Path:
-    """A folder for PYTHONPATH in which the packages look as installed: kernels/ is p3b_ext.kernels, python/p3b is p3b."""
+    """A folder for PYTHONPATH where the packages look as installed: kernels/ is p3b_ext.kernels, python/p3b is p3b."""
     package = folder / "p3b_ext"
     package.mkdir()
     for path in (ROOT / "p3b_ext").iterdir():
