@@ -4,9 +4,10 @@ import json
 import re
 
 import numpy as np
-import p3b
 import pytest
 import torch
+
+import p3b
 from p3b.cli import Job, Progress, main
 from p3b.run import new_run_folder
 

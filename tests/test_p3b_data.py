@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from p3b.data import ArrayLoader, create_data, shift_and_flip
 from PIL import Image
+
+from p3b.data import ArrayLoader, create_data, shift_and_flip
 
 
 def batches(loader):

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
+
 from p3b.evaluate import Row, metrics
 from p3b.report import HISTORY, METRICS, REPORT, draw, write_atomically, write_json, write_report
-from PIL import Image
 
 BLOCKS = [f"blocks.{i}.{half}" for i in range(3) for half in ("attn", "mlp")]
 
