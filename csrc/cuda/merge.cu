@@ -34,7 +34,7 @@ constexpr int kTileStride = kTile + 4;  // 16-byte rows, and the transposing sto
 
 struct MatchMemory {
   float *norm, *best, *sources_tile, *destinations_tile;
-  int *source, *destination, *partner, *row;
+  int *source, *destination, *partner;
   uint32_t* merged;
   __device__ MatchMemory(unsigned char* memory, int N) {
     sources_tile = reinterpret_cast<float*>(memory);
@@ -44,10 +44,9 @@ struct MatchMemory {
     source = reinterpret_cast<int*>(best + N);
     destination = source + N;
     partner = destination + N;
-    row = partner + N;
-    merged = reinterpret_cast<uint32_t*>(row + N);
+    merged = reinterpret_cast<uint32_t*>(partner + N);
   }
-  static size_t bytes(int N) { return 2 * kDepth * kTileStride * 4 + N * 24 + ceil_div(N, 32) * 4; }
+  static size_t bytes(int N) { return 2 * kDepth * kTileStride * 4 + N * 20 + ceil_div(N, 32) * 4; }
 };
 
 // Normalised channels [d0, d0 + 32) of 64 tokens of `list`, channel-major; zeros beyond its end.

@@ -53,11 +53,13 @@ __global__ void __launch_bounds__(kRowWarps * 32)
   const int lane = threadIdx.x % 32, pieces = C / kSize;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32) * kRowsInFlight;
   const T* from[kRowsInFlight];
+  int64_t b = first / N;
+  int n = static_cast<int>(first % N);
 #pragma unroll
   for (int r = 0; r < kRowsInFlight; r++) {
-    const int64_t i = first + r;
-    const int64_t row = i < B * N ? static_cast<int64_t>(index[i]) : -1;
-    from[r] = row >= 0 && row < M ? in.data + i / N * in.batch + row * in.row : nullptr;
+    const int64_t row = first + r < B * N ? static_cast<int64_t>(index[first + r]) : -1;
+    from[r] = row >= 0 && row < M ? in.data + b * in.batch + row * in.row : nullptr;
+    if (++n == N) n = 0, b++;
   }
   for (int p = lane; p < pieces; p += 32) {
     Piece<T, kSize> piece[kRowsInFlight];
