@@ -465,15 +465,19 @@ struct Forward {
     const Task task(a, number, V::kTileRows);
     if (task.first == task.last) return;
     const int64_t kept = kept_keys(a, task.b, index);
-    if (a.value_square && task.first == 0) value_square(task);
+    if (kept > 0) pack(task, kept);
+    if (a.value_square && task.first == 0) value_square(task);  // behind the packing, which has brought V into the cache
     if (kept == 0) return no_keys(task);
+    const int64_t rows = task.last - task.first, blocks = (rows + shape.block - 1) / shape.block;
+    const int64_t per_block = round_up((rows + blocks - 1) / blocks, V::kTileRows);
+    for (int64_t row = task.first; row < task.last; row += per_block) block(task, row, smaller(per_block, task.last - row), kept);
+  }
+
+  void pack(const Task& task, int64_t kept) {
     key_bias<V>(a, task.b, index, kept, bias);
     const A* gate = gate_of<A>(a, task.h);
     pack_transposed<O>(Rows<T, A>{head_of<T>(a.k, task.b, task.h), a.k.token, index, gate, nullptr}, kept, a.D, k);
     pack_panels<O>(Rows<T, A>{head_of<T>(a.v, task.b, task.h), a.v.token, index, gate, nullptr}, kept, a.D, v);
-    const int64_t rows = task.last - task.first, blocks = (rows + shape.block - 1) / shape.block;
-    const int64_t per_block = round_up((rows + blocks - 1) / blocks, V::kTileRows);
-    for (int64_t row = task.first; row < task.last; row += per_block) block(task, row, smaller(per_block, task.last - row), kept);
   }
 
   void block(const Task& task, int64_t first, int64_t rows, int64_t kept) {
