@@ -18,7 +18,7 @@ test: setup $(VENV)/.oldest  ## everything that CI runs
 	PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/test_patch.py tests/test_modules.py
 
 bench: setup  ## kernel microbenchmarks, as tables
-	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-enable -o addopts="--import-mode=importlib -q"
+	$(BIN)/python -m pytest tests/bench --benchmark-only -o python_files="bench_*.py" -o addopts="--import-mode=importlib -q"
 
 fuzz: setup  ## random calls under AddressSanitizer and UndefinedBehaviorSanitizer: make fuzz CALLS=100000 SEED=0
 	PYTHON=$(abspath $(BIN))/python tests/fuzz/run.sh $(or $(CALLS),100000) $(SEED)

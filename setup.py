@@ -30,14 +30,14 @@ def fail(sentence: str):
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH or of the usual folder; None where P3B_EXT_CUDA=0 or there is none."""
+    """nvcc of CUDA_HOME where that is set, else of the usual folder or PATH; None for P3B_EXT_CUDA=0 or where none is."""
     wanted = os.environ.get("P3B_EXT_CUDA", "")
     if wanted not in ("", "0", "1"):
         fail(f"P3B_EXT_CUDA must be 0, 1 or unset, got {wanted!r}")
     if wanted == "0":
         return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home] + [shutil.which("nvcc")]
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc"] if home else ["/usr/local/cuda/bin/nvcc", shutil.which("nvcc")]
     for candidate in candidates:
         if candidate and os.path.exists(candidate) and cuda_root(candidate):
             return candidate
