@@ -30,7 +30,7 @@ def fail(sentence: str):
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME where that is set, else of the usual folder or PATH; None for P3B_EXT_CUDA=0 or where none is."""
+    """nvcc of CUDA_HOME where that is set, else of the usual folder or PATH; None for P3B_EXT_CUDA=0 or no nvcc."""
     wanted = os.environ.get("P3B_EXT_CUDA", "")
     if wanted not in ("", "0", "1"):
         fail(f"P3B_EXT_CUDA must be 0, 1 or unset, got {wanted!r}")
