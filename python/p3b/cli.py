@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `p3b demo | prune | finetune | evaluate | report | bench`.
+"""The command line: `p3b demo | prune | finetune | evaluate | report | bench | visualize`.
 
 Settings come from flags or from a TOML or JSON file (`--config`) with the same keys; flags win. Both end up
 in the same two dataclasses, `Job` (what to train on and where to) and `Config` (how), which check them. A
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -25,9 +26,10 @@ import textwrap
 import time
 import tomllib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,12 +37,10 @@ from torch import nn
 
 import p3b_ext
 
-from . import train
-from .architecture import build
+from . import reductions, train
 from .config import Config, recipes
-from .costs import count_macs, count_params, peak_memory, throughput
 from .data import AUGMENTS, Data, create_data
-from .evaluate import Row, evaluate, measure, tables
+from .evaluate import evaluate, measure, tables
 from .report import write_report
 from .run import conditions, load_run, new_run_folder, save_run
 
@@ -201,13 +201,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     _threads(options.threads)
     model, meta = load_run(options.folder)
     device = _device(options.device)
-    settings = dict(meta["data"])
-    if options.data:
-        settings |= dict(source=options.data, root=options.data_root or settings.get("root"))
-    data = create_data(**settings, workers=options.workers, device=device)
-    if data.num_classes != len(meta["class_names"]):
-        have = len(meta["class_names"])
-        raise ValueError(f"evaluate: data must have the model's {have} classes, got {data.num_classes}")
+    data = run_data(meta, options.data, root=options.data_root, workers=options.workers, device=device)
     found = evaluate(model.to(device), data.val)
     print(f"top-1 {found['top1']:.2f} %   top-5 {found['top5']:.2f} %   loss {found['loss']:.4f}   ", end="")
     print(f"({found['images']:,} images of {data.description})")
@@ -220,21 +214,118 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    from . import bench
+
+    _threads(options.threads)
+    device, dtype = _device(options.device), bench.DTYPES[options.dtype]
+    for name in ("batch_size", "repeats"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}: number must be 1 or more, got {getattr(options, name)}")
+    models, data, unscored = bench.models_and_data(
+        options.model,
+        options.data,
+        device=device,
+        img_size=options.img_size,
+        batch_size=options.batch_size,
+        data_root=options.data_root,
+        workers=options.workers,
+    )
+    for model in models.values():
+        model.to(device, dtype)
+    names, base = _listed(options.reductions), list(models.values())[-1]
+    if not names:
+        names = [name for name in reductions.NAMES if base.has_class_token or name != "evit"]
+    size = (base.patch_embed.proj.in_channels, *base.patch_embed.img_size)
+    if data is None:
+        images = torch.randn(options.batch_size, *size, generator=torch.Generator().manual_seed(0))
+        loader, calibration = [(images, None)], [images]
+        unscored = tuple(models)
+    else:
+        loader, calibration = data.val, bench.calibration_batches(data)
+    with _writing(options.output) as folder, _steps("bench") as step:
+        found = bench.compare(
+            models,
+            names,
+            loader,
+            batch_size=options.batch_size,
+            repeats=options.repeats,
+            macs_ratios=[_number("macs_ratio", text) for text in _listed(options.macs_ratio)],
+            prune_share=options.prune_share,
+            calibration=calibration,
+            unscored=unscored,
+            step=step,
+        )
+        how = conditions((options.batch_size, *size), device, dtype)
+        if data is not None:
+            how += f" Accuracy: {data.description}."
+        if folder is not None:
+            bench.write(
+                folder,
+                found,
+                title=f"{options.model}: what each way costs",
+                conditions=how,
+                command=options.command_line,
+            )
+    print(tables(found.rows))
+    print("\n" + how)
+    if folder is not None:
+        print(f"\nwritten to {options.output}: {bench.PAGE}, {bench.RESULT}, {bench.PLOT}")
+
+
+def _visualize(options: argparse.Namespace) -> None:
+    from .visualize import draw, file_names, prepare
+
     _threads(options.threads)
     device = _device(options.device)
-    models = _bench_models(options.model, options.img_size)
-    first = next(iter(models.values()))
-    size = (first.patch_embed.proj.in_channels, *first.patch_embed.img_size)
-    images = torch.randn(options.batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    for model in models.values():
+    model, mean, std = _traced_model(options)
+    blocks = [_number("blocks", text, int) for text in _listed(options.blocks)] or None
+    found = reductions.reduction(
+        options.reduction,
+        model,
+        r=options.r,
+        keep_rate=options.keep_rate,
+        blocks=blocks,
+        score=options.score,
+        threshold=options.threshold,
+    )
+    with new_run_folder(options.output) as folder, _steps("visualize") as step:
+        pictures = []
+        for path in options.images:
+            step(f"read {path}", 2 * len(options.images))
+            pictures.append(prepare(path, model, mean, std))
         model.to(device)
-    rates = throughput(models, images, repeats=options.repeats)
-    rows = [
-        Row(name, None, count_params(m), count_macs(m, size), peak_memory(m, images), rates[name])
-        for name, m in models.items()
-    ]
-    print(tables(rows))
-    print("\n" + conditions(images.shape, device))
+        found = reductions.apply(
+            model, found, [image for _, image in pictures], prune_share=options.prune_share, trace=True
+        )
+        if all(before == after for before, after in p3b_ext.token_counts(model)):
+            raise ValueError(f"reduction: settings must lose tokens, got {found}")
+        names = file_names(options.images)
+        for path, name, (picture, image) in zip(options.images, names, pictures, strict=True):
+            step(f"draw {path}", 2 * len(options.images))
+            title = f"{Path(path).name}: {options.model}, {reductions.label(found)}"
+            draw(model, picture, image, title).savefig(folder / name, dpi=120, format="png")
+    print(f"written to {options.output}: {', '.join(names)}")
+
+
+def _traced_model(options: argparse.Namespace) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
+    """The model of a run or of timm, and the mean and standard deviation of the colours that it expects."""
+    import timm
+
+    if os.path.isdir(options.model):
+        for name in ("checkpoint", "img_size"):
+            if getattr(options, name):
+                raise ValueError(f"{name}: flag must be left out for the folder of a run, got {getattr(options, name)}")
+        model, meta = load_run(options.model)
+        return model, meta["data"]["mean"], meta["data"]["std"]
+    check_model_name(options.model)
+    normal = timm.get_pretrained_cfg(options.model)
+    job = Job(model=options.model, pretrained=options.pretrained, checkpoint=options.checkpoint)
+    size = options.img_size or normal.input_size[1:]
+    return (
+        create_model(job, SimpleNamespace(num_classes=normal.num_classes, in_chans=3, img_size=size)),
+        normal.mean,
+        normal.std,
+    )
 
 
 def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
@@ -273,6 +364,20 @@ def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
         data = create_data(job.data, img_size=size, mean=normal.mean, std=normal.std, **common)
     torch.manual_seed(config.seed)
     return create_model(job, data).to(device), data, False
+
+
+def run_data(
+    meta: Mapping[str, Any], source: str | None, *, root: str | None, workers: int, device: torch.device
+) -> Data:
+    """The data of a run, or others read as the run's were; ValueError unless they have the model's classes."""
+    settings = dict(meta["data"])
+    if source:
+        settings |= dict(source=source, root=root or settings.get("root"))
+    data = create_data(**settings, workers=workers, device=device)
+    if data.num_classes != len(meta["class_names"]):
+        have = len(meta["class_names"])
+        raise ValueError(f"data: classes must be the model's {have}, got {data.num_classes}")
+    return data
 
 
 def check_model_name(name: str) -> None:
@@ -330,20 +435,6 @@ def _load_weights(model: nn.Module, path: str) -> None:
     if missing or unexpected:
         amiss = ", ".join([*missing, *unexpected][:4])
         raise ValueError(f"checkpoint: {path} must fit the model, got missing or unknown {amiss}")
-
-
-def _bench_models(name: str, img_size: int) -> dict[str, nn.Module]:
-    """Dense and (of a run) pruned model, each as timm runs it and with p3b_ext's attention."""
-    import timm
-
-    if os.path.isdir(name):
-        small, _ = load_run(name)
-        models = {"dense": build(small.p3b_description), "pruned": p3b_ext.unpatch(small)}
-    else:
-        check_model_name(name)
-        models = {"dense": timm.create_model(name, **({"img_size": img_size} if img_size else {}))}
-    patched = {f"{key} + p3b_ext": p3b_ext.patch(copy.deepcopy(model)) for key, model in models.items()}
-    return models | patched
 
 
 def _settings(options: argparse.Namespace) -> tuple[Job, Config]:
@@ -487,12 +578,65 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("folder", metavar="FOLDER", help="folder of a run")
 
-    bench = command("bench", _bench, "images per second of a run's model beside the dense one", "p3b bench runs/photos")
+    bench = command(
+        "bench",
+        _bench,
+        "accuracy, cost and images per second of a model: dense, pruned, and with each token reduction",
+        "p3b bench runs/photos --data run --output runs/photos-bench",
+    )
     bench.add_argument("model", metavar="FOLDER|MODEL", help="folder of a run, or a timm name")
+    bench.add_argument(
+        "--reductions", default="", metavar="LIST", help="of tome,ppt,evit,topk (default: all; dense: none)"
+    )
+    bench.add_argument(
+        "--macs-ratio",
+        default="",
+        metavar="LIST",
+        help="bring every reduction to these shares of the model's multiplications, as 0.8,0.65,0.5, in place of the "
+        "published settings",
+    )
+    bench.add_argument("--data", metavar="SOURCE", help="images to measure accuracy on; run: the run's own")
+    bench.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")
+    bench.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode image files")
+    bench.add_argument("--output", metavar="DIR", help="new folder for the table (markdown and JSON) and a plot")
     bench.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per pass (default: 64)")
     bench.add_argument("--img-size", type=int, default=0, metavar="N", help="edge in pixels, for a timm name")
     bench.add_argument("--repeats", type=int, default=15, metavar="N", help="timed passes of each model (default: 15)")
-    bench.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:1, ...")
+    bench.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and images"
+    )
+
+    visualize = command(
+        "visualize",
+        _visualize,
+        "draw what a token reduction does to the patches of images: merged ones in one colour, pruned ones dark",
+        "p3b visualize cat.jpg dog.jpg --model deit_small_patch16_224 --reduction ppt --output runs/tokens",
+    )
+    visualize.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    visualize.add_argument("--model", required=True, metavar="NAME|FOLDER", help="a timm name, or the folder of a run")
+    visualize.add_argument("--output", required=True, metavar="DIR", help="new folder for one PNG an image")
+    visualize.add_argument(
+        "--reduction", default="tome", metavar="NAME", help="tome, ppt, evit or topk (default: tome)"
+    )
+    visualize.add_argument("--r", type=int, metavar="N", help="tokens to lose in a block (tome, ppt)")
+    visualize.add_argument(
+        "--keep-rate", type=float, metavar="X", help="share of the tokens that stay in a block (evit, topk)"
+    )
+    visualize.add_argument("--blocks", default="", metavar="LIST", help="blocks that lose tokens, as 3,6,9")
+    visualize.add_argument(
+        "--score", metavar="NAME", help="what ranks tokens (ppt, topk): cls_value, entropy_value, cls, ..."
+    )
+    visualize.add_argument(
+        "--threshold", type=float, metavar="X", help="variance of scores from which on ppt prunes an image"
+    )
+    visualize.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="timm's weights")
+    visualize.add_argument("--checkpoint", default="", metavar="FILE", help="these weights for a timm model instead")
+    visualize.add_argument("--img-size", type=int, default=0, metavar="N", help="edge in pixels, for a timm name")
+    for sub in (bench, visualize):
+        sub.add_argument(
+            "--prune-share", type=float, metavar="X", help="find ppt's threshold so that it prunes this share"
+        )
+        sub.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:1, ...")
     return parser
 
 
@@ -553,6 +697,43 @@ class Progress:
             seconds = time.perf_counter() - self._started
             print(f"{self._name}: {self._last}  {seconds:.1f} s", file=sys.stderr)
         self._last = ""
+
+
+@contextlib.contextmanager
+def _steps(name: str) -> Iterator[Callable[[str, int], None]]:
+    """A bar on a terminal, nothing elsewhere: call the result with what begins now and the number of steps in all."""
+    from tqdm import tqdm
+
+    form = "{desc:9} {percentage:3.0f}% |{bar:20}| {postfix} [{elapsed}<{remaining}]"
+    with tqdm(desc=name, bar_format=form, disable=not sys.stderr.isatty()) as bar:
+        begun = False
+
+        def step(text: str, total: int) -> None:
+            nonlocal begun
+            bar.total, bar.postfix = total, text
+            bar.update(int(begun))
+            bar.refresh()
+            begun = True
+
+        yield step
+        bar.update(int(begun))
+
+
+def _writing(output: str | None) -> contextlib.AbstractContextManager[Path | None]:
+    """A new run folder, or None where none is wanted."""
+    return new_run_folder(output) if output else contextlib.nullcontext()
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(name: str, text: str, kind: type = float) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "numbers" if kind is float else "whole numbers"
+        raise ValueError(f"{name}: list must hold {what} with commas between, got {text!r}") from None
 
 
 def _one_line(error: BaseException) -> str:

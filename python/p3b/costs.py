@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,13 +41,18 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
 
 
 def throughput(
-    model: nn.Module | Mapping[str, nn.Module], images: Tensor, *, repeats: int = 15, warmup: int = 3
+    model: nn.Module | Mapping[str, nn.Module],
+    images: Tensor,
+    *,
+    repeats: int = 15,
+    warmup: int = 3,
+    step: Callable[[str], None] | None = None,
 ) -> Any:
     """Images per second of a forward pass: the median over `repeats`, after `warmup` passes.
 
     Given several models by name, their repeats are interleaved (a, b, a, b, ...), so that a machine that
     slows down or is shared does so for all of them, and the answer is a dict. images [B, C, H, W] on the
-    models' device.
+    models' device. `step` is called with what is being done, before each of the repeats + warmup rounds.
     """
     models = model if isinstance(model, Mapping) else {"": model}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -56,6 +61,8 @@ def throughput(
             stack.enter_context(_eval_mode(each))
         stack.enter_context(torch.inference_mode())
         for i in range(warmup + repeats):
+            if step is not None:
+                step("warm-up" if i < warmup else f"timing {i - warmup + 1}/{repeats}")
             for name, each in models.items():
                 _synchronize(images)
                 start = time.perf_counter()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,24 +71,23 @@ def measure(
     batch_size: int = 64,
     repeats: int = 15,
     unscored: Sequence[str] = (),
+    step: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """A Row for each model: accuracy on the loader (not for the names in `unscored`), costs on its first images.
 
-    The models are timed interleaved, on one batch of `batch_size` images.
+    The models are timed interleaved, on one batch of `batch_size` images. `step` is called with what is being done,
+    before each of the 3 + repeats timed rounds and for each model.
     """
     images = _first_images(loader, batch_size, next(iter(models.values())))
-    rates = throughput(models, images, repeats=repeats)
-    return [
-        Row(
-            name,
-            None if name in unscored else evaluate(model, loader)["top1"],
-            count_params(model),
-            count_macs(model, images.shape[1:]),
-            peak_memory(model, images),
-            rates[name],
-        )
-        for name, model in models.items()
-    ]
+    rates = throughput(models, images, repeats=repeats, step=step)
+    rows = []
+    for name, model in models.items():
+        if step is not None:
+            step(name)
+        top1 = None if name in unscored else evaluate(model, loader)["top1"]
+        macs, peak = count_macs(model, images.shape[1:]), peak_memory(model, images)
+        rows.append(Row(name, top1, count_params(model), macs, peak, rates[name]))
+    return rows
 
 
 def relative(base: Row, row: Row) -> dict[str, float | None]:

@@ -121,13 +121,14 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _figure(width: float, height: float, columns: int) -> tuple[Any, list[Any]]:
+def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A matplotlib figure (inches) and its axes, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no display, and nothing of pyplot's global state
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
@@ -149,14 +150,14 @@ def _draw_benefit(history: Mapping[str, Any]) -> Any:
         return None
     count = min(SNAPSHOTS, len(updates))
     chosen = [updates[round(i * (len(updates) - 1) / max(count - 1, 1))] for i in range(count)]
-    figure, axes = _figure(5.2 * len(kinds), 3.4, len(kinds))
+    figure, axes = new_figure(5.2 * len(kinds), 3.4, len(kinds))
     titles = {"cls": "class token", "patch": "patches"}
     for axis, kind in zip(axes, kinds, strict=True):
         for family, color, marker in (("attention", ATTENTION, "o"), ("MLP", MLP, "s")):
             names = _families(history["blocks"])[family]
             for i, update in enumerate(chosen):
                 values = [update["benefit"][kind].get(name, float("nan")) for name in names]
-                shade = 0.2 + 0.8 * (i + 1) / count
+                shade = 0.2 + 0.8 * ((i + 1) / count)  # 0.8 * 3 / 3 is above 0.8
                 label = f"{family}, epoch {_epoch(update):.1f}" if i in (0, count - 1) else None
                 depth = range(1, len(names) + 1)
                 axis.plot(depth, values, color=color, alpha=shade, marker=marker, ms=4, lw=1.3, label=label)
@@ -175,7 +176,7 @@ def _draw_keep_ratio(history: Mapping[str, Any]) -> Any:
         return None
     families = {name: blocks for name, blocks in _families(history["blocks"]).items() if blocks}
     height = 1.4 + 0.26 * max(len(blocks) for blocks in families.values())
-    figure, axes = _figure(5.2 * len(families), max(height, 2.6), len(families))
+    figure, axes = new_figure(5.2 * len(families), max(height, 2.6), len(families))
     for axis, (family, blocks) in zip(axes, families.items(), strict=True):
         grid = [[update["keep_ratio"][name] for update in updates] for name in blocks]
         image = axis.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
@@ -195,7 +196,7 @@ def _draw_training(history: Mapping[str, Any]) -> Any:
     epochs = history["epochs"]
     if not epochs:
         return None
-    figure, (left, right) = _figure(10.4, 3.4, 2)
+    figure, (left, right) = new_figure(10.4, 3.4, 2)
     time = range(1, len(epochs) + 1)
     pruning = any(record["phase"] == "prune" for record in epochs)
     for axis in (left, right):
@@ -225,7 +226,7 @@ def _draw_reactivation(history: Mapping[str, Any]) -> Any:
     updates = history.get("updates")
     if not updates:
         return None
-    figure, (axis,) = _figure(7.0, 3.2, 1)
+    figure, (axis,) = new_figure(7.0, 3.2, 1)
     place = range(1, len(updates) + 1)
     for sign, key in ((1, "reactivated"), (-1, "removed")):
         base = [0] * len(updates)

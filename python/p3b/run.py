@@ -104,7 +104,7 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]
     return model, meta
 
 
-def conditions(shape: Sequence[int], device: torch.device) -> str:
+def conditions(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """One sentence on how the costs were measured: machine, threads, batch, versions. shape [B, C, H, W] as timed."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -115,8 +115,8 @@ def conditions(shape: Sequence[int], device: torch.device) -> str:
         memory = "the sum of live tensors"
     size = " x ".join(str(n) for n in shape)
     return (
-        f"Costs: one forward pass of {size}, float32, on {machine}; images/s is the median of interleaved repeats, "
-        f"peak memory {memory} (weights included), GMACs are for one image. PyTorch {torch.__version__}."
+        f"Costs: one forward pass of {size}, {str(dtype)[6:]}, on {machine}; images/s is the median of interleaved "
+        f"repeats, peak memory {memory} (weights included), GMACs are for one image. PyTorch {torch.__version__}."
     )
 
 

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""`p3b bench`: dense, ToMe, PPT, EViT and TopK on one model: accuracy, multiplications, images per second."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import p3b_ext
+
+from . import reductions
+from .architecture import build
+from .data import Data, create_data
+from .evaluate import Row, measure, metrics, tables
+from .report import new_figure, write_atomically, write_json
+from .run import load_run
+
+RESULT, PAGE, PLOT = "bench.json", "bench.md", "bench.png"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DENSE = "dense"
+CALIBRATION_BATCHES = 8
+# Of dense, pruned, and the reductions; distinct in hue and in lightness.
+STYLES = {"dense": ("#5f5e5a", "o"), "pruned": ("#2c2c2a", "D"), "ToMe": ("#185fa5", "s"), "PPT": ("#d85a30", "^")}
+STYLES |= {"EViT": ("#1d9e75", "v"), "TopK": ("#ba7517", "P")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What `compare` found: a row for each model, the dense timm model first, and the reductions behind the rows."""
+
+    rows: list[Row]
+    reductions: dict[str, Any]
+    """Row name -> the reduction of that row, with its settings."""
+    tokens: dict[str, list[int]]
+    """Row name -> tokens behind each block."""
+
+
+def compare(
+    models: Mapping[str, VisionTransformer],
+    names: Sequence[str],
+    loader: Any,
+    *,
+    batch_size: int = 64,
+    repeats: int = 15,
+    macs_ratios: Sequence[float] = (),
+    prune_share: float | None = None,
+    calibration: Sequence[Tensor] | None = None,
+    unscored: Sequence[str] = (),
+    step: Callable[[str, int], None] | None = None,
+) -> Comparison:
+    """Every model as timm runs it and with p3b_ext's attention, and the last one with each token reduction.
+
+    names: of `reductions.NAMES`; "dense" adds nothing. macs_ratios: bring each reduction to these shares of its model's
+    multiplications, in place of the published settings. loader: (images, labels) batches; prune_share and calibration:
+    share of images that PPT prunes, and batches to find its threshold on (default: the first batch of the loader).
+    unscored: models whose accuracy means nothing. step: called with what is being done and the number of steps in all.
+    The models share their weights.
+    """
+    if calibration is None:
+        calibration = [next(iter(loader))[0]]
+    twins = {f"{name} + p3b_ext": p3b_ext.patch(_twin(model)) for name, model in models.items()}
+    unscored = [*unscored, *(f"{name} + p3b_ext" for name in unscored)]
+    base_name, base = list(models.items())[-1]
+    found = {}
+    for name in names:
+        if name == DENSE:
+            continue
+        first = reductions.reduction(name, base)
+        for chosen in [p3b_ext.at_cost(base, ratio, first) for ratio in macs_ratios] or [first]:
+            title = reductions.label(chosen)
+            title = title if base_name == DENSE else f"{base_name} + {title}"
+            twins[title] = _twin(base)
+            found[title] = reductions.apply(twins[title], chosen, calibration, prune_share=prune_share)
+            if base_name in unscored:
+                unscored.append(title)
+    every = {**models, **twins}
+    total = len(every) + 3 + repeats
+    report = None if step is None else lambda text: step(text, total)
+    rows = measure(every, loader, batch_size=batch_size, repeats=repeats, unscored=unscored, step=report)
+    tokens = {name: [after for _, after in p3b_ext.token_counts(twins[name])] for name in found}
+    return Comparison(rows, found, tokens)
+
+
+def models_and_data(
+    name: str,
+    data_source: str | None,
+    *,
+    device: torch.device,
+    img_size: int = 0,
+    batch_size: int = 64,
+    data_root: str | None = None,
+    workers: int = 0,
+) -> tuple[dict[str, VisionTransformer], Data | None, tuple[str, ...]]:
+    """The models of a run folder (dense shape and pruned) or of timm, the data, and the models without an accuracy.
+
+    data_source: as `create_data`, or "run" for a run's own images; None or "": no data. Without data the weights of a
+    timm model are random, which changes no cost.
+    """
+    from .cli import Job, check_model_name, create_model, run_data
+
+    if os.path.isdir(name):
+        if img_size:
+            raise ValueError(f"img_size: flag must be left out for the folder of a run, got {img_size}")
+        small, meta = load_run(name)
+        models = {DENSE: build(small.p3b_description), "pruned": p3b_ext.unpatch(small)}
+        data = None
+        if data_source:
+            source = None if data_source == "run" else data_source
+            data = run_data(meta, source, root=data_root, workers=workers, device=device)
+        return models, data, (DENSE,)  # the dense model's weights were not kept
+    check_model_name(name)
+    if not data_source:
+        model = timm.create_model(name, **({"img_size": img_size} if img_size else {}))
+        return {DENSE: _vit(name, model)}, None, ()
+    normal = timm.get_pretrained_cfg(name)
+    settings = dict(
+        img_size=img_size or normal.input_size[1:],
+        root=data_root,
+        workers=workers,
+        device=device,
+        batch_size=batch_size,
+    )
+    data = create_data(data_source, **settings)
+    if data.num_classes != normal.num_classes:
+        raise ValueError(
+            f"data: images must have the {normal.num_classes} classes of {name}, got {data.num_classes}; "
+            "p3b finetune gives the model a head for them"
+        )
+    if data.in_chans == 3:  # the weights expect the colours they were trained on
+        data = create_data(data_source, mean=normal.mean, std=normal.std, **settings)
+    return {DENSE: p3b_ext.unpatch(create_model(Job(model=name), data))}, data, ()
+
+
+def calibration_batches(data: Data) -> list[Tensor]:
+    """A few batches of the training images, to find PPT's threshold on."""
+    return [images for images, _ in itertools.islice(data.train, CALIBRATION_BATCHES)]
+
+
+def write(folder: Path, found: Comparison, *, title: str, conditions: str, command: str) -> None:
+    """bench.json, bench.md and bench.png in a folder."""
+    settings = {
+        name: {"reduction": type(each).__name__, **dataclasses.asdict(each), "tokens_after_block": found.tokens[name]}
+        for name, each in found.reductions.items()
+    }
+    record = dict(title=title, conditions=conditions, command=command, settings=settings, **metrics(found.rows))
+    write_json(folder / RESULT, record)
+    figure = draw(found)
+    write_atomically(folder / PLOT, lambda path: figure.savefig(path, dpi=120, format="png"))
+    page = [f"# {title}", "", tables(found.rows, markdown=True), "", conditions, "", f"![{PLOT}]({PLOT})", ""]
+    for name, tokens in found.tokens.items():
+        page.append(f"- {name}: tokens behind the blocks {', '.join(map(str, tokens))}")
+    page += ["", "## Made by", "", f"    {command}", ""]
+    write_atomically(folder / PAGE, lambda path: path.write_text("\n".join(page), encoding="utf-8"))
+
+
+def draw(found: Comparison) -> Any:
+    """Accuracy (where rows have one, else GMACs) against images per second; settings of one method are joined."""
+    figure, (axis,) = new_figure(7.0, 4.2, 1)
+    scored = any(row.top1 is not None for row in found.rows)
+    families: dict[str, list[Row]] = {}
+    for row in found.rows:
+        if not scored or row.top1 is not None:
+            kind = row.name.split(" + ")[0]
+            if row.name in found.reductions:
+                kind = type(found.reductions[row.name]).__name__
+            families.setdefault(kind, []).append(row)
+    below = itertools.cycle((False, True))  # so that fewer labels of neighbours cover each other
+    for kind, rows in families.items():
+        color, marker = STYLES[kind]
+        rows = sorted(rows, key=lambda row: row.macs)
+        points = [(row.images_per_second, row.top1 if scored else row.macs / 1e9) for row in rows]
+        line = ":" if kind in (DENSE, "pruned") else "-"
+        axis.plot(*zip(*points, strict=True), color=color, marker=marker, ms=7, lw=1.2, ls=line, label=kind)
+        for row, point in zip(rows, points, strict=True):
+            text = row.name.removeprefix("pruned + ") if row.name in found.reductions else row.name
+            offset = (6, -11 if next(below) else 5)
+            axis.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=7, color=color)
+    axis.margins(x=0.16, y=0.12)
+    axis.set_xlabel("images per second", fontsize=9)
+    axis.set_ylabel("top-1 (%)" if scored else "GMACs of one image", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares its weights."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _vit(name: str, model: nn.Module) -> VisionTransformer:
+    if not isinstance(model, VisionTransformer):
+        kind = type(model).__name__
+        raise ValueError(f"model: {name} must be one of timm's VisionTransformers (ViT, DeiT), got a {kind}")
+    return model

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""Token reductions by name, with settings that fit a model of any size: what `p3b bench` and `p3b visualize` share."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+
+from timm.models.vision_transformer import VisionTransformer
+
+import p3b_ext
+
+NAMES = ("tome", "ppt", "evit", "topk")
+KINDS = {"tome": p3b_ext.ToMe, "ppt": p3b_ext.PPT, "evit": p3b_ext.EViT, "topk": p3b_ext.TopK}
+# Which of the settings below each of them has.
+SETTINGS = {
+    "tome": ("r", "blocks"),
+    "ppt": ("r", "blocks", "score", "threshold"),
+    "evit": ("keep_rate", "blocks"),
+    "topk": ("keep_rate", "blocks", "score"),
+}
+# The published settings belong to 196 patches and 12 blocks; other models get the same shares.
+PATCHES, DEPTH = 196, 12
+TOME_R, PPT_R, KEEP_RATE = 13, 50, 0.7
+# PPT's published threshold on the variance of the scores, 7e-5, as squared coefficient of variation: the mean is 1 / N.
+PPT_CV2 = 7e-5 * PATCHES**2
+
+
+def reduction(
+    name: str,
+    model: VisionTransformer,
+    *,
+    r: int | None = None,
+    keep_rate: float | None = None,
+    blocks: Sequence[int] | None = None,
+    score: str | None = None,
+    threshold: float | None = None,
+) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK:
+    """A token reduction for a model: the published settings scaled to its patches and depth, and what is given.
+
+    name: "tome", "ppt", "evit" or "topk". r (ToMe, PPT), keep_rate (EViT, TopK), blocks (where tokens go), score (PPT,
+    TopK) and threshold (PPT, on the variance of the scores) as in p3b_ext. Models without class token get the score
+    "received"; PPT then has no threshold until `p3b_ext.calibrate` finds one.
+
+    Raises ValueError for an unknown name and for settings that the reduction does not have.
+    """
+    given = dict(r=r, keep_rate=keep_rate, blocks=blocks, score=score, threshold=threshold)
+    given = {key: value for key, value in given.items() if value is not None}
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"reduction: name must be one of {', '.join(NAMES)}, got {name!r}{hint}")
+    for key, value in given.items():
+        if key not in SETTINGS[name]:
+            have = ", ".join(SETTINGS[name])
+            raise ValueError(f"reduction: {key} must be left out for {name} (it has {have}), got {value!r}")
+    depth, share = len(model.blocks), model.patch_embed.num_patches / PATCHES
+    if name == "tome":
+        every = r if r is not None else max(1, round(TOME_R * share * DEPTH / depth))
+        if blocks is None:
+            return p3b_ext.ToMe(every)
+        _check_blocks(blocks, depth)
+        return p3b_ext.ToMe([every if block in blocks else 0 for block in range(depth)])
+    given.setdefault("blocks", _quarters(model))
+    if "r" in SETTINGS[name]:
+        given.setdefault("r", max(1, round(PPT_R * share)))
+    else:
+        given.setdefault("keep_rate", KEEP_RATE)
+    if "score" in SETTINGS[name]:
+        given.setdefault("score", "cls_value" if model.has_class_token else "received")
+    if name == "ppt" and threshold is None:
+        given["unit"] = "cv2"
+        if given["score"] == "cls_value":
+            given["threshold"] = PPT_CV2
+    return KINDS[name](**given)
+
+
+def apply(
+    model: VisionTransformer,
+    found: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK,
+    images: Iterable,
+    *,
+    prune_share: float | None = None,
+    trace: bool = False,
+) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK:
+    """Patch a model with a reduction, in place; returns the reduction with every setting known.
+
+    images: batches [B, C, H, W] on which a PPT finds its threshold, for the share `prune_share`, or 1/2 where the
+    reduction has no threshold.
+    """
+    p3b_ext.patch(model, found, trace=trace)
+    if not isinstance(found, p3b_ext.PPT) or (prune_share is None and found.threshold is not None):
+        return found
+    threshold = p3b_ext.calibrate(model, images, 0.5 if prune_share is None else prune_share)
+    return dataclasses.replace(found, threshold=threshold)
+
+
+def label(found: object) -> str:
+    """A reduction in a few letters: "ToMe r=13", "EViT 0.70"."""
+    kind = type(found).__name__
+    if hasattr(found, "keep_rate"):
+        return f"{kind} {found.keep_rate:.2f}"
+    return f"{kind} r={found.r}"
+
+
+def _quarters(model: VisionTransformer) -> list[int]:
+    """Blocks at a quarter, a half and three quarters of the depth (3, 6, 9 of 12) that still have an attention."""
+    depth = len(model.blocks)
+    usable = [i for i, block in enumerate(model.blocks) if getattr(block, "attn", block) is not None]
+    if not usable:
+        raise ValueError("reduction: model must have a block with attention, got none")
+    wanted = (depth * quarter // 4 for quarter in (1, 2, 3))
+    return sorted({min(usable, key=lambda i, block=block: abs(i - block)) for block in wanted})
+
+
+def _check_blocks(blocks: Sequence[int], depth: int) -> None:
+    for block in blocks:
+        if not 0 <= block < depth:
+            raise ValueError(f"reduction: blocks must be between 0 and {depth - 1} for this model, got {block}")
