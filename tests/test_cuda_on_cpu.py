@@ -19,7 +19,7 @@ CSRC = HERE.parents[1] / "csrc"
 PROGRAMS = [p.stem for p in sorted(HERE.glob("*_test.cpp"))]
 SANITIZERS = {
     "plain": ["-O1"],
-    "asan": ["-O2", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["-O1", "-g", "-fsanitize=thread"],
 }
 COMPILER = os.environ.get("CXX", "g++")

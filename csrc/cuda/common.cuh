@@ -220,7 +220,9 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream> > >(arguments...);
+  // clang-format off
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  // clang-format on
   return cudaGetLastError();
 #endif
 }
