@@ -69,6 +69,16 @@ def test_shrunk_equals_masked_with_an_empty_gate(name, half, gate):
     check(masked(name, 0.6, [(2 + half, gate)]))
 
 
+def test_shrunk_block_asks_an_attention_only_for_what_it_knows():
+    """The attention of timm 1.0.23 takes no `is_causal`; an unpatched shrunk model runs it."""
+    model = check(masked())
+    expected = model(images())
+    for block in model.blocks:
+        whole = block.attn.forward
+        block.attn.forward = lambda x, attn_mask=None, whole=whole: whole(x, attn_mask=attn_mask)
+    same(model(images()), expected)
+
+
 def test_skipped_halves_do_not_run():
     everything = [(place, gate) for place in (0, 3) for gate in GATES]
     small = check(masked(share=0.6, empty=everything))

@@ -67,7 +67,9 @@ class PrunedBlock(Block):
     mlp_constant: nn.Parameter | None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return self.mlp_half(self.attention_half(x, attn_mask=attn_mask, is_causal=is_causal)[0])
+        # the attention of timm 1.0.23 takes no is_causal
+        causal = {"is_causal": True} if is_causal else {}
+        return self.mlp_half(self.attention_half(x, attn_mask=attn_mask, **causal)[0])
 
     def attention_half(self, x: Tensor, **asked: Any) -> tuple[Tensor, Any]:
         """The stream after the attention, and what the attention returned (with its side outputs, where
