@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vits
+
 from p3b import budget
 from p3b.benefit import Benefit, Importance
 from p3b.probes import BATCH_NORM_EPSILON, ConvProbe, LinearProbe, PointwiseProbe, Probes, Taps
@@ -59,17 +60,13 @@ def test_batched_probes_equal_probes_one_by_one(form):
             x = x.mean(1)
         elif form == "pointwise":
             weight = probe.expand.weight[i]
-            hidden = F.batch_norm(
-                (x @ weight.T).flatten(0, 1), None, None, training=True, eps=BATCH_NORM_EPSILON
-            )
+            hidden = F.batch_norm((x @ weight.T).flatten(0, 1), None, None, training=True, eps=BATCH_NORM_EPSILON)
             x = hidden.relu().unflatten(0, (-1, patches)).mean(1)
         else:
             x = x.transpose(1, 2).unflatten(2, (2, 3))
             for conv in probe.convs:
                 own = conv.weight[i * channels : (i + 1) * channels]
-                x = F.batch_norm(
-                    F.conv2d(x, own, padding=1), None, None, training=True, eps=BATCH_NORM_EPSILON
-                ).relu()
+                x = F.batch_norm(F.conv2d(x, own, padding=1), None, None, training=True, eps=BATCH_NORM_EPSILON).relu()
             x = x.mean((2, 3))
         expected = x @ probe.head.weight[i].T + probe.head.bias[i].T
         torch.testing.assert_close(logits[i].T, expected, rtol=1e-4, atol=1e-4)
@@ -139,9 +136,7 @@ def test_benefit_is_the_mean_over_finite_steps():
         benefit.add(losses)
     means = benefit.take()
     for name in ("cls", "patch"):
-        expected = torch.stack(
-            [losses[name][:, 0] - losses[name][:, 1] for losses in (steps[0], steps[1], steps[3])]
-        )
+        expected = torch.stack([losses[name][:, 0] - losses[name][:, 1] for losses in (steps[0], steps[1], steps[3])])
         torch.testing.assert_close(means[name], expected.double().mean(0), rtol=1e-5, atol=1e-6)
     benefit.add(steps[0])
     again = benefit.take(include_previous=True)["cls"]
@@ -174,9 +169,7 @@ def test_without_positive_benefit_the_previous_importance_stays():
 def test_an_empty_sub_block_does_not_take_everything():
     params = torch.full((4,), 1000.0)
     importance = Importance(params, alpha=1.0, min_kept_share=0.05)
-    values = importance.update(
-        {"cls": torch.tensor([1.0, 1.0, 1.0, 0.0])}, torch.tensor([1000.0, 1000, 1000, 0])
-    )
+    values = importance.update({"cls": torch.tensor([1.0, 1.0, 1.0, 0.0])}, torch.tensor([1000.0, 1000, 1000, 0]))
     assert float(values[3] / values[0]) == pytest.approx(0.6931 / 0.05 / 9.9819, rel=1e-3)
 
 

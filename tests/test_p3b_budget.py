@@ -4,18 +4,15 @@ import math
 
 import pytest
 import torch
+
 from p3b import budget
 
-PARAMS = torch.tensor(
-    [304.0, 568.0, 304.0, 568.0]
-)  # width 8, 2 heads, MLP ratio 4: attention, MLP, attention, MLP
+PARAMS = torch.tensor([304.0, 568.0, 304.0, 568.0])  # width 8, 2 heads, MLP ratio 4: attention, MLP, attention, MLP
 CLS, PATCH = torch.tensor([0.30, 0.02, 0.20, 0.05]), torch.tensor([0.05, 0.40, 0.10, 0.20])
 
 
 def close(actual, expected, atol=5.1e-5):
-    torch.testing.assert_close(
-        torch.as_tensor(actual), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=atol
-    )
+    torch.testing.assert_close(torch.as_tensor(actual), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=atol)
 
 
 def mixed():

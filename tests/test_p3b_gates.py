@@ -6,11 +6,11 @@ import copy
 import pytest
 import torch
 import vits
-from p3b import Config, gates, shrink
-from p3b.gates import attach, detach, outside_cost, sharpening, soft_mask, sub_blocks
 from timm.layers import RmsNorm
 from torch import nn
 
+from p3b import Config, gates, shrink
+from p3b.gates import attach, detach, outside_cost, sharpening, soft_mask, sub_blocks
 from p3b_ext.patch import patch, unpatch
 
 FAMILIES = [
@@ -142,9 +142,7 @@ def test_folded_gates_equal_gates_on_activations_and_so_do_their_gradients(optio
     (theirs * weight).sum().backward()
     torch.testing.assert_close(folded.grad.double(), meaning.values.grad, rtol=1e-4, atol=1e-5)
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(
-            p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_gates_fold_into_onednn_linears_too():
@@ -163,9 +161,7 @@ def test_gates_fold_into_onednn_linears_too():
 
 
 def test_gradcheck_of_scaled_weights():
-    weight, rows, cols = (
-        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (5,), (3,))
-    )
+    weight, rows, cols = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (5,), (3,)))
     apply = gates._ScaledWeight.apply
     assert torch.autograd.gradcheck(apply, (weight, rows, cols))
     assert torch.autograd.gradcheck(lambda w, r: apply(w, r, None), (weight, rows))
@@ -179,9 +175,7 @@ def test_costs_add_up_to_the_model(name):
     total = sum(b.full("params") for b in blocks) + outside_cost(model, blocks, "params")
     assert total == sum(p.numel() for p in model.parameters())
     outside = {key for key, _ in model.named_parameters() if not key.startswith("blocks.")}
-    assert outside_cost(model, blocks, "params") == sum(
-        p.numel() for k, p in model.named_parameters() if k in outside
-    )
+    assert outside_cost(model, blocks, "params") == sum(p.numel() for k, p in model.named_parameters() if k in outside)
 
 
 def test_macs_of_deit_small():

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from p3b import budget
 from p3b.benefit import Importance
 from p3b.gates import SubBlock, block_mask, scaled_ranks, sharpening, soft_mask
@@ -45,17 +46,11 @@ def test_importance_momentum_and_water_filling_give_the_recorded_goals(golden):
     full = torch.from_numpy(golden["params_per_block"]).double()
     importance = Importance(full, min_kept_share=1e-9)
     for t in UPDATES:
-        benefit = {
-            name: torch.from_numpy(golden[f"{t}.benefit_{name}"]).double() for name in ("cls", "patch")
-        }
+        benefit = {name: torch.from_numpy(golden[f"{t}.benefit_{name}"]).double() for name in ("cls", "patch")}
         kept = torch.from_numpy(golden[f"{t}.params_remaining_before"])
         mixed = importance.update(benefit, kept)
-        goal = budget.keep_ratios(
-            mixed, full, float(golden["params_outside_blocks"]), float(golden["prune_ratio"])
-        )
-        torch.testing.assert_close(
-            goal, torch.from_numpy(golden[f"{t}.goal_keep_ratio"]).double(), rtol=0, atol=1e-4
-        )
+        goal = budget.keep_ratios(mixed, full, float(golden["params_outside_blocks"]), float(golden["prune_ratio"]))
+        torch.testing.assert_close(goal, torch.from_numpy(golden[f"{t}.goal_keep_ratio"]).double(), rtol=0, atol=1e-4)
 
 
 def test_goals_meet_the_budget(golden):
@@ -74,12 +69,8 @@ def test_goals_meet_the_budget(golden):
 def test_ramp(golden):
     for t in UPDATES:
         goal = torch.from_numpy(golden[f"{t}.goal_keep_ratio"]).double()
-        now = budget.ramp(
-            goal, int(golden[f"{t}.step"]), int(golden["start_step"]), int(golden["sparse_step"])
-        )
-        torch.testing.assert_close(
-            now, torch.from_numpy(golden[f"{t}.keep_ratio"]).double(), rtol=0, atol=1e-4
-        )
+        now = budget.ramp(goal, int(golden[f"{t}.step"]), int(golden["start_step"]), int(golden["sparse_step"]))
+        torch.testing.assert_close(now, torch.from_numpy(golden[f"{t}.keep_ratio"]).double(), rtol=0, atol=1e-4)
 
 
 def kept(masks: list[torch.Tensor], cost: budget.Cost) -> float:
@@ -94,9 +85,7 @@ def test_masks_meet_their_target_at_least_as_closely_and_keep_the_order_of_the_s
             scores, theirs = entries(golden, f"{t}.score", block), entries(golden, f"{t}.mask", block)
             kappa = float(golden[f"{t}.keep_ratio"][i])
             score = torch.cat(scores)
-            ranks = scaled_ranks(
-                block, score, score, torch.ones_like(score, dtype=torch.bool), SCALES[block.kind]
-            )
+            ranks = scaled_ranks(block, score, score, torch.ones_like(score, dtype=torch.bool), SCALES[block.kind])
             flat = block_mask(block, ranks, kappa, 0.1)
             ours = list(flat.split(list(block.sizes)))
             target = kappa * block.full("params")
@@ -132,7 +121,5 @@ def test_final_masks_keep_the_recorded_number_of_parameters(golden):
     total = float(golden["params_outside_blocks"])
     for block in sub_blocks(golden):
         masks = entries(golden, "final.mask", block)
-        total += kept(masks, block.params) + 2 * int(
-            masks[0].sum()
-        )  # the norm keeps weight and bias of its channels
+        total += kept(masks, block.params) + 2 * int(masks[0].sum())  # the norm keeps weight and bias of its channels
     assert total == float(golden["final.params_total"])

@@ -5,13 +5,13 @@ import copy
 import json
 import os
 
-import p3b
 import pytest
 import torch
 import vits
+
+import p3b
 from p3b.checkpoint import read_meta
 from p3b.gates import attach, outside_cost
-
 from p3b_ext import PPT, ToMe, patch, unpatch
 
 FAMILIES = [
@@ -184,12 +184,9 @@ def test_load_gives_back_what_was_saved(name, tmp_path):
     same(loaded(images()), small(images()))
     assert read_meta(folder) == {"mean": [0.5], "classes": 10}
     assert sorted(os.listdir(folder)) == ["model.json", "model.safetensors"]
-    assert {k: v.shape for k, v in loaded.state_dict().items()} == {
-        k: v.shape for k, v in small.state_dict().items()
-    }
+    assert {k: v.shape for k, v in loaded.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(loaded.state_dict().values(), small.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), small.state_dict().values(), strict=True)
     )
     p3b.save(loaded, tmp_path / "again")  # what was loaded can be saved
 

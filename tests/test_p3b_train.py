@@ -4,13 +4,13 @@ down."""
 import copy
 import json
 
-import p3b
 import pytest
 import torch
 import vits
+
+import p3b
 from p3b import Config
 from p3b.train import Meter, PruneRun, Step, _optimizer
-
 from p3b_ext.patch import patch, unpatch
 
 CLASSES, STEPS, BATCH = 4, 6, 16
@@ -133,16 +133,10 @@ def test_same_seed_same_run():
     assert prune(seed=4).history != first.history
 
 
-@pytest.mark.parametrize(
-    "name", ["distilled", "gap", "layer_scale", "qk_norm", "reg4_gap", "augreg_no_qkv_bias"]
-)
+@pytest.mark.parametrize("name", ["distilled", "gap", "layer_scale", "qk_norm", "reg4_gap", "augreg_no_qkv_bias"])
 def test_every_family_can_be_pruned(name):
     result = prune(vit(name), finetune_epochs=0)
-    assert (
-        result.summary["accuracy_masked"]
-        == result.summary["accuracy_shrunk"]
-        == result.summary["accuracy_final"]
-    )
+    assert result.summary["accuracy_masked"] == result.summary["accuracy_shrunk"] == result.summary["accuracy_final"]
     assert result.summary["final_params"] < 0.53 * result.summary["dense_params"]
     has_class_token = name in ("distilled", "layer_scale", "qk_norm", "augreg_no_qkv_bias")
     assert ("cls" in result.history["updates"][-1]["benefit"]) == has_class_token
@@ -226,9 +220,7 @@ def test_accumulated_batches_make_one_step():
     whole.step([(images, labels)], meter)
     split.step(halves, meter)
     torch.testing.assert_close(split.gates.score_sum, whole.gates.score_sum, rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(
-        split.benefit.sums / split.benefit.count, whole.benefit.sums, rtol=1e-3, atol=1e-5
-    )
+    torch.testing.assert_close(split.benefit.sums / split.benefit.count, whole.benefit.sums, rtol=1e-3, atol=1e-5)
     assert float(split.gates.count) == 1
     # two batches a step: three steps an epoch, updates counted in steps
     result = prune(accumulate=2, updates_per_epoch=1, finetune_epochs=0)
@@ -246,8 +238,7 @@ def test_non_finite_gradients_change_nothing(bad):
     images[0, 0, 0, 0] = bad
     run.step([(images, good[1][1])], meter)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(weights, (*run.model.parameters(), *run.probes.parameters()), strict=True)
+        torch.equal(a, b) for a, b in zip(weights, (*run.model.parameters(), *run.probes.parameters()), strict=True)
     )
     assert torch.equal(run.gates.score_sum, score) and float(run.gates.count) == count
     assert torch.isfinite(run.benefit.sums).all()
@@ -330,9 +321,7 @@ def test_a_block_whose_benefit_rises_late_regains_channels():
 
 
 def test_unreachable_budget_fails_before_training():
-    with pytest.raises(
-        ValueError, match=r"prune_ratio must be at most 0\.\d+ \(the smallest possible model keeps"
-    ):
+    with pytest.raises(ValueError, match=r"prune_ratio must be at most 0\.\d+ \(the smallest possible model keeps"):
         prune(prune_ratio=0.99)
 
 
@@ -413,9 +402,7 @@ def test_recipes_parse_and_run_two_steps(name):
 
 
 def test_recipe_that_does_not_exist(tmp_path):
-    with pytest.raises(
-        ValueError, match="recipe must be a TOML file or one of digits, fashion, paper, got 'nothing'"
-    ):
+    with pytest.raises(ValueError, match="recipe must be a TOML file or one of digits, fashion, paper, got 'nothing'"):
         Config.from_file("nothing")
     broken = tmp_path / "broken.toml"
     broken.write_text("lr = = 1")

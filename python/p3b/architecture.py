@@ -48,9 +48,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
         "token, avg, avgmax, max or none",
         model.attn_pool,
     )
-    _expect(
-        isinstance(model.patch_embed.norm, nn.Identity), "patch_embed.norm", "none", model.patch_embed.norm
-    )
+    _expect(isinstance(model.patch_embed.norm, nn.Identity), "patch_embed.norm", "none", model.patch_embed.norm)
     _expect(model.num_classes > 0, "head", "a classifier", model.head)
     block = model.blocks[0]
     norm_layer, eps = _norm(block.norm1)

@@ -83,11 +83,7 @@ class Importance:
         sub-block. A criterion with no positive benefit keeps its previous importance (uniform at first, with
         a warning).
         """
-        size = (
-            self.full
-            if self.rule == "sqrt"
-            else torch.maximum(kept.double(), self.min_kept_share * self.full)
-        )
+        size = self.full if self.rule == "sqrt" else torch.maximum(kept.double(), self.min_kept_share * self.full)
         for name, values in (benefit or {}).items():
             previous = self.running.get(name)
             if not values.max() > 0:
@@ -100,9 +96,7 @@ class Importance:
                     self.running[name] = torch.ones_like(self.full)
                 continue
             newest = budget.importance(values, size, self.temperature)
-            self.running[name] = (
-                newest if previous is None else self.gamma * newest + (1 - self.gamma) * previous
-            )
+            self.running[name] = newest if previous is None else self.gamma * newest + (1 - self.gamma) * previous
         return self.mixed()
 
     def mixed(self) -> Tensor:

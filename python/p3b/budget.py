@@ -129,9 +129,7 @@ class Cost:
         return torch.where(o == 0, 0.0, torch.where(a * q == 0, self.constant * o, whole))
 
 
-def prune_count(
-    gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, target: float
-) -> tuple[int, float]:
+def prune_count(gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, target: float) -> tuple[int, float]:
     """How many elements, from the lowest rank up, to prune so that the cost comes closest to `target`: exact,
     no search.
 

@@ -40,9 +40,7 @@ def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | 
     model = result.model if isinstance(result, Result) else result
     folder = Path(folder)
     if (folder / DESCRIPTION).exists() or (folder / WEIGHTS).exists():
-        raise ValueError(
-            f"save: folder must not hold a model yet, got {folder}; choose another name or remove it"
-        )
+        raise ValueError(f"save: folder must not hold a model yet, got {folder}; choose another name or remove it")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save: folder must be a folder, got the file {folder}")
     kept = getattr(model, "p3b_kept", None)
@@ -58,11 +56,12 @@ def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | 
     except (TypeError, ValueError) as error:
         raise ValueError(f"save: meta must be plain JSON values, got {error}") from None
     with torch.device("meta"):
-        _load_weights(
-            _skeleton(json.loads(text)), {name: w.to("meta") for name, w in weights.items()}, "save"
-        )
+        _load_weights(_skeleton(json.loads(text)), {name: w.to("meta") for name, w in weights.items()}, "save")
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda path: save_file(weights, path))
+    try:
+        _replace(folder / WEIGHTS, lambda path: save_file(weights, path))
+    except SafetensorError as error:  # a full disk is no OSError here
+        raise OSError(f"save: {folder / WEIGHTS} must be writable, got {error}") from None
     _replace(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return folder
 
@@ -92,7 +91,7 @@ def load(folder: str | Path) -> VisionTransformer:
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """What was given to `save` as `meta`."""
-    return _read(Path(folder))["meta"]
+    return _read(Path(folder)).get("meta") or {}
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -116,10 +115,8 @@ def _skeleton(description: dict[str, Any]) -> VisionTransformer:
         if description["kept"] is not None:
             cut(model, description["kept"])
         model.p3b_description = description["model"]
-    except (KeyError, TypeError, AssertionError, IndexError) as error:
-        raise ValueError(
-            f"load: {DESCRIPTION} must describe a timm ViT, got {type(error).__name__}: {error}"
-        ) from None
+    except (KeyError, TypeError, ValueError, AssertionError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"load: {DESCRIPTION} must describe a timm ViT, got {type(error).__name__}: {error}") from None
     return model
 
 

@@ -121,9 +121,7 @@ class Config:
         self._choice("budget", ("params", "macs"))
         self._check("floor", 0 <= self.floor < 1, "in [0, 1)")
         self._check("start_epoch", self.start_epoch >= 0, "0 or more")
-        self._check(
-            "sparse_epoch", self.sparse_epoch > self.start_epoch, f"above start_epoch = {self.start_epoch}"
-        )
+        self._check("sparse_epoch", self.sparse_epoch > self.start_epoch, f"above start_epoch = {self.start_epoch}")
         self._check(
             "final_epoch",
             self.final_epoch >= self.sparse_epoch,
@@ -193,9 +191,7 @@ class Config:
         if not file.is_file():
             file = Path(__file__).parent / "recipes" / f"{path}.toml"
         if not file.is_file():
-            raise ValueError(
-                f"config: recipe must be a TOML file or one of {', '.join(recipes())}, got {str(path)!r}"
-            )
+            raise ValueError(f"config: recipe must be a TOML file or one of {', '.join(recipes())}, got {str(path)!r}")
         try:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

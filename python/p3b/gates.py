@@ -197,9 +197,7 @@ class SubBlock:
 
     @property
     def gate_names(self) -> tuple[str, str, str]:
-        return (
-            ("attn_in", "attn_out", "attn_qkv") if self.kind == "attn" else ("mlp_in", "mlp_out", "mlp_hid")
-        )
+        return ("attn_in", "attn_out", "attn_qkv") if self.kind == "attn" else ("mlp_in", "mlp_out", "mlp_hid")
 
     @property
     def stop(self) -> int:
@@ -235,9 +233,7 @@ def sub_blocks(model: nn.Module) -> list[SubBlock]:
     """The 2L prunable sub-blocks of a timm VisionTransformer, in order; NotImplementedError names the first
     part that P3B cannot gate."""
     if not isinstance(model, VisionTransformer):
-        raise TypeError(
-            f"gates: model must be a timm VisionTransformer (ViT, DeiT), got {type(model).__name__}"
-        )
+        raise TypeError(f"gates: model must be a timm VisionTransformer (ViT, DeiT), got {type(model).__name__}")
     if getattr(model, "p3b_kept", None) is not None:
         raise NotImplementedError("gates: model must be whole, got one that is pruned already")
     found: list[SubBlock] = []
@@ -253,9 +249,7 @@ def sub_blocks(model: nn.Module) -> list[SubBlock]:
                 "attention with Linear qkv and proj",
                 attn,
             )
-        _expect(
-            getattr(attn, "gate", None) is None, f"{where}.attn", "attention without an output gate", attn
-        )
+        _expect(getattr(attn, "gate", None) is None, f"{where}.attn", "attention without an output gate", attn)
         plain = isinstance(mlp, Mlp) and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
         _expect(plain, f"{where}.mlp", "timm's Mlp with Linear layers", mlp)
         heads, head_dim, hidden = attn.num_heads, attn.head_dim, mlp.fc1.out_features
@@ -295,9 +289,7 @@ def outside_cost(model: VisionTransformer, blocks: list[SubBlock], unit: str) ->
     if unit == "params":
         return sum(p.numel() for p in model.parameters()) - sum(b.full("params") for b in blocks)
     heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
-    return model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + sum(
-        m.weight.numel() for m in heads
-    )
+    return model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + sum(m.weight.numel() for m in heads)
 
 
 def _swap(module: nn.Module, gated: type[nn.Module], **attributes: object) -> None:
@@ -370,9 +362,7 @@ class Gates:
 
     def _attach_attn(self, block: Block, where: str, inputs: Tensor, out: Tensor, inner: Tensor) -> None:
         attn = block.attn
-        _swap(
-            block.norm1, _norm_class(block.norm1, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs
-        )
+        _swap(block.norm1, _norm_class(block.norm1, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs)
         normed = [not isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm, attn.norm)]
         for norm, has, repeat in zip(
             (attn.q_norm, attn.k_norm, attn.norm), normed, (1, 1, attn.num_heads), strict=True
@@ -397,9 +387,7 @@ class Gates:
 
     def _attach_mlp(self, block: Block, where: str, inputs: Tensor, out: Tensor, inner: Tensor) -> None:
         mlp = block.mlp
-        _swap(
-            block.norm2, _norm_class(block.norm2, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs
-        )
+        _swap(block.norm2, _norm_class(block.norm2, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs)
         if isinstance(mlp.norm, nn.Identity):
             self._attach_out(mlp.fc2, block.ls2, out, col_gate=inner)
         else:
@@ -459,9 +447,7 @@ class Gates:
         sums = [self.score_sum, self.energy_sum, self.count]
         if include_previous:
             sums = [a + b for a, b in zip(sums, self.older, strict=True)]
-        packed = torch.cat(
-            (sums[0], sums[1], self.values, sums[2][None])
-        ).cpu()  # the one host read of an update
+        packed = torch.cat((sums[0], sums[1], self.values, sums[2][None])).cpu()  # the one host read of an update
         score, energy, values = packed[:-1].chunk(3)
         steps = packed[-1].clamp_min(1.0)
         score, energy = score / steps, energy / steps
@@ -486,9 +472,7 @@ class Gates:
     def set(self, values: Tensor) -> None:
         """Puts masks in place, `[G]` in the order of `blocks` and their `slices()`."""
         if values.shape != self.values.shape:
-            raise ValueError(
-                f"gates: values must be of shape {list(self.values.shape)}, got {list(values.shape)}"
-            )
+            raise ValueError(f"gates: values must be of shape {list(self.values.shape)}, got {list(values.shape)}")
         self.values.copy_(values)
 
     def harden(self) -> None:

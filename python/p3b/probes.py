@@ -170,9 +170,7 @@ class Probes(nn.Module):
                 stack = torch.stack([x[:, self.prefix :].float().mean(1) for x in stream])
             else:
                 counts = {x.shape[1] - self.prefix for x in stream}
-                if len(counts) > 1 or (
-                    isinstance(self.patch, ConvProbe) and counts != {math.prod(self.grid)}
-                ):
+                if len(counts) > 1 or (isinstance(self.patch, ConvProbe) and counts != {math.prod(self.grid)}):
                     raise ValueError(
                         f"probes: every block must see all {self.grid[0]}x{self.grid[1]} patches, "
                         f'got {sorted(counts)}; patch_probe="linear" reads any number of tokens'

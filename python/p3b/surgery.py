@@ -160,8 +160,7 @@ def cut(model: VisionTransformer, kept: dict[str, dict[str, list[int]]]) -> None
         for half, norm, scale in (("attn", "norm1", "ls1"), ("mlp", "norm2", "ls2")):
             indices = kept[f"blocks.{i}.{half}"]
             reads, writes, inner = (
-                torch.tensor(indices[gate], dtype=torch.long, device=device)
-                for gate in ("in", "out", "inner")
+                torch.tensor(indices[gate], dtype=torch.long, device=device) for gate in ("in", "out", "inner")
             )
             _cut_half(block, half, norm, scale, reads, writes, inner, model.embed_dim)
     model.p3b_kept = kept
@@ -182,9 +181,7 @@ def _cut_half(
     block.register_parameter(f"{half}_constant", None)
     layer_scale = getattr(block, scale)
     if isinstance(layer_scale, LayerScale):
-        layer_scale.gamma = nn.Parameter(
-            layer_scale.gamma[writes], requires_grad=layer_scale.gamma.requires_grad
-        )
+        layer_scale.gamma = nn.Parameter(layer_scale.gamma[writes], requires_grad=layer_scale.gamma.requires_grad)
     if len(reads) and len(writes) and len(inner):
         (_cut_attn if half == "attn" else _cut_mlp)(branch, reads, inner)
         _cut_linear(branch.proj if half == "attn" else branch.fc2, rows=writes)
@@ -206,11 +203,7 @@ def _constant_output(branch: nn.Module, half: str, inner: Tensor) -> Tensor:
     if len(inner) == 0:
         return out
     if half == "mlp":
-        hidden = (
-            branch.fc1.weight.new_zeros(branch.fc1.out_features)
-            if branch.fc1.bias is None
-            else branch.fc1.bias
-        )
+        hidden = branch.fc1.weight.new_zeros(branch.fc1.out_features) if branch.fc1.bias is None else branch.fc1.bias
         hidden = branch.act(hidden)[inner]
         if not isinstance(branch.norm, nn.Identity):
             _cut_norm_plain(branch.norm, inner)

@@ -202,12 +202,8 @@ class PruneRun:
         self.outside_params = int(outside_cost(model, blocks, "params"))
         self.goal = torch.ones_like(self.full)
         # an unreachable budget must fail here, before anything is trained
-        budget.keep_ratios(
-            torch.ones_like(self.full), self.full, self.outside, config.prune_ratio, config.floor
-        )
-        self.probes = Probes(
-            model, alpha=config.alpha, form=config.patch_probe, width=config.patch_probe_width
-        )
+        budget.keep_ratios(torch.ones_like(self.full), self.full, self.outside, config.prune_ratio, config.floor)
+        self.probes = Probes(model, alpha=config.alpha, form=config.patch_probe, width=config.patch_probe_width)
         self.probes.to(self.device)
         self.benefit = Benefit(self.probes.criteria, len(blocks), self.device)
         self.importance = Importance(
@@ -241,9 +237,7 @@ class PruneRun:
         """Whether the coming step trains and reads the probes."""
         return self.count % self.config.probe_every == 0
 
-    def epoch(
-        self, epoch: int, train_loader: Batches, val_loader: Batches, progress: Progress
-    ) -> dict[str, Any]:
+    def epoch(self, epoch: int, train_loader: Batches, val_loader: Batches, progress: Progress) -> dict[str, Any]:
         """One epoch of the prune run; returns its record."""
         self.model.train()
         self.probes.train()
@@ -300,9 +294,7 @@ class PruneRun:
         history["accuracy_masked"] = _accuracy(model, val_loader, self.config, self.device)
         shrink(model)
         patch(model)
-        history["accuracy_shrunk"] = history["accuracy_final"] = _accuracy(
-            model, val_loader, self.config, self.device
-        )
+        history["accuracy_shrunk"] = history["accuracy_final"] = _accuracy(model, val_loader, self.config, self.device)
         history["final_params"] = sum(p.numel() for p in model.parameters())
         history["skipped_steps"] = int(self.step.skipped)
         return history
@@ -385,9 +377,7 @@ class Step:
 
     def _step(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         if self.on_device:
-            optimizer.found_inf = (
-                ~finite
-            ).float()  # fused optimizers skip on the device, as under a GradScaler
+            optimizer.found_inf = (~finite).float()  # fused optimizers skip on the device, as under a GradScaler
             optimizer.step()
         elif finite:
             optimizer.step()
@@ -456,15 +446,11 @@ def _record(phase: str, epoch: int, meter: Meter, accuracy: float, params: int) 
     }
 
 
-def _report(
-    progress: Progress, meter: Meter, phase: str, epoch: int, step: int, steps: int, params: int
-) -> None:
+def _report(progress: Progress, meter: Meter, phase: str, epoch: int, step: int, steps: int, params: int) -> None:
     if isinstance(progress, Silent) or (step % max(1, steps // REPORTS_PER_EPOCH) and step != steps - 1):
         return
     loss, accuracy = meter.read()
-    progress.step(
-        phase=phase, epoch=epoch, step=step, steps=steps, loss=loss, accuracy=accuracy, params=params
-    )
+    progress.step(phase=phase, epoch=epoch, step=step, steps=steps, loss=loss, accuracy=accuracy, params=params)
 
 
 class _Unclosed:
@@ -478,9 +464,7 @@ class _Unclosed:
 
 def _groups(loader: Batches, epoch: int, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """An epoch's batches in groups of `size`; a last group that is not full is left out."""
-    if hasattr(
-        loader, "set_epoch"
-    ):  # order and augmentation then depend on the epoch, not on what ran before
+    if hasattr(loader, "set_epoch"):  # order and augmentation then depend on the epoch, not on what ran before
         loader.set_epoch(epoch)
     group = []
     for batch in loader:
@@ -496,8 +480,7 @@ def _steps_per_epoch(loader: Batches, config: Config) -> int:
     steps = len(loader) // config.accumulate
     if steps == 0:
         raise ValueError(
-            f"train: train_loader must give at least accumulate = {config.accumulate} batches, "
-            f"got {len(loader)}"
+            f"train: train_loader must give at least accumulate = {config.accumulate} batches, got {len(loader)}"
         )
     return steps
 
@@ -507,14 +490,10 @@ def _optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optim
     try:
         return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **fused)
     except (AssertionError, ValueError) as error:
-        raise ValueError(
-            f"train: opt must be an optimizer that timm knows, got {config.opt!r} ({error})"
-        ) from None
+        raise ValueError(f"train: opt must be an optimizer that timm knows, got {config.opt!r} ({error})") from None
 
 
-def _scheduler(
-    optimizer: torch.optim.Optimizer, config: Config, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+def _scheduler(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     if config.schedule == "one-cycle" and steps > 1:
         peaks = [group["lr"] for group in optimizer.param_groups]
         return torch.optim.lr_scheduler.OneCycleLR(

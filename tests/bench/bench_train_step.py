@@ -1,7 +1,8 @@
 """One training step: plain fine-tuning (stock timm, patched) against P3B with its probes.
 
 Run: python tests/bench/bench_train_step.py [--model deit_small_patch16_224] [--batch 8] [--threads 2] [--profile]
-The models' steps are interleaved and the median of each is printed in milliseconds, with its ratio to the patched plain step.
+The models' steps are interleaved and the median of each is printed in milliseconds, with its ratio to the patched
+plain step.
 """
 
 import argparse
