@@ -12,9 +12,9 @@
 #include <stdexcept>
 #include <string>
 
-#define P3B_CHECK(condition, ...)                                                      \
-  do {                                                                                 \
-    if (!(condition)) throw std::invalid_argument(p3b::message(__VA_ARGS__));          \
+#define P3B_CHECK(condition, ...)                                             \
+  do {                                                                        \
+    if (!(condition)) throw std::invalid_argument(p3b::message(__VA_ARGS__)); \
   } while (false)
 
 namespace p3b {

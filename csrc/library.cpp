@@ -2,6 +2,7 @@
 // acc = float32, or float64 where the inputs are float64. Backends register themselves at the bottom of csrc/cpu/*.cpp and csrc/cuda/*.cu.
 #include <torch/csrc/stable/library.h>
 
+// clang-format off
 STABLE_TORCH_LIBRARY(p3b_ext, m) {
   // attention: q, k, v [B,H,N,D], any strides with a contiguous last axis; key_mask bool [B,N]; token_size acc [B,N]; channel_gate acc [D] or [H,D].
   // out [B,N,H,D]; lse, cls_attention, entropy acc [B,H,N]; value_norm acc [B,N]; aux: 1 cls_attention | 2 entropy | 4 value_norm, [0] where not asked for.
@@ -28,3 +29,4 @@ STABLE_TORCH_LIBRARY(p3b_ext, m) {
   m.def("unmerge_tokens(Tensor y, Tensor slot, float fill) -> Tensor");                                    // [B,M,C], [B,N] -> [B,N,C]
   m.def("unmerge_tokens_backward(Tensor grad, Tensor slot, int num_out) -> Tensor");                       // [B,N,C], [B,N] -> [B,M,C]
 }
+// clang-format on

@@ -12,6 +12,7 @@ import vits
 import p3b
 from p3b.checkpoint import read_meta
 from p3b.gates import attach, outside_cost
+from safetensors import SafetensorError
 from p3b_ext import PPT, ToMe, patch, unpatch
 
 FAMILIES = [
@@ -238,9 +239,31 @@ def test_missing_and_foreign_files_are_one_line_errors(tmp_path):
             p3b.load(other)
 
 
-def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("argument", "value"), [("num_heads", 0), ("embed_dim", -5), ("depth", "2"), ("img_size", None)]
+)
+def test_descriptions_that_no_model_fits_are_one_line_errors(tmp_path, argument, value):
+    folder = saved(tmp_path)
+    description = json.loads((folder / "model.json").read_text())
+    description["model"]["arguments"][argument] = value
+    (folder / "model.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"load: model\.json must describe a timm ViT") as error:
+        p3b.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_description_without_meta_has_none(tmp_path):
+    folder = saved(tmp_path)
+    description = json.loads((folder / "model.json").read_text())
+    del description["meta"]
+    (folder / "model.json").write_text(json.dumps(description))
+    assert read_meta(folder) == {}
+
+
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch, kind):
     def full_disk(*_):
-        raise OSError("No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr("p3b.checkpoint.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):

@@ -45,8 +45,8 @@ struct Matcher {
 };
 
 template <class T>
-void match_image(const char* op, Matcher<acc_t<T>>& own, const RowKernels& kernels, const RowsIn<T>& metric, int64_t b, const Match& s, const bool* source,
-                 int32_t* slot) {
+void match_image(const char* op, Matcher<acc_t<T>>& own, const RowKernels& kernels, const RowsIn<T>& metric, int64_t b, const Match& s,
+                 const bool* source, int32_t* slot) {
   own.sources.clear();
   own.destinations.clear();
   for (int64_t n = s.num_prefix; n < s.N; n++)
@@ -58,8 +58,8 @@ void match_image(const char* op, Matcher<acc_t<T>>& own, const RowKernels& kerne
   own.best.resize(num_sources);
   own.partner.resize(num_sources);
   const int64_t bad =
-      kernels.match(metric.image(b), metric.row_stride, s.D, own.sources.data(), num_sources, own.destinations.data(), num_destinations, own.best.data(),
-                    own.partner.data(), own.scratch_of(kernels.match_scratch(s.D, num_sources, num_destinations)));
+      kernels.match(metric.image(b), metric.row_stride, s.D, own.sources.data(), num_sources, own.destinations.data(), num_destinations,
+                    own.best.data(), own.partner.data(), own.scratch_of(kernels.match_scratch(s.D, num_sources, num_destinations)));
   P3B_CHECK(bad < 0, op, ": metric must be finite, got NaN or infinity in image ", b, ", token ", bad);
   own.keys.clear();
   for (int64_t i = 0; i < num_sources; i++) own.keys.push_back(Key<acc_t<T>>::make(own.best[i], i));
@@ -135,7 +135,8 @@ struct ImageMerge {
   }
 };
 
-std::tuple<Tensor, Tensor> merge_tokens(Tensor x, Tensor slot, int64_t num_out, std::optional<Tensor> size, std::optional<Tensor> weight, bool normalize) {
+std::tuple<Tensor, Tensor> merge_tokens(Tensor x, Tensor slot, int64_t num_out, std::optional<Tensor> size, std::optional<Tensor> weight,
+                                        bool normalize) {
   const char* op = "merge_tokens";
   const Slots s = check_slots(op, "x", x, slot, num_out);
   check_size(op, "slot", slot, 1, x.size(1));
@@ -190,9 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens_backward(Tensor grad_y, std::opt
     check_same_device(op, "grad_size_out", *grad_size_out, x);
   }
   Tensor grad_x = empty_rows(x, s.B, s.N, s.C);
-  const auto per_token = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(x, {s.B, s.N}, acc) : torch::stable::new_empty(x, {0}, acc);
-  };
+  const auto per_token = [&](bool wanted) { return wanted ? torch::stable::new_empty(x, {s.B, s.N}, acc) : torch::stable::new_empty(x, {0}, acc); };
   Tensor grad_size = per_token(size.has_value()), grad_weight = per_token(weight.has_value());
   const ArrayIn<int32_t> slots(slot);
   dispatch(x, [&]<class T>() {

@@ -1,8 +1,8 @@
 // RowKernels for AVX2, FMA and F16C. No torch header here: see merge_kernels.h.
 #if defined(__AVX2__)
-#include "merge_kernels.h"
-
 #include <immintrin.h>
+
+#include "merge_kernels.h"
 
 namespace p3b {
 namespace {

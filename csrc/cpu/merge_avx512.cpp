@@ -50,8 +50,7 @@ struct F32x16 {
   }
   static float sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
   static Index count_from(int64_t start) {
-    return _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(start)),
-                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    return _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(start)), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   }
   static __mmask16 below(Index index, int64_t n) { return _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(static_cast<int>(n))); }
   static void keep_greater(F32x16 score, Index index, __mmask16 valid, F32x16& best, Index& at) {

@@ -1,9 +1,9 @@
 // Bodies of RowKernels over a vector type V, which each merge_<isa>.cpp defines before it includes this file inside its anonymous namespace.
 // No include guard and no includes on purpose: every instruction set gets its own copy.
 //
-// V has: Acc; kWidth lanes; kRows x kColumns vectors of sums that fit the registers; kMax; kInfinity; kShrink, by which even the largest number can be
-// squared; zero(), load(const T*), store(T*, V), broadcast(Acc), fma(a, b, c) = a * b + c, divide(a, b), sum(v); Index, count_from(), below(), keep_greater() and
-// store_index() for the running maximum; transpose(in, in_stride, out): kWidth rows x kWidth columns.
+// V has: Acc; kWidth lanes; kRows x kColumns vectors of sums that fit the registers; kMax; kInfinity; kShrink, by which even the largest number can
+// be squared; zero(), load(const T*), store(T*, V), broadcast(Acc), fma(a, b, c) = a * b + c, divide(a, b), sum(v); Index, count_from(), below(),
+// keep_greater() and store_index() for the running maximum; transpose(in, in_stride, out): kWidth rows x kWidth columns.
 
 template <class V, class T>
 V load_part(const T* p, int64_t n) {
@@ -96,7 +96,8 @@ bool normalize(const T* x, int64_t D, typename V::Acc* out) {
   const V divisor = V::broadcast(norm);
   for (int64_t d = 0; d < D; d += W) {
     const int64_t n = D - d < W ? D - d : W;
-    const V unit = V::divide(n == W ? V::load(x + d) : load_part<V>(x + d, n), divisor);  // a product with 1 / norm would round x / |x| to less than 1
+    const V unit =
+        V::divide(n == W ? V::load(x + d) : load_part<V>(x + d, n), divisor);  // a product with 1 / norm would round x / |x| to less than 1
     if (n == W)
       V::store(out + d, unit);
     else
@@ -152,13 +153,14 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 template <class V>
 int64_t match_scratch(int64_t D, int64_t num_sources, int64_t num_destinations) {
-  return sizeof(typename V::Acc) * (round_up(num_sources, V::kRows) * D + round_up(num_destinations, V::kWidth) * D + V::kWidth * round_up(D, V::kWidth)) +
+  return sizeof(typename V::Acc) *
+             (round_up(num_sources, V::kRows) * D + round_up(num_destinations, V::kWidth) * D + V::kWidth * round_up(D, V::kWidth)) +
          3 * 64;
 }
 
 template <class V, class T>
-int64_t match(const void* x_, int64_t stride, int64_t D, const int32_t* sources, int64_t num_sources, const int32_t* destinations, int64_t num_destinations,
-              void* best_, int32_t* partner, void* scratch) {
+int64_t match(const void* x_, int64_t stride, int64_t D, const int32_t* sources, int64_t num_sources, const int32_t* destinations,
+              int64_t num_destinations, void* best_, int32_t* partner, void* scratch) {
   using Acc = typename V::Acc;
   constexpr int R = V::kRows, W = V::kWidth;
   const T* x = static_cast<const T*>(x_);

@@ -47,9 +47,9 @@ void parallel(int64_t count, int64_t grain, const Body& body) {
 // Units that are worth a thread: waking one costs a few microseconds, in which a core copies some 64 KiB.
 inline int64_t grain_of(int64_t unit_bytes) { return (int64_t{64} << 10) / std::max<int64_t>(1, unit_bytes) + 1; }
 
-// body(own, b, begin, end) for rows begin to end of image b of B images with N rows, all in one parallel loop: on a busy machine every loop may wait for
-// a thread that is not running. Where there are fewer images than threads, an image is cut into parts, each of which repeats the image's planning;
-// begin = 0 occurs exactly once for each image. `own` is one thread's Scratch.
+// body(own, b, begin, end) for rows begin to end of image b of B images with N rows, all in one parallel loop: on a busy machine every loop may wait
+// for a thread that is not running. Where there are fewer images than threads, an image is cut into parts, each of which repeats the image's
+// planning; begin = 0 occurs exactly once for each image. `own` is one thread's Scratch.
 template <class Scratch, class Body>
 void parallel_images(int64_t B, int64_t N, int64_t image_bytes, const Body& body) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -67,10 +67,14 @@ void parallel_images(int64_t B, int64_t N, int64_t image_bytes, const Body& body
 template <class F>
 auto dispatch(const Tensor& t, const F& f) {
   switch (t.scalar_type()) {
-    case ScalarType::Double: return f.template operator()<double>();
-    case ScalarType::BFloat16: return f.template operator()<BFloat16>();
-    case ScalarType::Half: return f.template operator()<Half>();
-    default: return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    case ScalarType::BFloat16:
+      return f.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return f.template operator()<Half>();
+    default:
+      return f.template operator()<float>();
   }
 }
 
