@@ -176,7 +176,9 @@ def extension():
                 subprocess.run([plan.cxx, "--version"], capture_output=True, check=True)
             except (OSError, subprocess.CalledProcessError):
                 fail(f"building needs a C++ compiler; {plan.cxx} does not run (install g++ or set CXX)")
-            folder = os.path.abspath(os.path.join(self.build_temp, "sanitize" if plan.sanitize else "release"))
+            # pip hands over a temporary folder; the objects stay here, so that building again compiles what changed.
+            base = self.build_temp if "build_ext" in sys.argv else f"build/pip-{sys.implementation.cache_tag}"
+            folder = os.path.abspath(os.path.join(base, "sanitize" if plan.sanitize else "release"))
             target = os.path.abspath(self.get_ext_fullpath(self.extensions[0].name))
             os.makedirs(folder, exist_ok=True)
             os.makedirs(os.path.dirname(target), exist_ok=True)

@@ -1,5 +1,6 @@
-// Every op of p3b_ext, one line each. Meaning: p3b_ext/reference.py. Letters: B batch, H heads, N tokens in, M tokens out, D head channels, C model channels.
-// acc = float32, or float64 where the inputs are float64. Backends register themselves at the bottom of csrc/cpu/*.cpp and csrc/cuda/*.cu.
+// Every op of p3b_ext, one line each. Meaning: p3b_ext/reference.py. Letters: B batch, H heads, N tokens in, M tokens out, D head channels,
+// C model channels. acc = float32, or float64 where the inputs are float64. Backends register themselves at the bottom of csrc/cpu/*.cpp and
+// csrc/cuda/*.cu.
 #include <torch/csrc/stable/library.h>
 
 // clang-format off
