@@ -8,11 +8,11 @@ import os
 import pytest
 import torch
 import vits
+from safetensors import SafetensorError
 
 import p3b
 from p3b.checkpoint import read_meta
 from p3b.gates import attach, outside_cost
-from safetensors import SafetensorError
 from p3b_ext import PPT, ToMe, patch, unpatch
 
 FAMILIES = [
