@@ -15,7 +15,7 @@ demo: setup  ## the main job on real images, minutes on two cores
 test: setup $(VENV)/.oldest  ## everything that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	P3B_OLD_TORCH=$(abspath $(VENV))/torch-$(OLD_TORCH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --durations=12
-	PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/test_patch.py tests/test_modules.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/test_patch.py tests/test_modules.py tests/test_p3b_surgery.py -n 2
 
 bench: setup  ## kernel microbenchmarks, as tables
 	$(BIN)/python -m pytest tests/bench --benchmark-only -o python_files="bench_*.py" -o addopts="--import-mode=importlib -q"
@@ -38,7 +38,7 @@ $(VENV)/.packages: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "p3b_ext needs Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q --disable-pip-version-check "torch>=2.11" torchvision "timm>=1.0.23" numpy safetensors scikit-learn matplotlib tqdm tensorboard ninja "pybind11>=2.12" pytest pytest-benchmark pytest-xdist ruff "clang-format==18.1.8" cmake
+	$(BIN)/python -m pip install -q --disable-pip-version-check "torch>=2.11" torchvision "timm>=1.0.23" numpy safetensors scikit-learn matplotlib tqdm tensorboard ninja "pybind11>=2.12" pytest pytest-benchmark pytest-xdist "ruff==0.17.5" "clang-format==18.1.8" cmake
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
