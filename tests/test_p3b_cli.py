@@ -65,6 +65,15 @@ def fails(capsys, *arguments):
     return err
 
 
+def run_fails(capsys, *arguments):
+    """The last line on stderr of a run that fails after lines of progress."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.endswith("\n") and "Traceback" not in err and err.splitlines()[-1].startswith("p3b "), err
+    return err.splitlines(keepends=True)[-1]
+
+
 def test_demo_leaves_a_whole_run(demo_run):
     names = {path.name for path in demo_run.iterdir()}
     records = {"model.safetensors", "model.json", "config.json", "history.json", "metrics.json", "report.md"}
@@ -149,6 +158,7 @@ def test_toml_and_flags_agree_and_flags_win(tmp_path, capsys):
         ({"prune_rati": 0.5}, "'prune_rati' in .*did you mean prune_ratio"),
         ({"batch_size": "many"}, "batch_size must be int, got 'many'"),
         ({"checkpoint": __file__}, "must be a readable weights file"),
+        ({"model_kwargs": TINY | {"global_pool": "map"}}, "save: global_pool must be token"),
         ({"device": "cuda:77"}, "device: name must be a device of this machine"),
     ],
 )
@@ -210,6 +220,26 @@ def test_a_run_folder_is_whole_or_absent(tmp_path):
         (folder / "all").write_text("x")
         assert not list((tmp_path / "run").iterdir())
     assert (tmp_path / "run" / "all").read_text() == "x" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("part", ["measure", "save_measured"])
+def test_what_fails_after_training_keeps_the_model(config, monkeypatch, tmp_path, capsys, part):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"p3b.cli.{part}", full)
+    error = run_fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
+    kept = next(path for path in tmp_path.iterdir() if path.name.startswith(".run."))
+    assert "No space left" in error and error.endswith(f"the trained model is in {kept}\n")
+    assert main(["evaluate", str(kept)]) == 0 and "the run reported" not in capsys.readouterr().out
+    assert json.loads((kept / "history.json").read_text())["epochs"]
+
+
+def test_a_run_goes_on_to_other_classes(config, tmp_path):
+    assert main(["finetune", *config(), "--output", str(tmp_path / "two")]) == 0
+    changes = config(model=str(tmp_path / "two"), classes=[1, 2, 3])
+    assert main(["finetune", *changes, "--output", str(tmp_path / "three")]) == 0
+    assert p3b.load(tmp_path / "three").num_classes == 3
 
 
 def test_interrupted_is_130(monkeypatch, tmp_path, capsys):

@@ -43,20 +43,11 @@ def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | 
         raise ValueError(f"save: folder must not hold a model yet, got {folder}; choose another name or remove it")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save: folder must be a folder, got the file {folder}")
-    kept = getattr(model, "p3b_kept", None)
-    whole = getattr(model, "p3b_description", None) or describe(model)
-    if "unsupported" in whole:
-        raise NotImplementedError(f"save: {whole['unsupported']}")
-    description = {"format": FORMAT, "version": VERSION, "model": whole, "kept": kept, "meta": meta or {}}
+    description = {"format": FORMAT, "version": VERSION, **check(model), "meta": meta or {}}
     if isinstance(result, Result):
         description |= {"config": result.config.to_dict(), "summary": result.summary}
+    text = _text(description)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        text = json.dumps(description, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"save: meta must be plain JSON values, got {error}") from None
-    with torch.device("meta"):
-        _load_weights(_skeleton(json.loads(text)), {name: w.to("meta") for name, w in weights.items()}, "save")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _replace(folder / WEIGHTS, lambda path: save_file(weights, path))
@@ -64,6 +55,32 @@ def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | 
         raise OSError(f"save: {folder / WEIGHTS} must be writable, got {error}") from None
     _replace(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return folder
+
+
+def check(model: nn.Module) -> dict[str, Any]:
+    """How `save` will describe the model: constructor arguments and kept channels, as plain JSON.
+
+    Raises what `save` would raise, so that a model which could not be read back is refused before it is trained.
+    """
+    try:
+        whole = getattr(model, "p3b_description", None) or describe(model)
+    except NotImplementedError as error:
+        whole = {"unsupported": str(error)}
+    if "unsupported" in whole:
+        raise NotImplementedError(f"save: {whole['unsupported']}")
+    description = {"model": whole, "kept": getattr(model, "p3b_kept", None)}
+    with torch.device("meta"):
+        weights = {name: weight.to("meta") for name, weight in model.state_dict().items()}
+        _load_weights(_skeleton(json.loads(json.dumps(description))), weights, "save")
+    return description
+
+
+def update_meta(folder: str | Path, **changes: Any) -> None:
+    """Replaces entries of what was given to `save` as `meta`; the weights stay as they are."""
+    folder = Path(folder)
+    description = _read(folder)
+    text = _text(description | {"meta": (description.get("meta") or {}) | changes})
+    _replace(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def load(folder: str | Path) -> VisionTransformer:
@@ -92,6 +109,13 @@ def load(folder: str | Path) -> VisionTransformer:
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """What was given to `save` as `meta`."""
     return _read(Path(folder)).get("meta") or {}
+
+
+def _text(description: dict[str, Any]) -> str:
+    try:
+        return json.dumps(description, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save: meta must be plain JSON values, got {error}") from None
 
 
 def _read(folder: Path) -> dict[str, Any]:

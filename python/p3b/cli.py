@@ -37,12 +37,12 @@ from torch import nn
 
 import p3b_ext
 
-from . import reductions, train
+from . import checkpoint, reductions, train
 from .config import Config, recipes
 from .data import AUGMENTS, Data, create_data
 from .evaluate import evaluate, measure, tables
 from .report import write_report
-from .run import conditions, load_run, new_run_folder, save_run
+from .run import conditions, load_run, new_run_folder, save_measured, save_trained
 
 # Errors that a user can cause and mend. Anything else is a defect of this software and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError)
@@ -115,8 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of a failing download
     try:
         options.run(options)
-    except KeyboardInterrupt:
-        print(f"p3b {options.command}: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        kept = "; ".join(getattr(stop, "__notes__", ["nothing was written"]))
+        print(f"p3b {options.command}: interrupted, {kept}", file=sys.stderr)
         return 130
     except USER_ERRORS as error:
         if debug:
@@ -145,23 +146,24 @@ def _prune(options: argparse.Namespace) -> None:
     _threads(options.threads)
     with new_run_folder(job.output) as folder:
         model, data, known = model_and_data(job, config)
+        checkpoint.check(model)
         dense = copy.deepcopy(model)
         print(data.description)
         with Progress() as progress:
             result = train.prune(model, data.train, data.val, config, progress=progress)
+        settings = dataclasses.asdict(job) | config.to_dict()
+        save_trained(folder, model=result, data=data, history=result.history, settings=settings)
         # A head that has never seen these classes has no accuracy worth a number.
         unscored = () if known else ("dense",)
         models = {"dense": dense, "pruned": result.model}
         rows = measure(models, data.val, batch_size=job.batch_size, unscored=unscored)
-        save_run(
+        save_measured(
             folder,
-            model=result,
             saved_as="pruned",
             data=data,
             rows=rows,
-            history=result.history,
-            settings=dataclasses.asdict(job) | config.to_dict(),
             batch_size=job.batch_size,
+            device=_device(config.device),
             title=f"{job.model} pruned by block benefit",
             command=options.command_line,
         )
@@ -175,21 +177,22 @@ def _finetune(options: argparse.Namespace) -> None:
     _threads(options.threads)
     with new_run_folder(job.output) as folder:
         model, data, _ = model_and_data(job, config)
+        checkpoint.check(model)
         print(data.description)
         with Progress() as progress:
             history = train.finetune(
                 model, data.train, data.val, config, epochs=config.finetune_epochs, progress=progress
             )
+        settings = dataclasses.asdict(job) | config.to_dict()
+        save_trained(folder, model=model, data=data, history=history, settings=settings)
         rows = measure({"fine-tuned": model}, data.val, batch_size=job.batch_size)
-        save_run(
+        save_measured(
             folder,
-            model=model,
             saved_as="fine-tuned",
             data=data,
             rows=rows,
-            history=history,
-            settings=dataclasses.asdict(job) | config.to_dict(),
             batch_size=job.batch_size,
+            device=_device(config.device),
             title=f"{job.model} fine-tuned",
             command=options.command_line,
         )
@@ -354,6 +357,7 @@ def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
         if not known:
             torch.manual_seed(config.seed)
             model.reset_classifier(data.num_classes)
+            model.p3b_description["arguments"]["num_classes"] = data.num_classes
         return model.to(device), data, known
     check_model_name(job.model)
     normal = timm.get_pretrained_cfg(job.model)
@@ -738,8 +742,9 @@ def _number(name: str, text: str, kind: type = float) -> Any:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    expected = isinstance(error, (ValueError, NotImplementedError))
-    return text if expected else f"{text} ({type(error).__name__}; --debug shows where)"
+    if not isinstance(error, (ValueError, NotImplementedError)):
+        text += f" ({type(error).__name__}; --debug shows where)"
+    return "; ".join([text, *getattr(error, "__notes__", [])])
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

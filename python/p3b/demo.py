@@ -19,11 +19,11 @@ from torch import nn
 
 import p3b_ext
 
-from . import train
+from . import checkpoint, train
 from .config import Config
 from .data import Data, create_data
 from .evaluate import measure, tables
-from .run import save_run
+from .run import save_measured, save_trained
 
 SOURCE, TARGET = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
 
@@ -66,6 +66,7 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
     start = time.perf_counter()
     torch.manual_seed(seed)
     model = p3b_ext.patch(create_model(MODEL, **MODEL_KWARGS))
+    checkpoint.check(model)
     source = _digits(SOURCE, seed)
     train.finetune(
         model, source.train, source.val, config, epochs=size.source_epochs, progress=_Named(progress, "source")
@@ -86,20 +87,24 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
     result = train.prune(model, target.train, target.val, config, progress=progress)
     clock["prune and fine-tune"] = time.perf_counter() - start
 
+    save_trained(
+        folder,
+        model=result,
+        data=target,
+        history=result.history | {"dense_epochs": dense_history["epochs"]},
+        settings={"model": MODEL, "model_kwargs": MODEL_KWARGS, "source_epochs": size.source_epochs} | config.to_dict(),
+    )
     start = time.perf_counter()
     models = {"dense": dense, "pruned": result.model, "pruned + PPT": _reduced(result.model, target.train)}
     rows = measure(models, target.val, batch_size=TIMED_BATCH, repeats=3 if quick else 15)
     clock["measure"] = time.perf_counter() - start
-    history = result.history | {"dense_epochs": dense_history["epochs"]}
-    save_run(
+    save_measured(
         folder,
-        model=result,
         saved_as="pruned",
         data=target,
-        batch_size=TIMED_BATCH,
         rows=rows,
-        history=history,
-        settings={"model": MODEL, "model_kwargs": MODEL_KWARGS, "source_epochs": size.source_epochs} | config.to_dict(),
+        batch_size=TIMED_BATCH,
+        device=torch.device("cpu"),
         title="Digits 5 to 9, learnt by a ViT that knew 0 to 4, pruned to half its parameters",
         command=command,
         seconds=clock,

@@ -28,9 +28,10 @@ CONFIG = "config.json"
 
 @contextlib.contextmanager
 def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name when the block ends well and is removed otherwise.
+    """A temporary folder beside `output` that takes its name when the block ends well.
 
-    ValueError where `output` holds anything already.
+    When the block fails the folder is removed, unless it holds a whole model already: then it stays, and a note on the
+    error says where. ValueError where `output` holds anything already.
     """
     target = Path(output).expanduser()
     if target.exists() and not target.is_dir():
@@ -43,8 +44,11 @@ def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
+        if (staging / checkpoint.DESCRIPTION).exists():
+            error.add_note(f"the trained model is in {staging}")
+        else:
+            shutil.rmtree(staging, ignore_errors=True)
         raise
     try:
         if target.exists():
@@ -54,34 +58,37 @@ def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(f"output: {target} must be free, got {error}; the result is in {staging}") from error
 
 
-def save_run(
+def save_trained(
+    folder: Path, *, model: Any, data: Data, history: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Write what training made, as soon as it is made: the model, config.json and history.json.
+
+    `model` is the Result of a pruning run or a plain model.
+    """
+    meta = {"data": data.settings, "class_names": list(data.class_names), "top1": history["accuracy_final"]}
+    checkpoint.save(model, folder, meta=meta)
+    write_json(folder / CONFIG, dict(settings))
+    write_json(folder / HISTORY, history)
+
+
+def save_measured(
     folder: Path,
     *,
-    model: Any,
     saved_as: str,
     data: Data,
     rows: Sequence[Row],
     batch_size: int,
-    history: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    device: torch.device,
     title: str,
     command: str,
     seconds: Mapping[str, float] | None = None,
 ) -> None:
-    """Write the files of a run: model, config.json, history.json, metrics.json, report.md and pictures.
+    """Write what was measured on a trained model: metrics.json, report.md and pictures.
 
-    `model` is the Result of a pruning run or a plain model, `saved_as` the name of its row,
-    `batch_size` the number of images the rows were timed with.
+    `saved_as` is the name of the saved model's row, whose accuracy (in full precision, as `p3b evaluate` finds it) the
+    model's description takes; `batch_size` is the number of images the rows were timed with.
     """
-    device = next(getattr(model, "model", model).parameters()).device
-    meta = {
-        "data": data.settings,
-        "class_names": list(data.class_names),
-        "top1": next(row.top1 for row in rows if row.name == saved_as),
-    }
-    checkpoint.save(model, folder, meta=meta)
-    write_json(folder / CONFIG, dict(settings))
-    write_json(folder / HISTORY, history)
+    checkpoint.update_meta(folder, top1=next(row.top1 for row in rows if row.name == saved_as))
     record = {
         "title": title,
         "description": data.description,
