@@ -235,6 +235,14 @@ def test_what_fails_after_training_keeps_the_model(config, monkeypatch, tmp_path
     assert json.loads((kept / "history.json").read_text())["epochs"]
 
 
+@pytest.mark.parametrize("command", ["prune", "finetune"])
+@pytest.mark.parametrize("batch_size", [32, 200])  # 200: one step an epoch, too few to give up on
+def test_divergence_is_one_line(config, tmp_path, capsys, command, batch_size):
+    changes = dict(lr=1e30, finetune_lr=1e30, schedule="constant", batch_size=batch_size)
+    error = fails(capsys, command, *config(**changes), "--output", tmp_path / "run")
+    assert re.search(r"must be finite, got .*; lower the learning rate", error) and not list(tmp_path.glob(".run*"))
+
+
 def test_a_run_goes_on_to_other_classes(config, tmp_path):
     assert main(["finetune", *config(), "--output", str(tmp_path / "two")]) == 0
     changes = config(model=str(tmp_path / "two"), classes=[1, 2, 3])

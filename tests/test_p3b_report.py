@@ -107,3 +107,13 @@ def test_a_failing_write_leaves_what_was_there(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, half)
     assert json.loads(path.read_text()) == [1] and list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1.5, float("nan")], "b": {"c": float("-inf")}, "d": (1, "x", None)})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None], "b": {"c": None}, "d": [1, "x", None]}
+    history = made_up_history()
+    history["epochs"][0]["loss"] = history["updates"][0]["benefit"]["cls"]["blocks.0.attn"] = float("nan")
+    write_json(tmp_path / HISTORY, history)
+    assert "NaN" not in (tmp_path / HISTORY).read_text()
+    assert len(draw(json.loads((tmp_path / HISTORY).read_text()), tmp_path)) == 4

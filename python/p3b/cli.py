@@ -45,7 +45,7 @@ from .report import write_report
 from .run import conditions, load_run, new_run_folder, save_measured, save_trained
 
 # Errors that a user can cause and mend. Anything else is a defect of this software and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError)
+USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, train.Diverged)
 
 
 @dataclass
@@ -697,7 +697,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        elif self._last:
+        elif self._last and sys.exception() is None:  # of a phase that failed the error says enough
             seconds = time.perf_counter() - self._started
             print(f"{self._name}: {self._last}  {seconds:.1f} s", file=sys.stderr)
         self._last = ""
@@ -742,7 +742,7 @@ def _number(name: str, text: str, kind: type = float) -> Any:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, (ValueError, NotImplementedError)):
+    if not isinstance(error, (ValueError, NotImplementedError, train.Diverged)):
         text += f" ({type(error).__name__}; --debug shows where)"
     return "; ".join([text, *getattr(error, "__notes__", [])])
 

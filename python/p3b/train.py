@@ -8,6 +8,7 @@ read back to the host until a mask update or a report.
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +34,12 @@ from .surgery import shrink
 
 REPORTS_PER_EPOCH = 20  # how often loss and accuracy are read back for the progress bar
 MAX_SKIPPED = 10  # steps in a row with a non-finite gradient before the run gives up
+REMEDY = "lower the learning rate or look for broken images"
 FUSED = ("adam", "adamw", "sgd")  # optimizers that PyTorch runs as one kernel, on CPU and CUDA
+
+
+class Diverged(RuntimeError):
+    """Training left the finite numbers: the learning rate is too high, or images are broken."""
 
 
 class Progress(Protocol):
@@ -92,7 +98,7 @@ def prune(
     `(images [B, C, H, W] float, labels int64 [B] or soft targets [B, K])` and have a length. The result's
     model runs p3b_ext's attention;
     `p3b_ext.unpatch` gives it timm's back. Raises ValueError (budget, settings) before training starts,
-    NotImplementedError for parts of the model that cannot be gated.
+    NotImplementedError for parts of the model that cannot be gated, Diverged when loss or weights are not finite.
     """
     config, progress = config or Config(), progress or Silent()
     device = _device(config)
@@ -183,6 +189,7 @@ def _finetune(
             record = _record("finetune", epoch, meter, _accuracy(model, val_loader, config, device), params)
             history["epochs"].append(record)
             progress.epoch(record)
+        _check_finite(model, history, "finetune")
     finally:
         progress.close()
     history["accuracy_final"] = history["epochs"][-1]["val_accuracy"]
@@ -289,6 +296,7 @@ class PruneRun:
 
     def finish(self, val_loader: Batches) -> dict[str, Any]:
         """Final masks, accuracy under them, the shrink, accuracy after it; the history so far."""
+        _check_finite(self.model, self.history, "prune")
         self.update(final=True)
         history, model = self.history, self.model
         history["accuracy_masked"] = _accuracy(model, val_loader, self.config, self.device)
@@ -384,13 +392,22 @@ class Step:
         optimizer.zero_grad(set_to_none=True)
 
     def check(self, where: str) -> None:
-        """Raises RuntimeError after ten steps in a row without a finite gradient; one host read, so once an
-        epoch."""
+        """Raises Diverged after ten steps in a row without a finite gradient; one host read, so once an epoch."""
         if self.longest_skip >= MAX_SKIPPED:
-            raise RuntimeError(
+            raise Diverged(
                 f"train: gradients must be finite, got {int(self.longest_skip)} steps in a row that are not "
-                f"({where}); lower the learning rate or look for broken images"
+                f"({where}); {REMEDY}"
             )
+
+
+def _check_finite(model: nn.Module, history: dict[str, Any], phase: str) -> None:
+    """Raises Diverged unless the loss of the last epoch and every weight are finite."""
+    loss = history["epochs"][-1]["loss"]
+    if not math.isfinite(loss):
+        raise Diverged(f"train: loss must be finite, got {loss} in the last epoch of {phase}; {REMEDY}")
+    weights = [p.detach() for p in model.parameters()]
+    if not torch.isfinite(get_total_norm(weights, norm_type=float("inf"))):
+        raise Diverged(f"train: weights must be finite, got others after {phase}; {REMEDY}")
 
 
 class Meter:
@@ -420,17 +437,20 @@ def _criterion(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 @torch.inference_mode()
 def _accuracy(model: nn.Module, loader: Batches, config: Config, device: torch.device) -> float:
-    """Top-1 in percent; leaves the model in eval mode."""
+    """Top-1 in percent; leaves the model in eval mode. Raises Diverged where logits are not finite."""
     model.eval()
-    right, count = torch.zeros((), device=device), 0
+    right, broken, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for images, labels in loader:
         with _autocast(config, device):
-            predicted = model(images.to(device)).argmax(1)
+            logits = model(images.to(device))
         labels = labels.argmax(1) if labels.ndim == 2 else labels
-        right += (predicted == labels.to(device)).sum()
+        right += (logits.argmax(1) == labels.to(device)).sum()
+        broken += (~logits.isfinite()).any(1).sum()
         count += len(labels)
     if count == 0:
         raise ValueError("train: val_loader must give at least one image, got none")
+    if broken:
+        raise Diverged(f"train: logits must be finite, got others for {int(broken)} validation images; {REMEDY}")
     return 100 * float(right) / count
 
 
