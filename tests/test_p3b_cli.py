@@ -1,7 +1,9 @@
 """The command line: mistakes are one line and exit code 2, a run's folder is whole or not there, and it reads back."""
 
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -257,6 +259,36 @@ def test_interrupted_is_130(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("p3b.demo.create_model", interrupted)
     assert main(["demo", "--output", str(tmp_path / "run")]) == 130
     assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_tidies_up_as_an_interrupt_does(monkeypatch, tmp_path, capsys, number):
+    monkeypatch.setattr("p3b.demo.create_model", lambda *_, **__: os.kill(os.getpid(), number))
+    assert main(["demo", "--output", str(tmp_path / "run")]) == 128 + number
+    assert "interrupted, nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_folder_left_by_a_killed_run_of_the_same_process_number(tmp_path):
+    (tmp_path / f".run.{os.getpid()}.tmp").mkdir()
+    with new_run_folder(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run").is_dir()
+
+
+def test_others_may_read_a_run(demo_run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert demo_run.stat().st_mode == (tmp_path / "folder").stat().st_mode
+    assert {path.stat().st_mode for path in demo_run.iterdir()} == {(tmp_path / "file").stat().st_mode}
+
+
+def test_an_output_that_cannot_take_its_place_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "another than the current one, got ." in fails(capsys, "demo", "--quick", "--output", ".")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert "a link to nothing" in fails(capsys, "demo", "--quick", "--output", "link")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 def test_every_command_has_help(capsys):

@@ -152,10 +152,18 @@ def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], op: str) -
         raise ValueError(f"{op}: weights must fit the described model, got {detail}") from None
 
 
+def umask() -> int:
+    """The permission bits that new files of this process go without."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        temporary.chmod(0o666 & ~umask())  # safetensors lets nobody else read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -21,8 +21,10 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
 import textwrap
+import threading
 import time
 import tomllib
 import warnings
@@ -100,7 +102,7 @@ class Job:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 128 + the signal's number when stopped."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     debug = "--debug" in arguments
@@ -114,17 +116,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _warn
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of a failing download
     try:
-        options.run(options)
+        with _stoppable():
+            options.run(options)
     except KeyboardInterrupt as stop:
         kept = "; ".join(getattr(stop, "__notes__", ["nothing was written"]))
         print(f"p3b {options.command}: interrupted, {kept}", file=sys.stderr)
-        return 130
+        return 128 + (stop.signal if isinstance(stop, _Stopped) else signal.SIGINT)
     except USER_ERRORS as error:
         if debug:
             raise
         print(f"p3b {options.command}: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end, as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it tidies up; under nohup SIGHUP stays ignored."""
+
+    def stop(number: int, _: Any) -> None:
+        raise _Stopped(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    numbers = [s for s in (signal.SIGTERM, signal.SIGHUP) if main_thread and signal.getsignal(s) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _demo(options: argparse.Namespace) -> None:

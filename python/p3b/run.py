@@ -11,6 +11,7 @@ import contextlib
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,20 @@ def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     error says where. ValueError where `output` holds anything already.
     """
     target = Path(output).expanduser()
+    if target.is_symlink() and not target.exists():
+        raise ValueError(f"output: folder must be new or empty, got {target}, a link to nothing")
+    target = target.resolve()
+    if target == Path.cwd():
+        raise ValueError(f"output: folder must be another than the current one, got {output}")
     if target.exists() and not target.is_dir():
         raise ValueError(f"output: folder must be new or empty, got the file {target}")
     if target.is_dir() and any(target.iterdir()):
         held = "a run" if (target / METRICS).exists() or (target / checkpoint.DESCRIPTION).exists() else "files"
         raise ValueError(f"output: folder must be new or empty, got {target}, which already holds {held}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    staging.mkdir()
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
+        staging.chmod(0o777 & ~checkpoint.umask())  # mkdtemp lets nobody else in
         yield staging
     except BaseException as error:
         if (staging / checkpoint.DESCRIPTION).exists():
