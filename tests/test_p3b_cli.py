@@ -8,9 +8,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import p3b
-from p3b.cli import Job, Progress, main
+from p3b.cli import Job, Progress, check_model_name, main
 from p3b.run import new_run_folder
 
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -125,6 +126,38 @@ def test_evaluate_on_other_images(demo_run, tmp_path, capsys):
     assert "classes must be" in capsys.readouterr().err
 
 
+def test_evaluate_wants_the_classes_of_the_model(config, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for source, names in (("pets", ("cat", "dog")), ("birds", ("heron", "owl")), ("again", ("cat", "dog"))):
+        for name in names:
+            (tmp_path / source / name).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+                    tmp_path / source / name / f"{i}.png"
+                )
+    run, pets = tmp_path / "run", config(data=str(tmp_path / "pets"), classes=None)
+    assert main(["finetune", *pets, "--output", str(run)]) == 0
+    error = fails(capsys, "evaluate", run, "--data", tmp_path / "birds")
+    assert "classes must be the model's (cat, dog), got heron, owl" in error
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "again")]) == 0
+    (tmp_path / "pets" / "dog" / "3.png").write_bytes(b"no picture")
+    for command in ("prune", "finetune"):
+        error = fails(capsys, command, *pets, "--output", tmp_path / "other")
+        assert "3.png must be a readable image" in error
+
+
+def test_a_run_keeps_its_image_size(demo_run, config, tmp_path, capsys):
+    error = fails(capsys, "finetune", *config(model=str(demo_run), img_size=64), "--output", tmp_path / "run")
+    assert "img_size: must be the run's 16 x 16 or left out, got 64" in error
+
+
+def test_hints_name_models_that_can_be_pruned():
+    with pytest.raises(ValueError, match="did you mean") as caught:
+        check_model_name("mobilevit_tiny_patch16_224")
+    hints = re.findall(r"\w+", str(caught.value).partition("did you mean ")[2])
+    assert hints and all(name.startswith(("vit_", "deit")) for name in hints if name != "or")
+
+
 def test_finetune_then_prune_the_result(config, tmp_path, capsys):
     dense, small = tmp_path / "dense", tmp_path / "small"
     assert main(["finetune", *config(), "--output", str(dense)]) == 0
@@ -161,6 +194,8 @@ def test_toml_and_flags_agree_and_flags_win(tmp_path, capsys):
         ({"batch_size": "many"}, "batch_size must be int, got 'many'"),
         ({"checkpoint": __file__}, "must be a readable weights file"),
         ({"model_kwargs": TINY | {"global_pool": "map"}}, "save: global_pool must be token"),
+        ({"model": "vit_tiny_patch16_224.nonsense"}, "weights must be some that timm knows (vit_tiny_patch16_224.aug"),
+        ({"img_size": 3}, "images must be one patch (4 x 4) or more, got 3 x 3"),
         ({"device": "cuda:77"}, "device: name must be a device of this machine"),
     ],
 )

@@ -41,7 +41,7 @@ import p3b_ext
 
 from . import checkpoint, reductions, train
 from .config import Config, recipes
-from .data import AUGMENTS, Data, create_data
+from .data import AUGMENTS, Data, check_files, create_data
 from .evaluate import evaluate, measure, tables
 from .report import write_report
 from .run import conditions, load_run, new_run_folder, save_measured, save_trained
@@ -175,6 +175,7 @@ def _prune(options: argparse.Namespace) -> None:
     _threads(options.threads)
     with new_run_folder(job.output) as folder:
         model, data, known = model_and_data(job, config)
+        check_files(data, print)
         checkpoint.check(model)
         dense = copy.deepcopy(model)
         print(data.description)
@@ -206,6 +207,7 @@ def _finetune(options: argparse.Namespace) -> None:
     _threads(options.threads)
     with new_run_folder(job.output) as folder:
         model, data, _ = model_and_data(job, config)
+        check_files(data, print)
         checkpoint.check(model)
         print(data.description)
         with Progress() as progress:
@@ -380,7 +382,10 @@ def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
     if os.path.isdir(job.model):
         model, meta = load_run(job.model)
         before = meta["data"]
-        size = job.img_size or before["img_size"]
+        size = before["img_size"]
+        if job.img_size and [job.img_size] * 2 != list(size):
+            trained = " x ".join(str(edge) for edge in size)
+            raise ValueError(f"img_size: must be the run's {trained} or left out, got {job.img_size}")
         data = create_data(job.data, img_size=size, mean=before["mean"], std=before["std"], **common)
         known = list(data.class_names) == meta["class_names"]
         if not known:
@@ -410,6 +415,11 @@ def run_data(
     if data.num_classes != len(meta["class_names"]):
         have = len(meta["class_names"])
         raise ValueError(f"data: classes must be the model's {have}, got {data.num_classes}")
+    names = [tuple(meta["class_names"]), data.class_names]
+    numbered = tuple(str(i) for i in range(data.num_classes))  # what arrays without names go by
+    if names[0] != names[1] and numbered not in names:
+        own, other = (", ".join(some[:5]) + (", ..." if len(some) > 5 else "") for some in names)
+        raise ValueError(f"data: classes must be the model's ({own}), got {other}")
     return data
 
 
@@ -418,11 +428,18 @@ def check_model_name(name: str) -> None:
     import timm
     from timm.models import is_model_in_modules
 
+    modules = ("vision_transformer", "deit")
     if timm.is_model(name):
-        if is_model_in_modules(name.split(".")[0], ("vision_transformer", "deit")):
+        if is_model_in_modules(name.split(".")[0], modules):
+            try:
+                timm.get_pretrained_cfg(name)
+            except RuntimeError:
+                tags = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")) or "none"
+                raise ValueError(f"model: weights must be some that timm knows ({tags}), got {name!r}") from None
             return
         raise ValueError(f"model: name must be one of timm's plain ViTs or DeiTs, got {name!r}")
-    near = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*") + timm.list_models("*deit*"), n=3)
+    known = [model for module in modules for model in timm.list_models(module=module)]
+    near = difflib.get_close_matches(name.split(".")[0], known, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"model: name must be one that timm knows or the folder of a run, got {name!r}{hint}")
 
@@ -442,6 +459,10 @@ def create_model(job: Job, data: Data) -> nn.Module:
     if not isinstance(model, VisionTransformer):
         kind = type(model).__name__
         raise ValueError(f"model: {job.model} must be one of timm's VisionTransformers (ViT, DeiT), got a {kind}")
+    if 0 in model.patch_embed.grid_size:
+        patch = " x ".join(str(edge) for edge in model.patch_embed.patch_size)
+        got = " x ".join(str(edge) for edge in data.img_size)
+        raise ValueError(f"img_size: images must be one patch ({patch}) or more, got {got}")
     if job.checkpoint:
         _load_weights(model, job.checkpoint)
     return p3b_ext.patch(model)

@@ -32,6 +32,7 @@ READER_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 AUGMENTS = ("none", "light", "strong")
+MAX_CHECKED = 50_000  # image files whose headers are read before training: seconds on a local disk
 SPLIT_SEED = 0  # the split of a set without one is part of the set: it does not move with the run's seed
 
 
@@ -251,6 +252,8 @@ def _npz(path: str) -> _Arrays:
         if x.dtype != np.uint8 or x.ndim not in (3, 4):
             wanted = "uint8 [n, H, W] or [n, H, W, C]"
             raise ValueError(f"data: x_{part} of {path} must be {wanted}, got {x.dtype} {list(x.shape)}")
+        if 0 in x.shape[1:]:
+            raise ValueError(f"data: x_{part} of {path} must hold pixels, got {list(x.shape)}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
             got = f"{y.dtype} {list(y.shape)}"
             raise ValueError(f"data: y_{part} of {path} must be {len(x)} integers, got {got}")
@@ -304,6 +307,9 @@ def _from_arrays(
             place = np.searchsorted(sorted(classes), y[part][chosen])
             x[part], y[part] = x[part][chosen], np.argsort(classes)[place]
         num_classes, names = len(classes), tuple(names[c] for c in classes)
+        if not all(len(labels) for labels in y):
+            counts = f"{len(y[0])} training and {len(y[1])} validation images"
+            raise ValueError(f"data: classes must be labels that occur in both parts, got {classes} with {counts}")
     channels_first = [np.ascontiguousarray(a[:, None] if a.ndim == 3 else a.transpose(0, 3, 1, 2)) for a in x]
     images = [torch.from_numpy(a).to(device) for a in channels_first]  # uint8 [n, C, H, W]
     labels = [torch.from_numpy(a.astype(np.int64)).to(device) for a in y]
@@ -443,6 +449,26 @@ class _FolderReader:
 
     def describe(self, index: int) -> str:
         return self.samples[index][0]
+
+
+def check_files(data: Data, say: Callable[[str], Any]) -> None:
+    """Read the header of every image file, so that a file which is none fails before training, not hours into it.
+
+    `say` is told what takes time. Sets of more than MAX_CHECKED files are left out; theirs fail when their batch comes.
+    Raises ValueError for the first file that is no image.
+    """
+    from PIL import Image
+
+    readers = [getattr(getattr(loader, "dataset", None), "read", None) for loader in (data.train, data.val)]
+    paths = [path for reader in readers if isinstance(reader, _FolderReader) for path, _ in reader.samples]
+    if not 0 < len(paths) <= MAX_CHECKED:
+        return
+    say(f"checking {len(paths):,} image files")
+    for path in paths:
+        try:
+            Image.open(path).close()
+        except Exception as error:  # PIL raises what it likes
+            raise ValueError(f"data: {path} must be a readable image, got: {error}") from None
 
 
 class _DatasetReader:
