@@ -6,13 +6,14 @@ variable P3B_EXT_BACKEND forces one.
 
 import contextlib
 import importlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, transforms
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -120,23 +121,16 @@ def choose(op: str, x: Tensor, family: str) -> str:
     return "reference"
 
 
-def implementation(backend: str, family: str, op: str):
-    """The function of `op` on `backend`; all have the signature of csrc/library.cpp."""
-    if backend == "reference":
-        return getattr(reference, op)
-    if backend == "triton":
-        return getattr(importlib.import_module(f"p3b_ext.kernels.{family}"), op)
-    return getattr(torch.ops.p3b_ext, op)
-
-
 def run(backend: str, family: str, op: str, *args):
-    """Call `op` on `backend`. What a compiled kernel says of a value ("<op>: <argument> must be ...") is a ValueError;
-    it comes through the stable ABI as a RuntimeError, and stays one inside a compiled graph."""
-    function = implementation(backend, family, op)
+    """Call `op`, with the signature of csrc/library.cpp, on `backend`. What a compiled kernel says of a value
+    ("<op>: <argument> must be ...") is a ValueError; it comes through the stable ABI as a RuntimeError, and stays one
+    inside a compiled graph."""
+    if backend == "reference":
+        return getattr(reference, op)(*args)
     if backend != "cpu" or torch.compiler.is_compiling():
-        return function(*args)
+        return transforms.call("p3b_ext_triton" if backend == "triton" else "p3b_ext", op, *args)
     try:
-        return function(*args)
+        return transforms.call("p3b_ext", op, *args)
     except RuntimeError as error:
         sentence = str(error).splitlines()[0]
         if " must " in sentence and sentence.split(":")[0] in FAMILIES[family]:
@@ -144,13 +138,20 @@ def run(backend: str, family: str, op: str, *args):
         raise
 
 
-def check_values(op: str, name: str, ok: Tensor, expected: str, *, backend: str) -> None:
-    """Raise ValueError where not all of `ok` holds. The compiled CPU kernels look for themselves; elsewhere this reads
-    a value back from the device, so on a GPU it happens only under P3B_EXT_CHECK=1, and never while compiling."""
+def check_values(op: str, name: str, x: Tensor, ok: Callable, expected: str, *, backend: str = "reference") -> None:
+    """Raise ValueError where not all of `ok(x)` holds.
+
+    The compiled CPU kernels look for themselves; elsewhere this reads a value back from the device, so on a GPU it
+    happens only under P3B_EXT_CHECK=1, and never while compiling.
+    """
     if backend == "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return
-    if (ok.device.type == "cpu" or CHECK_VALUES) and not bool(ok.all()):
+    if (x.device.type == "cpu" or CHECK_VALUES) and not bool(ok(x).all()):
         raise ValueError(f"{op}: {name} must be {expected}, got other values")
+
+
+def positive_finite(x: Tensor) -> Tensor:
+    return (x > 0) & (x < math.inf)
 
 
 def build_info() -> dict:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import check_values
+from .backends import check_values, positive_finite
 from .ops.attention import AttentionAux
-from .ops.checks import check_int, check_shape, check_tensor
+from .ops.checks import check_device, check_int, check_number, check_shape, check_tensor
 from .ops.merge import match_tokens, merge_tokens, unmerge_tokens
 from .ops.select import ORDERS, prune_slots, select_tokens, topk_tokens
 from .reference import acc_dtype
@@ -54,7 +54,7 @@ class TokenPlan:
         Differentiable in x, size and weight. Sizes are float32 (float64 beside float64 x).
 
         Raises:
-            ValueError: x is not of the batch and length that the plan was made for; sizes <= 0 or NaN.
+            ValueError: x is not of the batch and length that the plan was made for; sizes not > 0 and finite.
         """
         op = "TokenPlan.apply"
         check_tensor(op, "x", x, "B N C")
@@ -72,7 +72,7 @@ class TokenPlan:
         dtype = acc_dtype(x.dtype)
         if size is None:
             return y, torch.ones(self.index.shape, dtype=dtype, device=x.device)
-        check_values(op, "size", size > 0, "> 0", backend="reference")  # no kernel reads it on this way
+        check_values(op, "size", size, positive_finite, "> 0 and finite")  # no kernel reads it on this way
         return y, size.to(dtype).gather(1, self.index)
 
     def restore(self, y: Tensor, fill: float = 0.0) -> Tensor:
@@ -81,6 +81,7 @@ class TokenPlan:
         Equivalent to `where(slot >= 0, y.gather(1, slot), fill)`. Differentiable in y.
         """
         check_tensor("TokenPlan.restore", "y", y, "B M C")
+        fill = check_number("TokenPlan.restore", "fill", fill)
         if y.shape[:2] != (self.slot.shape[0], self.num_out):
             raise ValueError(
                 f"TokenPlan.restore: y must be [{self.slot.shape[0]}, {self.num_out}, C] as the plan puts out, "
@@ -94,7 +95,8 @@ class TokenPlan:
         Equivalent to `where(slot >= 0, then.slot.gather(1, slot), -1)`.
 
         Raises:
-            ValueError: `then` is for another batch or another number of tokens.
+            ValueError: `then` is for another batch or another number of tokens; slots outside [-1, M) (on a GPU only
+                with P3B_EXT_CHECK=1).
             NotImplementedError: a mean of one plan inside a weighted sum of the other, which no single plan computes.
         """
         op = "TokenPlan.compose"
@@ -105,6 +107,8 @@ class TokenPlan:
                 f"{op}: then must be a plan for [{self.slot.shape[0]}, {self.num_out}] tokens, "
                 f"got one for {list(then.slot.shape)}"
             )
+        self._check_slots(op, "slot")
+        then._check_slots(op, "then.slot")
         slot = follow(self.slot, then.slot)
         if self.index is not None and then.index is not None:
             return TokenPlan(slot, then.num_out, index=self.index.gather(1, then.index))
@@ -118,6 +122,10 @@ class TokenPlan:
         raise NotImplementedError(
             f"{op}: means and weighted sums must not be mixed; apply the plans one after the other"
         )
+
+    def _check_slots(self, op: str, name: str) -> None:
+        expected = f"between -1 and {self.num_out - 1}"
+        check_values(op, name, self.slot, lambda s: (s >= -1) & (s < self.num_out), expected)
 
 
 def follow(slot: Tensor, then: Tensor) -> Tensor:
@@ -149,17 +157,22 @@ def token_scores(aux: AttentionAux, method: str, num_prefix: int = 1) -> Tensor:
         `[B, N - num_prefix]`, float32 (float64 for float64 inputs). All zero scores become equal ones.
 
     Raises:
-        ValueError: an unknown method, a side output that is missing, a class score without a class token.
+        ValueError: an unknown method, a side output that is missing, a class score without a class token, more prefix
+            tokens than there are tokens. TypeError: aux is something else.
     """
     op = "token_scores"
+    if not isinstance(aux, AttentionAux):
+        raise TypeError(
+            f"{op}: aux must be an AttentionAux, got {type(aux).__name__}; masked_attention(..., aux=...) gives one"
+        )
     if method not in SCORES:
         raise ValueError(f"{op}: method must be one of {', '.join(SCORES)}, got {method!r}")
     needed = SCORES[method]
     missing = [name for name in needed if getattr(aux, name) is None]
     if missing:
         raise ValueError(f"{op}: aux must hold {', '.join(missing)} for {method!r}; ask masked_attention(aux={needed})")
-    check_int(op, "num_prefix", num_prefix, 1 if method in CLASS_SCORES else 0)
     score = getattr(aux, needed[0]).mean(1)
+    num_prefix = check_int(op, "num_prefix", num_prefix, 1 if method in CLASS_SCORES else 0, score.shape[1])
     if "value_norm" in needed:
         score = score * aux.value_norm
     score = score[:, num_prefix:]
@@ -181,7 +194,7 @@ def plan_prune(scores: Tensor, r: int, num_prefix: int = 1, order: str = "positi
     """
     op = "plan_prune"
     check_tensor(op, "scores", scores, "B N-num_prefix")
-    check_int(op, "r", r, 0)
+    r = check_int(op, "r", r, 0)
     keep = scores.shape[1] - min(r, scores.shape[1])
     index = topk_tokens(scores, keep, num_prefix, order)
     return _selection(index, scores.shape[1] + num_prefix)
@@ -198,8 +211,8 @@ def plan_fuse(scores: Tensor, keep: int, num_prefix: int = 1, weight: Tensor | N
     op = "plan_fuse"
     check_tensor(op, "scores", scores, "B N-num_prefix")
     batch, n = scores.shape
-    check_int(op, "keep", keep, 0, n)
-    check_int(op, "num_prefix", num_prefix, 0)
+    keep = check_int(op, "keep", keep, 0, n)
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0)
     slot = prune_slots(scores, n - keep, num_prefix)
     if keep == n:
         return TokenPlan(slot, num_prefix + n, index=torch.arange(num_prefix + n, device=slot.device).expand_as(slot))
@@ -239,8 +252,8 @@ def plan_merge(
     op = "plan_merge"
     check_tensor(op, "metric", metric, "B N D")
     batch, n, _ = metric.shape
-    check_int(op, "r", r, 0)
-    check_int(op, "num_prefix", num_prefix, 0, n)
+    r = check_int(op, "r", r, 0)
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0, n)
     free = n - num_prefix
     if source is None:
         r = min(r, free // 2)
@@ -254,7 +267,7 @@ def plan_merge(
         noise = torch.rand(batch, free, device=metric.device, generator=generator)
         mask = noise.argsort(1).argsort(1) < r
     else:
-        check_int(op, "source", source, 2)
+        source = check_int(op, "source", source, 2)
         destination = torch.arange(num_prefix, n, device=metric.device) % source == source - 1
         count = n // source - num_prefix // source  # destinations behind the prefix
         r = min(r, free - count) if count else 0
@@ -286,21 +299,36 @@ def plan_ppt(
         unit: "variance" as published, or "cv2", which does not depend on the number of tokens or the scale of scores.
 
     Raises:
-        ValueError: r negative, threshold NaN, NaN scores, unlike shapes. TypeError: r not an int.
+        ValueError: r negative, threshold NaN, NaN scores, unlike shapes.
+        TypeError: r not an int, threshold not a number.
     """
     op = "plan_ppt"
     check_tensor(op, "metric", metric, "B N D")
-    check_int(op, "num_prefix", num_prefix, 0, metric.shape[1])
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0, metric.shape[1])
     check_tensor(op, "scores", scores, "B N-num_prefix", metric)
     check_shape(op, "scores", scores, (metric.shape[0], metric.shape[1] - num_prefix))
-    check_int(op, "r", r, 0)
-    if not isinstance(threshold, Tensor) and math.isnan(threshold):
-        raise ValueError(f"{op}: threshold must be a number, got nan")
+    r = check_int(op, "r", r, 0)
+    _check_threshold(op, threshold, scores)
     r = min(r, scores.shape[1] // 2)
     prune = score_spread(scores, unit) * (1 + SPREAD_ROUNDING) >= threshold
     pruned = prune_slots(scores, r, num_prefix, "score")
     merged = match_tokens(metric, r, num_prefix)
     return TokenPlan(torch.where(prune[:, None], pruned, merged), metric.shape[1] - r)
+
+
+def _check_threshold(op: str, threshold: float | Tensor, scores: Tensor) -> None:
+    if not isinstance(threshold, Tensor):
+        if math.isnan(check_number(op, "threshold", threshold)):
+            raise ValueError(f"{op}: threshold must be a number, got nan")
+        return
+    if threshold.dtype == torch.bool or threshold.is_complex():
+        raise TypeError(f"{op}: threshold must hold real numbers, got {threshold.dtype}")
+    batch = scores.shape[0]
+    if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] not in (1, batch)):
+        raise ValueError(f"{op}: threshold must be a number or [{batch}], got shape {list(threshold.shape)}")
+    if threshold.dim():
+        check_device(op, "threshold", threshold, scores)
+    check_values(op, "threshold", threshold, lambda t: ~t.isnan(), "numbers, not NaN")
 
 
 def score_spread(scores: Tensor, unit: str = "variance") -> Tensor:

@@ -26,8 +26,14 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
     return x * (gate if gate.dim() == 1 else gate[:, None, :])
 
 
+def _allowed(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """x [B, H, N, D] with zeros at masked keys: 0 * NaN must reach neither a sum nor a gradient."""
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0.0)
+
+
 def _logits(q, k, key_mask, token_size, channel_gate, scale) -> Tensor:
     """scale * q k^T + log(token_size), -inf at masked keys; acc [B, H, N, N]."""
+    k = _allowed(k, key_mask)
     s = _gated(q, channel_gate) @ _gated(k, channel_gate).transpose(-1, -2) * scale
     if token_size is not None:
         s = s + token_size.log()[:, None, None, :]
@@ -49,8 +55,7 @@ def masked_attention(q, k, v, key_mask, token_size, channel_gate, scale: float, 
     """softmax(scale q k^T + log size) v over the keys that key_mask allows, and the side outputs."""
     s = _logits(q, k, key_mask, token_size, channel_gate, scale)
     p, lse = _softmax(s)
-    gated_v = _gated(v, channel_gate)
-    out = (p @ gated_v).transpose(1, 2).to(q.dtype).contiguous()  # [B, N, H, D]
+    out = (p @ _gated(_allowed(v, key_mask), channel_gate)).transpose(1, 2).to(q.dtype).contiguous()  # [B, N, H, D]
     none = lse.new_empty(0)
     cls_attention = p[:, :, 0].detach() if aux & CLS_ATTENTION else none
     entropy = none
@@ -58,7 +63,7 @@ def masked_attention(q, k, v, key_mask, token_size, channel_gate, scale: float, 
         z = torch.where(lse[..., None] > -torch.inf, s - s.amax(-1, keepdim=True), 0.0)
         pz = torch.where(p > 0, p * z, 0.0).sum(-1)
         entropy = torch.where(lse > -torch.inf, z.exp().sum(-1).log() - pz, 0.0).clamp_min(0.0).detach()
-    value_norm = gated_v.square().sum((1, 3)).sqrt().detach() if aux & VALUE_NORM else none
+    value_norm = _gated(v, channel_gate).detach().square().sum((1, 3)).sqrt() if aux & VALUE_NORM else none
     return out, lse.detach(), cls_attention, entropy, value_norm
 
 

@@ -359,13 +359,49 @@ def test_sdpa_hands_over_what_it_cannot_fuse():
         dict(query=q, key=k[:, :2], value=v[:, :2], enable_gqa=True),
         dict(query=q[0], key=k[0], value=v[0]),
         dict(query=q, key=k, value=v[..., :5]),
+        dict(query=q, key=k, value=v, scale=float("inf")),
     ]
     for call in calls:
-        torch.testing.assert_close(p3b_ext.scaled_dot_product_attention(**call), F.scaled_dot_product_attention(**call))
+        torch.testing.assert_close(
+            p3b_ext.scaled_dot_product_attention(**call), F.scaled_dot_product_attention(**call), equal_nan=True
+        )
+    with pytest.raises(RuntimeError, match="dropout"):
+        p3b_ext.scaled_dot_product_attention(q, k, v, dropout_p=-0.5)
     torch.manual_seed(3)
     ours = p3b_ext.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
     torch.manual_seed(3)
     assert torch.equal(ours, F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+
+
+def test_sdpa_hands_over_unusual_tensors():
+    q, scale = torch.randn(2, 4, 7, 16), torch.tensor(0.3)
+    expected = F.scaled_dot_product_attention(q, q, q, scale=0.3)
+    torch.testing.assert_close(p3b_ext.scaled_dot_product_attention(q, q, q, scale=scale), expected)
+    nested = torch.nested.nested_tensor([torch.randn(n, 4, 16) for n in (3, 7)], layout=torch.jagged).transpose(1, 2)
+    ours = p3b_ext.scaled_dot_product_attention(nested, nested, nested)
+    torch.testing.assert_close(ours.values(), F.scaled_dot_product_attention(nested, nested, nested).values())
+
+
+@pytest.mark.parametrize("device,backend", DEVICE_BACKENDS)
+def test_masked_keys_are_never_read(device, backend):
+    """NaN in a masked key, its value or both reaches neither the output nor another token's gradient."""
+    q, k, v = torch.randn(3, 2, 3, 5, 8, device=device).unbind(0)
+    mask = torch.ones(2, 5, dtype=torch.bool, device=device)
+    mask[:, 3] = False
+    gate = torch.rand(8, device=device)
+
+    def run(k, v):
+        inputs = [t.detach().clone().requires_grad_() for t in (q, k, v, gate)]
+        with p3b_ext.backend(backend):
+            out = p3b_ext.masked_attention(*inputs[:3], key_mask=mask, channel_gate=inputs[3])
+            return out, torch.autograd.grad(out.square().sum(), inputs)
+
+    out, grads = run(k, v)
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[:, :, 3], bad_v[:, :, 3] = torch.nan, torch.nan
+    bad_out, bad_grads = run(bad_k, bad_v)
+    torch.testing.assert_close(bad_out, out)
+    torch.testing.assert_close(bad_grads, grads)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -385,6 +421,11 @@ BAD = [
     (dict(token_size=torch.ones(5)), ValueError, r"token_size must be \[B, N\], got shape \[5\]"),
     (dict(token_size=torch.zeros(2, 5)), ValueError, "token_size must be > 0"),
     (dict(token_size=torch.full((2, 5), torch.nan)), ValueError, "token_size must be > 0"),
+    (dict(token_size=torch.full((2, 5), torch.inf)), ValueError, "token_size must be > 0 and finite"),
+    (dict(q=Q.to_sparse()), TypeError, r"masked_attention: q must be a dense tensor, got torch.sparse_coo; convert"),
+    (dict(key_mask=torch.ones(2, 5).bool().to_sparse()), TypeError, "key_mask must be a dense tensor"),
+    (dict(aux=[["lse"]]), TypeError, "aux must be a sequence of names, got list in it"),
+    (dict(aux=3), TypeError, "aux must be a sequence of names, got int"),
     (dict(channel_gate=torch.ones(3)), ValueError, r"channel_gate must be \[8\] or \[3, 8\], got shape \[3\]"),
     (dict(channel_gate=[1.0] * 8), TypeError, "channel_gate must be a floating-point tensor, got list"),
     (dict(scale="1"), TypeError, "scale must be a number, got str"),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from vits import recorded
@@ -309,10 +310,55 @@ def test_bad_input(data):
         (lambda: plan.restore(x), ValueError, r"TokenPlan.restore: y must be \[3, 13, C\]"),
         (lambda: plan.compose(plan), ValueError, r"TokenPlan.compose: then must be a plan for \[3, 13\] tokens"),
         (lambda: plan.compose(plan.slot), TypeError, "TokenPlan.compose: then must be a TokenPlan"),
+        (lambda: plan.restore(plan.apply(x)[0], "a"), TypeError, "TokenPlan.restore: fill must be a number, got str"),
+        (
+            lambda: plan.compose(TokenPlan(plan.slot[:, :13] + 9, 13)),
+            ValueError,
+            r"TokenPlan.compose: then.slot must be b",
+        ),
+        (
+            lambda: TokenPlan(plan.slot, 5).compose(plan_prune(scores[:, :4], 1)),
+            ValueError,
+            "compose: slot must be betwe",
+        ),
+        (lambda: plan_ppt(scores, metric, 2, None), TypeError, "plan_ppt: threshold must be a number, got NoneType"),
+        (lambda: plan_ppt(scores, metric, 2, "a"), TypeError, "plan_ppt: threshold must be a number, got str"),
+        (
+            lambda: plan_ppt(scores, metric, 2, size),
+            ValueError,
+            r"threshold must be a number or \[3\], got shape \[3, 17",
+        ),
+        (
+            lambda: plan_ppt(scores, metric, 2, size[0] > 1),
+            TypeError,
+            "threshold must hold real numbers, got torch.bool",
+        ),
+        (lambda: plan_ppt(scores, metric, 2, size[:, 0] * math.nan), ValueError, "threshold must be numbers, not NaN"),
+        (lambda: plan.apply(x, size * math.inf), ValueError, "size must be .*finite"),
+        (lambda: plan_prune(scores, 2).apply(x, size * math.inf), ValueError, "size must be > 0 and finite"),
+        (lambda: plan_prune(scores, True), TypeError, "plan_prune: r must be an int, got bool"),
+        (lambda: token_scores(None, "cls"), TypeError, "token_scores: aux must be an AttentionAux, got NoneType"),
         (lambda: token_scores(AttentionAux(), "cls"), ValueError, "token_scores: aux must hold cls_attention"),
         (lambda: token_scores(AttentionAux(), "best"), ValueError, "token_scores: method must be one of"),
     ]:
         with pytest.raises(error, match=text):
             call()
-    with pytest.raises(ValueError, match="num_prefix must be at least 1, got 0"):
-        token_scores(AttentionAux(cls_attention=torch.rand(1, 1, 4)), "cls", 0)
+    for num_prefix in (0, 5):
+        with pytest.raises(ValueError, match=f"num_prefix must be between 1 and 4, got {num_prefix}"):
+            token_scores(AttentionAux(cls_attention=torch.rand(1, 1, 4)), "cls", num_prefix)
+
+
+def test_numpy_numbers(data):
+    x, metric, scores = data["x"], data["metric"], data["scores"]
+    four, one, tenth = numpy.int64(4), numpy.uint8(1), numpy.float32(0.1)
+    for ours, expected in [
+        (plan_prune(scores, four, one), plan_prune(scores, 4)),
+        (plan_fuse(scores, four, one), plan_fuse(scores, 4)),
+        (plan_merge(metric, four, one), plan_merge(metric, 4)),
+        (plan_merge(metric, four, source=four), plan_merge(metric, 4, source=4)),
+        (plan_ppt(scores, metric, four, tenth, one), plan_ppt(scores, metric, 4, 0.1)),
+    ]:
+        assert torch.equal(ours.slot, expected.slot) and ours.num_out == expected.num_out
+        assert type(ours.num_out) is int
+    y = expected.apply(x)[0]
+    torch.testing.assert_close(expected.restore(y, tenth), expected.restore(y, 0.1))

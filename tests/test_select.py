@@ -1,5 +1,6 @@
 """topk_tokens, prune_slots, select_tokens: hand-made cases, order of ties, values, gradients, errors."""
 
+import numpy
 import pytest
 import torch
 from cases import acc
@@ -219,6 +220,14 @@ BAD = [
     (lambda: topk_tokens(S, 6), ValueError, "topk_tokens: keep must be between 0 and 5, got 6"),
     (lambda: topk_tokens(S, -1), ValueError, "topk_tokens: keep must be between 0 and 5, got -1"),
     (lambda: topk_tokens(S, 1.0), TypeError, "topk_tokens: keep must be an int, got float"),
+    (lambda: topk_tokens(S, True), TypeError, "topk_tokens: keep must be an int, got bool"),
+    (lambda: topk_tokens(S, torch.tensor(1)), TypeError, "topk_tokens: keep must be an int, got Tensor"),
+    (
+        lambda: select_tokens(X.to_sparse(), I64),
+        TypeError,
+        "select_tokens: x must be a dense tensor, got torch.sparse_coo",
+    ),
+    (lambda: select_tokens(X, I64.to_sparse()), TypeError, "select_tokens: index must be a dense tensor"),
     (lambda: topk_tokens(S, 1, -1), ValueError, "topk_tokens: num_prefix must be at least 0, got -1"),
     (lambda: topk_tokens(S, 1, 1, "best"), ValueError, "topk_tokens: order must be one of position, score, got 'best'"),
     (lambda: topk_tokens(S.masked_fill(S > -9, torch.nan), 1), ValueError, "topk_tokens: scores must .*NaN"),
@@ -238,6 +247,14 @@ BAD = [
 def test_bad_input(call, error, text, backend):
     with p3b_ext.backend(backend), pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_numpy_integers(backend):
+    two, one = numpy.int32(2), numpy.int64(1)
+    with p3b_ext.backend(backend):
+        assert torch.equal(topk_tokens(S, two, one), topk_tokens(S, 2, 1))
+        assert torch.equal(prune_slots(S, two, one), prune_slots(S, 2, 1))
 
 
 def test_first_bad_element_is_named():

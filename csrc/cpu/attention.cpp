@@ -108,7 +108,7 @@ std::vector<A> log_sizes(const char* op, const Tensor& size) {
   for (int64_t b = 0; b < B; b++)
     for (int64_t n = 0; n < N; n++) {
       const A x = from[b * batch + n * token];
-      P3B_CHECK(x > 0, op, ": token_size must be > 0, got ", x, " at [", b, ", ", n, "]");
+      P3B_CHECK(x > 0 && std::isfinite(x), op, ": token_size must be > 0 and finite, got ", x, " at [", b, ", ", n, "]");
       logs[static_cast<size_t>(b * N + n)] = std::log2(x);
     }
   return logs;

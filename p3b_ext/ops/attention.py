@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import backends, reference
 from ..reference import CLS_ATTENTION, ENTROPY, RECEIVED, TO_CLS, VALUE_NORM, acc_dtype
-from .checks import check_bool, check_device, check_shape, check_tensor, second_derivative
+from ..transforms import call, register_gradient
+from .checks import check_bool, check_dense, check_device, check_number, check_shape, check_tensor, second_derivative
 
 AUX_BITS = {"lse": 0, "cls_attention": CLS_ATTENTION, "entropy": ENTROPY, "value_norm": VALUE_NORM}
 COLUMN_BITS = {"to_cls": TO_CLS, "received": RECEIVED}
@@ -64,9 +65,10 @@ def masked_attention(
         nothing. With `aux`, the pair (out, AttentionAux).
 
     Raises:
-        ValueError: shapes, devices, names; sizes <= 0 or NaN (on a GPU only with P3B_EXT_CHECK=1).
-        TypeError: dtypes.
-        NotImplementedError: a forced backend cannot run the call; second derivatives (the reference backend has them).
+        ValueError: shapes, devices, names; sizes that are not > 0 and finite (on a GPU only with P3B_EXT_CHECK=1).
+        TypeError: dtypes; sparse or nested tensors.
+        NotImplementedError: a forced backend cannot run the call; second and forward-mode derivatives (the reference
+            backend has them).
 
     Results are deterministic. Entropy needs no second pass: H = lse - sum_j p_ij * logit_ij.
     """
@@ -77,7 +79,7 @@ def masked_attention(
     scale = _scale(op, scale, q)
     backend = backends.choose(op, q, "attention")
     if token_size is not None:
-        backends.check_values(op, "token_size", token_size > 0, "> 0", backend=backend)
+        backends.check_values(op, "token_size", token_size, backends.positive_finite, "> 0 and finite", backend=backend)
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (q, k, v))
     results = _run(backend, op, q, k, v, key_mask, token_size, channel_gate, scale, bits)
     out = results[0].transpose(1, 2)
@@ -110,7 +112,7 @@ def packed_attention(
     scale = _scale(op, scale, q)
     backend = backends.choose(op, q, "attention")
     if token_size is not None:
-        backends.check_values(op, "token_size", token_size > 0, "> 0", backend=backend)
+        backends.check_values(op, "token_size", token_size, backends.positive_finite, "> 0 and finite", backend=backend)
     if backend == "reference":
         results = reference.masked_attention(q, k, v, key_mask, token_size, channel_gate, scale, bits)
     else:
@@ -136,7 +138,7 @@ def scaled_dot_product_attention(
     Self-attention `[B, H, N, D]` without mask, or with a bool mask that is the same for every query and head
     (`[B, 1, 1, N]`, `[1, 1, 1, N]` or `[1, N]`), runs fused; every other call is handed to PyTorch.
     """
-    mask = _fusable(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    mask = _fusable(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if mask is False:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -144,9 +146,14 @@ def scaled_dot_product_attention(
     return masked_attention(query, key, value, key_mask=mask, scale=scale)
 
 
-def _fusable(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> Tensor | bool | None:
+def _fusable(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor | bool | None:
     """The key mask [B, N] (or None) of a call that the fused op can run, False for any other call."""
-    if dropout_p > 0 or is_causal or enable_gqa or q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+    for t in (q, k, v) if attn_mask is None else (q, k, v, attn_mask):
+        if not isinstance(t, Tensor) or t.is_nested or t.layout != torch.strided:
+            return False
+    if scale is not None and not (isinstance(scale, int | float | torch.SymFloat) and -math.inf < scale < math.inf):
+        return False
+    if dropout_p != 0 or is_causal or enable_gqa or q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         return False
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in backends.DTYPES or min(q.shape[1:]) == 0:
         return False
@@ -193,6 +200,7 @@ def _check(op, q, k, v, key_mask, token_size, channel_gate) -> tuple[Tensor | No
     if channel_gate is not None:
         if not isinstance(channel_gate, Tensor) or not channel_gate.is_floating_point():
             raise TypeError(f"{op}: channel_gate must be a floating-point tensor, got {_kind(channel_gate)}")
+        check_dense(op, "channel_gate", channel_gate)
         if tuple(channel_gate.shape) not in ((d,), (heads, d)):
             raise ValueError(
                 f"{op}: channel_gate must be [{d}] or [{heads}, {d}], got shape {list(channel_gate.shape)}"
@@ -209,18 +217,21 @@ def _kind(x) -> str:
 def _scale(op: str, scale: float | None, q: Tensor) -> float:
     if scale is None:
         return q.shape[-1] ** -0.5
-    if isinstance(scale, Tensor) or not isinstance(scale, int | float | torch.SymFloat):
-        raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
+    scale = check_number(op, "scale", scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite, got {scale}")
-    return float(scale)
+    return scale
 
 
 def _aux_bits(op: str, aux: Sequence[str] | None) -> tuple[int, int]:
     if isinstance(aux, str):
         raise TypeError(f"{op}: aux must be a sequence of names, got the string {aux!r}; write ({aux!r},)")
+    if aux is not None and not isinstance(aux, Sequence):
+        raise TypeError(f"{op}: aux must be a sequence of names, got {type(aux).__name__}")
     bits = columns = 0
     for name in aux or ():
+        if not isinstance(name, str):
+            raise TypeError(f"{op}: aux must be a sequence of names, got {type(name).__name__} in it")
         if name in AUX_BITS:
             bits |= AUX_BITS[name]
         elif name in COLUMN_BITS:
@@ -295,7 +306,6 @@ def _packed_impl(forward):
 
 def register(namespace: str) -> None:
     """Gradients of the attention ops of `namespace` (p3b_ext, p3b_ext_triton), through its own backward op."""
-    ops = getattr(torch.ops, namespace)
 
     def setup_context(ctx, inputs, output):
         *tensors, key_mask, token_size, channel_gate, scale, _ = inputs
@@ -311,9 +321,8 @@ def register(namespace: str) -> None:
         if grad_out is None:
             return (None,) * (ctx.count + 5)
         q, k, v = tensors[0].permute(2, 0, 3, 1, 4).unbind(0) if packed else tensors
-        grad_qkv, grad_size, grad_gate = ops.masked_attention_backward(
-            grad_out.contiguous(), q, k, v, out, lse, key_mask, token_size, channel_gate, ctx.scale
-        )
+        saved = (q, k, v, out, lse, key_mask, token_size, channel_gate, ctx.scale)
+        grad_qkv, grad_size, grad_gate = call(namespace, "masked_attention_backward", grad_out.contiguous(), *saved)
         grads = (grad_qkv,) if packed else grad_qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return (
             *grads,
@@ -324,9 +333,9 @@ def register(namespace: str) -> None:
             None,
         )
 
-    torch.library.register_autograd(f"{namespace}::masked_attention", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"{namespace}::masked_attention_packed", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"{namespace}::masked_attention_backward", second_derivative("masked_attention"))
+    register_gradient(namespace, "masked_attention", backward, setup_context)
+    register_gradient(namespace, "masked_attention_packed", backward, setup_context)
+    register_gradient(namespace, "masked_attention_backward", second_derivative("masked_attention"))
 
 
 if backends._C is not None:

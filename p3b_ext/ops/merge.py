@@ -5,7 +5,17 @@ from torch import Tensor
 
 from .. import backends
 from ..reference import acc_dtype
-from .checks import check_bool, check_device, check_int, check_shape, check_tensor, second_derivative
+from ..transforms import call, register_gradient
+from .checks import (
+    check_bool,
+    check_dense,
+    check_device,
+    check_int,
+    check_number,
+    check_shape,
+    check_tensor,
+    second_derivative,
+)
 
 
 def match_tokens(metric: Tensor, r: int, num_prefix: int = 1, source: Tensor | None = None) -> Tensor:
@@ -24,22 +34,26 @@ def match_tokens(metric: Tensor, r: int, num_prefix: int = 1, source: Tensor | N
         slot int32 `[B, N]`: row of each token among the N - r output rows.
 
     Raises:
-        ValueError: shapes; NaN in metric (on a GPU only with P3B_EXT_CHECK=1). TypeError: dtypes.
+        ValueError: shapes; NaN or infinity in metric (on a GPU only with P3B_EXT_CHECK=1). TypeError: dtypes.
     """
     op = "match_tokens"
     check_tensor(op, "metric", metric, "B N D")
     batch, n, _ = metric.shape
-    check_int(op, "num_prefix", num_prefix, 0, n)
-    check_int(op, "r", r, 0, (n - num_prefix) // 2 if source is None else n)
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0, n)
+    r = check_int(op, "r", r, 0, (n - num_prefix) // 2 if source is None else n)
     backend = backends.choose(op, metric, "merge")
-    backends.check_values(op, "metric", ~metric.isnan(), "numbers, not NaN", backend=backend)
+    backends.check_values(op, "metric", metric, torch.isfinite, "finite, not NaN or infinite", backend=backend)
     if source is not None:
         check_bool(op, "source", source, (batch, n), metric)
-        free = source[:, num_prefix:]
-        enough = (free.sum(1) >= r) & ((~free).any(1) | (r == 0))
+
+        def enough(source: Tensor) -> Tensor:
+            free = source[:, num_prefix:]
+            return (free.sum(1) >= r) & ((~free).any(1) | (r == 0))
+
         backends.check_values(
             op,
             "source",
+            source,
             enough,
             f"a mask with at least {r} sources and one destination in every image",
             backend=backend,
@@ -65,26 +79,29 @@ def merge_tokens(
         x: `[B, N, C]`. Differentiable.
         slot: int32 `[B, N]`, output row of each token, -1 = dropped.
         num_out: M, the number of output rows; a row that no token maps to is 0.
-        size, weight: `[B, N]` > 0 (weight may be any number). Differentiable.
+        size, weight: `[B, N]` > 0 (weight may be any finite number). Differentiable.
         normalize: divide by the sum of the weights.
 
     Returns:
         y `[B, M, C]` in x's dtype and size_out `[B, M]`, float32 (float64 for float64 x).
 
     Raises:
-        ValueError: shapes, devices; slots outside [-1, M), sizes <= 0 or NaN (on a GPU only with P3B_EXT_CHECK=1).
+        ValueError: shapes, devices; slots outside [-1, M), sizes not > 0 and finite, weights
+            not finite (on a GPU only with P3B_EXT_CHECK=1).
         TypeError: dtypes.
     """
     op = "merge_tokens"
     check_tensor(op, "x", x, "B N C")
     _check_slot(op, x, slot, x.shape[1])
-    check_int(op, "num_out", num_out, 0)
+    num_out = check_int(op, "num_out", num_out, 0)
     size = _check_weight(op, "size", size, x)
     weight = _check_weight(op, "weight", weight, x)
     backend = backends.choose(op, x, "merge")
     _check_slot_values(op, slot, num_out, backend)
     if size is not None:
-        backends.check_values(op, "size", size > 0, "> 0", backend=backend)
+        backends.check_values(op, "size", size, backends.positive_finite, "> 0 and finite", backend=backend)
+    if weight is not None:
+        backends.check_values(op, "weight", weight, torch.isfinite, "finite", backend=backend)
     return _run(backend, "merge_tokens", x, slot, num_out, size, weight, bool(normalize))
 
 
@@ -106,21 +123,24 @@ def unmerge_tokens(y: Tensor, slot: Tensor, fill: float = 0.0) -> Tensor:
     op = "unmerge_tokens"
     check_tensor(op, "y", y, "B M C")
     _check_slot(op, y, slot, None)
+    fill = check_number(op, "fill", fill)
     backend = backends.choose(op, y, "merge")
     _check_slot_values(op, slot, y.shape[1], backend)
-    return _run(backend, "unmerge_tokens", y, slot, float(fill))
+    return _run(backend, "unmerge_tokens", y, slot, fill)
 
 
 def _check_slot(op: str, x: Tensor, slot: Tensor, n: int | None) -> None:
     if not isinstance(slot, Tensor) or slot.dtype != torch.int32:
         raise TypeError(f"{op}: slot must be an int32 tensor, got {getattr(slot, 'dtype', type(slot).__name__)}")
+    check_dense(op, "slot", slot)
     if slot.dim() != 2 or slot.shape[0] != x.shape[0] or (n is not None and slot.shape[1] != n):
         raise ValueError(f"{op}: slot must be [{x.shape[0]}, {'N' if n is None else n}], got shape {list(slot.shape)}")
     check_device(op, "slot", slot, x)
 
 
 def _check_slot_values(op: str, slot: Tensor, num_out: int, backend: str) -> None:
-    backends.check_values(op, "slot", (slot >= -1) & (slot < num_out), f"between -1 and {num_out - 1}", backend=backend)
+    expected = f"between -1 and {num_out - 1}"
+    backends.check_values(op, "slot", slot, lambda s: (s >= -1) & (s < num_out), expected, backend=backend)
 
 
 def _check_weight(op: str, name: str, w: Tensor | None, x: Tensor) -> Tensor | None:
@@ -169,7 +189,6 @@ def fake_unmerge_backward(grad, slot, num_out):
 
 def register(namespace: str) -> None:
     """Gradients of the merge ops of `namespace` (p3b_ext, p3b_ext_triton), through its own backward ops."""
-    ops = getattr(torch.ops, namespace)
 
     def merge_context(ctx, inputs, output):
         x, slot, _, size, weight, normalize = inputs
@@ -188,8 +207,8 @@ def register(namespace: str) -> None:
             grad_size_out = None
         elif grad_size_out is not None:
             grad_size_out = grad_size_out.contiguous()
-        grad_x, grad_size, grad_weight = ops.merge_tokens_backward(
-            grad_y, grad_size_out, x, slot, y, size, weight, ctx.normalize
+        grad_x, grad_size, grad_weight = call(
+            namespace, "merge_tokens_backward", grad_y, grad_size_out, x, slot, y, size, weight, ctx.normalize
         )
         return (
             grad_x,
@@ -207,12 +226,12 @@ def register(namespace: str) -> None:
 
     def unmerge_backward(ctx, grad):
         (slot,) = ctx.saved_tensors
-        return ops.unmerge_tokens_backward(grad.contiguous(), slot, ctx.num_out), None, None
+        return call(namespace, "unmerge_tokens_backward", grad.contiguous(), slot, ctx.num_out), None, None
 
-    torch.library.register_autograd(f"{namespace}::merge_tokens", merge_backward, setup_context=merge_context)
-    torch.library.register_autograd(f"{namespace}::unmerge_tokens", unmerge_backward, setup_context=unmerge_context)
-    torch.library.register_autograd(f"{namespace}::merge_tokens_backward", second_derivative("merge_tokens"))
-    torch.library.register_autograd(f"{namespace}::unmerge_tokens_backward", second_derivative("unmerge_tokens"))
+    register_gradient(namespace, "merge_tokens", merge_backward, merge_context)
+    register_gradient(namespace, "unmerge_tokens", unmerge_backward, unmerge_context)
+    register_gradient(namespace, "merge_tokens_backward", second_derivative("merge_tokens"))
+    register_gradient(namespace, "unmerge_tokens_backward", second_derivative("unmerge_tokens"))
 
 
 if backends._C is not None:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .checks import check_device, check_int, check_tensor, second_derivative
+from ..transforms import call, register_gradient
+from .checks import check_dense, check_device, check_int, check_tensor, second_derivative
 
 ORDERS = ("position", "score")
 
@@ -28,7 +29,7 @@ def topk_tokens(scores: Tensor, keep: int, num_prefix: int = 1, order: str = "po
         TypeError: dtypes.
     """
     op = "topk_tokens"
-    backend, by_score = _check_scores(op, scores, "keep", keep, num_prefix, order)
+    backend, keep, num_prefix, by_score = _check_scores(op, scores, "keep", keep, num_prefix, order)
     return _run(backend, "topk_tokens", scores.detach(), keep, num_prefix, by_score)
 
 
@@ -41,7 +42,7 @@ def prune_slots(scores: Tensor, r: int, num_prefix: int = 1, order: str = "posit
         slot int32 `[B, N]`: row in the output, -1 where the token is dropped.
     """
     op = "prune_slots"
-    backend, by_score = _check_scores(op, scores, "r", r, num_prefix, order)
+    backend, r, num_prefix, by_score = _check_scores(op, scores, "r", r, num_prefix, order)
     return _run(backend, "prune_slots", scores.detach(), r, num_prefix, by_score)
 
 
@@ -65,25 +66,25 @@ def select_tokens(x: Tensor, index: Tensor) -> Tensor:
     check_tensor(op, "x", x, "B N C")
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         raise TypeError(f"{op}: index must be an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+    check_dense(op, "index", index)
     if index.dim() != 2 or index.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: index must be [{x.shape[0]}, M], got shape {list(index.shape)}")
     check_device(op, "index", index, x)
     backend = backends.choose(op, x, "select")
-    backends.check_values(
-        op, "index", (index >= 0) & (index < x.shape[1]), f"between 0 and {x.shape[1] - 1}", backend=backend
-    )
+    n = x.shape[1]
+    backends.check_values(op, "index", index, lambda i: (i >= 0) & (i < n), f"between 0 and {n - 1}", backend=backend)
     return _run(backend, "select_tokens", x, index)
 
 
-def _check_scores(op, scores, count_name, count, num_prefix, order) -> tuple[str, bool]:
+def _check_scores(op, scores, count_name, count, num_prefix, order) -> tuple[str, int, int, bool]:
     check_tensor(op, "scores", scores, "B N-num_prefix")
-    check_int(op, "num_prefix", num_prefix, 0)
-    check_int(op, count_name, count, 0, scores.shape[1])
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0)
+    count = check_int(op, count_name, count, 0, scores.shape[1])
     if order not in ORDERS:
         raise ValueError(f"{op}: order must be one of {', '.join(ORDERS)}, got {order!r}")
     backend = backends.choose(op, scores, "select")
-    backends.check_values(op, "scores", ~scores.isnan(), "numbers, not NaN", backend=backend)
-    return backend, order == "score"
+    backends.check_values(op, "scores", scores, lambda s: ~s.isnan(), "numbers, not NaN", backend=backend)
+    return backend, count, num_prefix, order == "score"
 
 
 def _run(backend: str, op: str, *args):
@@ -114,7 +115,6 @@ def fake_select_backward(grad, index, num_tokens):
 
 def register(namespace: str) -> None:
     """Gradients of the select ops of `namespace` (p3b_ext, p3b_ext_triton), through its own backward op."""
-    ops = getattr(torch.ops, namespace)
 
     def setup_context(ctx, inputs, output):
         x, index = inputs
@@ -123,10 +123,10 @@ def register(namespace: str) -> None:
 
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        return ops.select_tokens_backward(grad.contiguous(), index, ctx.num_tokens), None
+        return call(namespace, "select_tokens_backward", grad.contiguous(), index, ctx.num_tokens), None
 
-    torch.library.register_autograd(f"{namespace}::select_tokens", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"{namespace}::select_tokens_backward", second_derivative("select_tokens"))
+    register_gradient(namespace, "select_tokens", backward, setup_context)
+    register_gradient(namespace, "select_tokens_backward", second_derivative("select_tokens"))
 
 
 if backends._C is not None:

@@ -1,0 +1,48 @@
+"""Gradients of the compiled ops: registered with the dispatcher, and once more for PyTorch's function transforms.
+
+torch.func.{grad, vjp, jacrev, vmap} refuse the autograd.Function that torch.library.register_autograd generates, and
+forward-mode AD passes it by with a zero tangent. While one of them is active, `call` goes through a Function of ours.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+
+_FUNCTIONS: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+_NO_RULE = torch._C._functorch.TransformType.Functionalize  # which needs none: the ops are functional
+
+
+def register_gradient(namespace: str, op: str, backward: Callable, setup_context: Callable | None = None) -> None:
+    """torch.library.register_autograd for `namespace::op`, and what `call` needs of it."""
+    torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=setup_context)
+    function = getattr(getattr(torch.ops, namespace), op)
+    public = op.removesuffix("_backward").removesuffix("_packed")
+
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            f"{public}: forward-mode derivatives are not implemented by the fused kernels; "
+            'compute under p3b_ext.backend("reference"), which has them'
+        )
+
+    members = {
+        "generate_vmap_rule": True,
+        "forward": staticmethod(lambda *args: function(*args)),
+        "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(jvp),
+    }
+    _FUNCTIONS[namespace, op] = type(op, (torch.autograd.Function,), members)
+
+
+def call(namespace: str, op: str, *args):
+    """`torch.ops.<namespace>.<op>(*args)`, differentiable under function transforms too."""
+    if not torch.compiler.is_compiling() and _transformed() and (namespace, op) in _FUNCTIONS:
+        return _FUNCTIONS[namespace, op].apply(*args)
+    return getattr(getattr(torch.ops, namespace), op)(*args)
+
+
+def _transformed() -> bool:
+    if torch._C._are_functorch_transforms_active():
+        return torch._C._functorch.peek_interpreter_stack().key() != _NO_RULE
+    return forward_ad._current_level >= 0
