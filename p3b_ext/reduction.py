@@ -189,8 +189,8 @@ class _KeepBest(Reduction):
         _freeze(self, "blocks", "keep_rate")
         _check_blocks(name, self.blocks)
         for rate in _each(name, "keep_rate", self.keep_rate, self.blocks):
-            _check_real(name, "keep_rate", rate, 0.0, 1.0)
-            if rate == 0:
+            _check_number(name, "keep_rate", rate)
+            if not 0 < rate <= 1:
                 raise ValueError(f"{name}: keep_rate must be in (0, 1], got {rate}")
 
     def reduces(self, block: int, depth: int) -> bool:
@@ -290,9 +290,13 @@ def _check_int(op: str, name: str, value, low: int = 0) -> None:
         raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
 
 
-def _check_real(op: str, name: str, value, low: float, high: float) -> None:
+def _check_number(op: str, name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+
+
+def _check_real(op: str, name: str, value, low: float, high: float) -> None:
+    _check_number(op, name, value)
     if not low <= value <= high:
         raise ValueError(f"{op}: {name} must be between {low} and {high}, got {value}")
 
