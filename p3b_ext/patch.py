@@ -71,6 +71,8 @@ def patch(
     record = Patch(reduction, trace, linear, depth, first)
     for name, new in swaps.items():
         module = model.get_submodule(name)
+        if type(module) is new:  # swapped under another name: one attention that several blocks share
+            continue
         record.classes[name] = (type(module), new)
         module.__class__ = _patched(type(module), new)
     setattr(model, RECORD, record)
@@ -178,8 +180,15 @@ def _attention_swaps(model: VisionTransformer) -> dict[str, type]:
 def _block_swaps(model: VisionTransformer, first: int) -> dict[str, type]:
     """New classes of the blocks from `first` on."""
     swaps = {}
-    for i in range(first, len(model.blocks)):
-        block = model.blocks[i]
+    names: dict[nn.Module, int] = {}
+    for i, block in enumerate(model.blocks):
+        if names.setdefault(block, i) != i and first < len(model.blocks):  # it has one role, for one place
+            raise NotImplementedError(
+                f"patch: blocks.{i} must be a module of its own for token reduction, "
+                f"got the one that is blocks.{names[block]} too"
+            )
+        if i < first:
+            continue
         parts = {name for name, _ in block.named_children()} - {"ls1", "ls2"}
         known = type(block).forward in (Block.forward, ResPostBlock.forward) and parts == BLOCK_PARTS
         if not known and not own_halves(block):

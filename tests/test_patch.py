@@ -404,6 +404,24 @@ def test_parallel_attentions_can_be_patched_dense():
         torch.testing.assert_close(patch(model)(x), before, atol=1e-4, rtol=1e-4)
 
 
+def test_blocks_that_share_a_module():
+    model = vit()
+    model.blocks[2] = model.blocks[1]
+    with pytest.raises(NotImplementedError, match=r"patch: blocks.2 must be a module of its own .* is blocks.1 too"):
+        patch(model, ToMe(2))
+    x, kept = images(1), type(model.blocks[1].attn)
+    expected = model(x)
+    torch.testing.assert_close(patch(model)(x), expected, atol=1e-4, rtol=1e-4)
+    assert isinstance(model.blocks[1].attn, Attention)
+    assert type(unpatch(model).blocks[1].attn) is kept
+    model = vit()
+    model.blocks[2].attn = model.blocks[1].attn
+    with p3b_ext.backend("cpu"):
+        tokens = patch(model, ToMe(2), trace=True)(x)
+    assert tokens.isfinite().all() and token_map(model).max() == 56  # of 65 - 4 * 2
+    assert type(unpatch(model).blocks[2].attn) is kept
+
+
 def test_bad_input():
     for call, error, text in [
         (lambda: patch(nn.Linear(2, 2)), NotImplementedError, "patch: model must be a timm VisionTransformer, got Lin"),
