@@ -198,11 +198,17 @@ def test_one_class_is_no_data_set(folder):
         ({"y_train": np.zeros(29, np.int64)}, r"y_train .* must be 30 integers, got int64 \[29\]"),
         ({"y_train": np.full(30, -1)}, "y_train .* must be labels 0, 1, ..., got -1"),
         ({"x_test": np.zeros((8, 6, 5), np.uint8)}, "must have the same channels"),
+        ({"x_test": np.zeros((8, 0, 5, 3), np.uint8)}, r"x_test .* must hold pixels, got \[8, 0, 5, 3\]"),
     ],
 )
 def test_npz_that_does_not_fit(npz, changes, message):
     with pytest.raises(ValueError, match=message):
         create_data(npz(**changes))
+
+
+def test_classes_without_validation_images(npz):
+    with pytest.raises(ValueError, match=r"got \[0, 1\] with 20 training and 0 validation images"):
+        create_data(npz(y_test=np.full(8, 2)), classes=[0, 1])
 
 
 def test_npz_cut_short(npz):

@@ -339,6 +339,37 @@ def test_bad_arguments(train, options, error, message):
         p3b.prune(vit(), batches() if train is None else train, batches(1), config(**options))
 
 
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda x, y: (x, y.int()), TypeError, "labels must be int64 .*, got torch.int32"),
+        (lambda x, y: (x, y + 1), ValueError, "labels must be 0 to 3, got 1 to 4"),
+        (lambda x, y: (x, y - 1), ValueError, "labels must be 0 to 3, got -1 to 2"),
+        (lambda x, y: (x, y[:-1]), ValueError, r"labels must be \[16\], one per image, got \[15\]"),
+        (lambda x, y: (x, torch.rand(BATCH, 5)), ValueError, r"soft targets must be \[16, 4\], got \[16, 5\]"),
+        (lambda x, y: (x.byte(), y), TypeError, "images must have the model's dtype torch.float32, got torch.uint8"),
+        (lambda x, y: (x[0], y), ValueError, r"images must be \[B, C, H, W\], got \[3, 16, 16\]"),
+        (lambda x, y: {"x": x, "y": y}, TypeError, "batch must be two tensors, images and targets, got dict"),
+    ],
+)
+@pytest.mark.parametrize("call", [p3b.prune, p3b.finetune])
+def test_a_batch_that_does_not_fit_is_refused(call, change, error, message):
+    with pytest.raises(error, match=f"^train: {message}$"):
+        call(vit(), [change(*batch) for batch in batches(2)], batches(1), config())
+
+
+@pytest.mark.parametrize("call", [p3b.prune, p3b.finetune])
+@pytest.mark.parametrize("settings", [{}, {"lr": 1e-3}])
+def test_config_is_a_config(call, settings):
+    with pytest.raises(TypeError, match=r"config must be a p3b\.Config .*, got dict"):
+        call(vit(), batches(1), batches(1), settings)
+
+
+def test_soft_targets_are_taken():
+    soft = [(x, torch.nn.functional.one_hot(y, CLASSES).float()) for x, y in batches(2)]
+    assert len(p3b.finetune(vit(), soft, batches(1), config(), epochs=1)["epochs"]) == 1
+
+
 def test_finetune_learns_and_needs_an_epoch():
     model = vit()
     history = p3b.finetune(model, batches(), batches(2, 1), config(finetune_lr=5e-3), epochs=6)

@@ -4,6 +4,6 @@ from . import budget, gates
 from .checkpoint import load, save
 from .config import Config, recipes
 from .surgery import shrink
-from .train import Result, finetune, prune
+from .train import Diverged, Result, finetune, prune
 
-__all__ = ["Config", "Result", "budget", "finetune", "gates", "load", "prune", "recipes", "save", "shrink"]
+__all__ = ["Config", "Diverged", "Result", "budget", "finetune", "gates", "load", "prune", "recipes", "save", "shrink"]

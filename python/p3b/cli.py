@@ -228,7 +228,9 @@ def _finetune(options: argparse.Namespace) -> None:
             command=options.command_line,
         )
     print(tables(rows))
-    print(f"\nwritten to {job.output}; next: p3b prune --model {job.output} --data {job.data} ...")
+    pruned = getattr(model, "p3b_kept", None) is not None  # which it cannot be twice
+    following = f"evaluate {job.output}" if pruned else f"prune --model {job.output} --data {job.data} ..."
+    print(f"\nwritten to {job.output}; next: p3b {following}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -98,9 +98,10 @@ def prune(
     `(images [B, C, H, W] float, labels int64 [B] or soft targets [B, K])` and have a length. The result's
     model runs p3b_ext's attention;
     `p3b_ext.unpatch` gives it timm's back. Raises ValueError (budget, settings) before training starts,
-    NotImplementedError for parts of the model that cannot be gated, Diverged when loss or weights are not finite.
+    NotImplementedError for parts of the model that cannot be gated, TypeError or ValueError for a first batch that does
+    not fit the model, Diverged when loss or weights are not finite.
     """
-    config, progress = config or Config(), progress or Silent()
+    config, progress = _config(config), progress or Silent()
     device = _device(config)
     _seed(config.seed)
     model = copy.deepcopy(model).to(device)
@@ -151,7 +152,7 @@ def finetune(
     epochs: default `config.finetune_epochs`. The history holds "epochs" (records as in `prune`) and
     "accuracy_final".
     """
-    config, progress = config or Config(), progress or Silent()
+    config, progress = _config(config), progress or Silent()
     epochs = config.finetune_epochs if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"finetune: epochs must be 1 or more, got {epochs}")
@@ -330,11 +331,15 @@ class Step:
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
         self.longest_skip = torch.zeros((), device=device)
+        self.checked = False  # whether the first batch was found to fit the model
         self.on_device = device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups)
 
     def __call__(self, batches: list[tuple[Tensor, Tensor]], meter: Meter) -> None:
         config, run = self.config, self.run
         measuring = run is not None and run.measuring
+        if not self.checked:
+            _check_batch(self.model, batches[0])
+            self.checked = True
         for images, targets in batches:
             images = images.to(self.device, non_blocking=True)
             targets = targets.to(self.device, non_blocking=True)
@@ -480,6 +485,39 @@ class _Unclosed:
         self.phase, self.step, self.epoch = progress.phase, progress.step, progress.epoch
 
     def close(self) -> None: ...
+
+
+def _config(config: Config | None) -> Config:
+    if config is not None and not isinstance(config, Config):
+        raise TypeError(f"train: config must be a p3b.Config (Config.from_dict makes one), got {type(config).__name__}")
+    return config or Config()
+
+
+def _check_batch(model: nn.Module, batch: Any) -> None:
+    """TypeError or ValueError unless the batch is images and targets that the model can be trained on."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise TypeError(f"train: batch must be two tensors, images and targets, got {type(batch).__name__}")
+    images, targets = batch
+    classes = getattr(model, "num_classes", None)  # timm's models know it
+    dtype = next(model.parameters()).dtype
+    if images.dtype != dtype:
+        raise TypeError(f"train: images must have the model's dtype {dtype}, got {images.dtype}")
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"train: images must be [B, C, H, W], got {list(images.shape)}")
+    if targets.ndim == 2 and targets.is_floating_point():
+        if len(targets) != len(images) or classes not in (None, targets.shape[1]):
+            wanted = [len(images), classes or "K"]
+            raise ValueError(f"train: soft targets must be {wanted}, got {list(targets.shape)}")
+        return
+    if targets.dtype != torch.int64:
+        raise TypeError(f"train: labels must be int64 [B] (or soft targets float [B, K]), got {targets.dtype}")
+    if targets.shape != images.shape[:1]:
+        raise ValueError(f"train: labels must be [{len(images)}], one per image, got {list(targets.shape)}")
+    low, high = targets.min().item(), targets.max().item()
+    if low < 0 or (classes is not None and high >= classes):
+        raise ValueError(
+            f"train: labels must be 0 to {'K - 1' if classes is None else classes - 1}, got {low} to {high}"
+        )
 
 
 def _groups(loader: Batches, epoch: int, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
