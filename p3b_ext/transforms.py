@@ -17,13 +17,9 @@ def register_gradient(namespace: str, op: str, backward: Callable, setup_context
     """torch.library.register_autograd for `namespace::op`, and what `call` needs of it."""
     torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=setup_context)
     function = getattr(getattr(torch.ops, namespace), op)
-    public = op.removesuffix("_backward").removesuffix("_packed")
 
     def jvp(ctx, *tangents):
-        raise NotImplementedError(
-            f"{public}: forward-mode derivatives are not implemented by the fused kernels; "
-            'compute under p3b_ext.backend("reference"), which has them'
-        )
+        raise _no_forward_mode(op)
 
     members = {
         "generate_vmap_rule": True,
@@ -37,9 +33,20 @@ def register_gradient(namespace: str, op: str, backward: Callable, setup_context
 
 def call(namespace: str, op: str, *args):
     """`torch.ops.<namespace>.<op>(*args)`, differentiable under function transforms too."""
-    if not torch.compiler.is_compiling() and _transformed() and (namespace, op) in _FUNCTIONS:
+    if torch.compiler.is_compiling():  # the tracer knows reverse mode; what it cannot trace here runs eagerly
+        if forward_ad._current_level >= 0 and (namespace, op) in _FUNCTIONS:
+            raise _no_forward_mode(op)
+    elif _transformed() and (namespace, op) in _FUNCTIONS:
         return _FUNCTIONS[namespace, op].apply(*args)
     return getattr(getattr(torch.ops, namespace), op)(*args)
+
+
+def _no_forward_mode(op: str) -> NotImplementedError:
+    op = op.removesuffix("_backward").removesuffix("_packed")
+    return NotImplementedError(
+        f"{op}: forward-mode derivatives are not implemented by the fused kernels; "
+        'compute under p3b_ext.backend("reference"), which has them'
+    )
 
 
 def _transformed() -> bool:

@@ -93,6 +93,19 @@ def test_forward_mode_is_refused(op, x):
     torch.testing.assert_close(tangent, (grad(loss)(x) * x).sum(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_forward_mode_is_refused_under_compile(x, fullgraph):
+    torch.compiler.reset()
+    compiled = torch.compile(attention, fullgraph=fullgraph, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), attention(x))
+    match = "forward-mode derivatives|torch.func.jvp.compiled_fn. function from eager mode is not supported"
+    with pytest.raises(Exception, match=match):
+        jvp(compiled, (x,), (x,))
+    tangent = torch.compile(lambda x: jvp(attention, (x,), (x,))[1], fullgraph=fullgraph, backend="aot_eager")
+    with pytest.raises(Exception, match="forward-mode derivatives"):
+        tangent(x)
+
+
 @every_op
 def test_second_derivatives_are_refused(op, x):
     def slope(x):
