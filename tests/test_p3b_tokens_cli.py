@@ -135,7 +135,7 @@ def test_a_picture_is_scaled_and_cropped_as_it_is_normalised(images):
         (["--reduction", "tomme"], "got 'tomme'; did you mean tome?"),
         (["--reduction", "evit", "--r", "3"], "r must be left out for evit (it has keep_rate, blocks), got 3"),
         (["--keep-rate", "0.5"], "keep_rate must be left out for tome"),
-        (["--reduction", "evit", "--keep-rate", "1.5"], "keep_rate must be between 0.0 and 1.0, got 1.5"),
+        (["--reduction", "evit", "--keep-rate", "1.5"], "keep_rate must be in (0, 1], got 1.5"),
         (["--reduction", "ppt", "--blocks", "1,9"], "blocks must be between 0 and 2 for this model, got 9"),
         (["--blocks", "9"], "blocks must be between 0 and 2 for this model, got 9"),
         (["--blocks", "1.5"], "must hold whole numbers with commas between, got '1.5'"),
