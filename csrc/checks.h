@@ -1,7 +1,8 @@
 // The only check macros of the extension, and the wording of every error:
 //   "<op>: <argument> must be <expected>, got <actual>"
 // The public Python functions check first and more finely (TypeError, NotImplementedError); these checks stand between a raw op call and an
-// illegal access, and look at values. The stable ABI turns every C++ exception into RuntimeError; backends.run makes it a ValueError again.
+// illegal access, and look at values. torch 2.11 makes ValueError of std::invalid_argument, the stable ABI of torch 2.15 RuntimeError of every
+// exception; backends.run makes that a ValueError again.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

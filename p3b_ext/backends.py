@@ -123,8 +123,8 @@ def choose(op: str, x: Tensor, family: str) -> str:
 
 def run(backend: str, family: str, op: str, *args):
     """Call `op`, with the signature of csrc/library.cpp, on `backend`. What a compiled kernel says of a value
-    ("<op>: <argument> must be ...") is a ValueError; it comes through the stable ABI as a RuntimeError, and stays one
-    inside a compiled graph."""
+    ("<op>: <argument> must be ...") is a ValueError; it comes through the stable ABI as a RuntimeError (a ValueError
+    already in torch 2.11), and stays one inside a compiled graph."""
     if backend == "reference":
         return getattr(reference, op)(*args)
     if backend != "cpu" or torch.compiler.is_compiling():
