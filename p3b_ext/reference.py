@@ -121,8 +121,9 @@ def match_tokens(metric: Tensor, r: int, num_prefix: int, source: Tensor | None)
     is_source, is_destination = source & ~prefix, ~source & ~prefix
     similarity = x @ x.transpose(1, 2)
     similarity = similarity.masked_fill(~is_destination[:, None, :], -torch.inf)
-    best, partner = similarity.max(-1)  # the first maximum on a CPU; ties are settled below for every device
-    partner = (similarity == best[..., None]).to(torch.int8).argmax(-1) if n else partner
+    best = similarity.amax(-1)
+    # The lowest of equal maxima on every device, which argmax alone does not promise.
+    partner = torch.where(similarity == best[..., None], position, n - 1).amin(-1)
     best = best.masked_fill(~is_source, -torch.inf)
     rank = best.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     merged = (rank < r) & is_source

@@ -1,6 +1,6 @@
 """Sample inputs and error budgets that the tests share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ class AttentionCase:
     sizes: float = 0.0  # largest token size; 0 = none
     gate: str = ""  # "" | "D" | "HD" | "pruned" (head 0 all zero, every third channel zero)
     logits: float = 1.0  # factor on q
-    features: tuple = field(default=(), compare=False)
 
     def __str__(self):
         parts = [f"B{self.B}-H{self.H}-N{self.N}-D{self.D}-{self.layout}"]
