@@ -164,7 +164,7 @@ def masked_attention(d: Draw, machine: Machine) -> Case:
     mask, size, gate = c.extras
     if size is not None and size.numel() and d.maybe(0.05):
         size[-1, d.upto(size.shape[1]) - 1] = d.random.choice([0.0, -1.0, torch.nan, -torch.inf])
-        return Case((*c.inputs, mask, size, gate, c.scale, aux), (), (), error="token_size must be > 0, got")
+        return Case((*c.inputs, mask, size, gate, c.scale, aux), (), (), error="token_size must be > 0 and finite, got")
     args = (*c.inputs, mask, size, gate, c.scale, aux)
     out, lse, cls, entropy, norm = reference.masked_attention(*map(double, args))
     floor = 1e-3 + 0.1 * scale_of(reference._gated(double(c.v), double(gate)))
