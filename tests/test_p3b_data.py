@@ -101,15 +101,53 @@ def test_training_batches_have_one_shape_and_validation_sees_every_image():
 
 
 def test_shift_and_flip_by_hand():
-    x = torch.arange(12.0).view(1, 1, 3, 4).repeat(64, 1, 1, 1)
-    still = shift_and_flip(x, 0, True, torch.Generator().manual_seed(0))
-    flipped = (still == x.flip(3)).flatten(1).all(1)
-    assert ((still == x).flatten(1).all(1) | flipped).all() and 16 < int(flipped.sum()) < 48
-    moved = shift_and_flip(x, 1, False, torch.Generator().manual_seed(0))
+    x = torch.arange(12.0).view(1, 1, 3, 4).repeat(9, 1, 1, 1)
+    still, mirrored = torch.zeros(9, 2, dtype=torch.int64), torch.arange(9) % 2 == 1
+    flipped = shift_and_flip(x, still, mirrored)
+    assert torch.equal(flipped[::2], x[::2]) and torch.equal(flipped[1::2], x[1::2].flip(3))
+    moves = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2))
     padded = torch.nn.functional.pad(x[:1], (1, 1, 1, 1), mode="replicate")
-    allowed = torch.stack([padded[0, 0, r : r + 3, c : c + 4] for r in range(3) for c in range(3)])
-    matches = (moved[:, 0, None] == allowed).flatten(2).all(2)
-    assert matches.any(1).all() and matches.any(0).all()  # every image one of the nine moves, every move drawn
+    wanted = torch.stack([padded[0, :, 1 + r : 4 + r, 1 + c : 5 + c] for r, c in moves.tolist()])
+    assert torch.equal(shift_and_flip(x, moves, still[:, 0] == 1), wanted)
+
+
+def test_every_move_is_drawn():
+    loader = create_data("digits", img_size=8, batch_size=400, shift=1, flip=True).train
+    offset, mirrored = loader._draw_moves(1000, torch.Generator().manual_seed(0))
+    counts = torch.unique(offset, dim=0, return_counts=True)[1]
+    assert len(counts) == 9 and counts.min() > 70 and 450 < int(mirrored.sum()) < 550
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+def test_processes_share_the_batches_of_one(npz, folder, kind, world):
+    source = npz() if kind == "arrays" else folder(count=7)
+    common = dict(img_size=8, batch_size=6, seed=3)
+    whole = create_data(source, **common)
+    parts = [create_data(source, rank=rank, world=world, workers=rank % 2, **common) for rank in range(world)]
+    for epoch in range(2):
+        assert len({len(part.train) for part in parts}) == 1
+        for batch, *mine in zip(whole.train, *(part.train for part in parts), strict=True):
+            for rank, part in enumerate(mine):
+                assert all(torch.equal(a, b[rank::world]) for a, b in zip(part, batch, strict=True)), (epoch, rank)
+    one = batches(whole.val)
+    for rank, part in enumerate(parts):
+        mine = batches(part.val)
+        assert len(mine) == len(part.val)
+        wanted = [(x[rank::world], y[rank::world]) for x, y in one if len(y) > rank]
+        assert same(mine, wanted)  # uneven, nothing padded
+    assert sum(len(y) for part in parts for _, y in part.val) == sum(len(y) for _, y in one)
+    assert same(batches(parts[-1].part(0, 1).val), one)
+
+
+def test_batches_that_processes_cannot_share(npz):
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 3, .* \(as 63 or 66\), got 64"):
+        create_data("digits", batch_size=64, rank=0, world=3)
+    with pytest.raises(ValueError, match="rank must be 0 to 1"):
+        create_data("digits", rank=2, world=2)
+    with pytest.raises(ValueError, match="at most the 30 training images where 4 processes share a batch, got 40"):
+        create_data(npz(), batch_size=40, rank=0, world=4)
+    assert [len(y) for _, y in create_data(npz(), batch_size=40, rank=1, world=2, img_size=4).train] == [15]
 
 
 def test_npz(npz):

@@ -10,6 +10,8 @@ workers, not on what else drew random numbers, and not on whether the run was in
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import difflib
 import os
 import random
@@ -55,6 +57,10 @@ class Data:
     class_names: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def part(self, rank: int, world: int) -> Data:
+        """The same data as process `rank` of `world` reads it; `part(0, 1)` is all of it."""
+        return dataclasses.replace(self, train=self.train.part(rank, world), val=self.val.part(rank, world))
+
 
 def create_data(
     source: str | os.PathLike[str],
@@ -75,6 +81,8 @@ def create_data(
     root: str | None = None,
     download: bool = False,
     num_classes: int | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Data:
     """Loaders for training and validation from a name or a path.
 
@@ -91,6 +99,9 @@ def create_data(
     mean, std: per channel in [0, 1]; default: of the training images (arrays), ImageNet's (files).
     shift, flip: largest shift in pixels and whether to mirror; default by source (digits are never mirrored).
     num_classes: needed only for streams that do not say it themselves.
+    rank, world: this process's number and how many there are. batch_size counts the images of all processes together:
+        each gets an equal share of the very batch that one process alone would get, and of the validation images every
+        one goes to exactly one process. (Streams: training images are divided by timm's reader.)
 
     Raises ValueError with one line for anything that cannot be read.
     """
@@ -116,22 +127,69 @@ def create_data(
     if arrays is not None:
         data = _from_arrays(arrays, size, batch_size, seed, device, augment, classes, mean, std, shift, flip)
     else:
-        files = _file_source(source, val_share, root, download, seed, batch_size, num_classes)
+        # A stream ends its epoch on a whole batch of each process.
+        files = _file_source(source, val_share, root, download, seed, max(1, batch_size // world), num_classes)
         if classes is not None:
             raise ValueError(f"data: classes must be left out for {source!r} (not an array set), got {classes}")
         data = _from_files(files, size, batch_size, seed, workers, augment, mean, std, flip, crop_pct)
     settings |= dict(mean=list(data.mean), std=list(data.std))
     data.settings.update(settings)
-    return data
+    return data if (rank, world) == (0, 1) else data.part(rank, world)
 
 
-class ArrayLoader:
-    """Batches of a set that lives on the device.
+class Loader:
+    """What the loaders share: epochs, order, and how several processes divide a batch.
 
-    Iterating yields (images float32 [B, C, H, W], labels int64 [B]). Each pass is one epoch; order and
-    augmentation come from (seed, epoch) alone, and `set_epoch` rewinds or skips. Shift and flip are drawn per
-    image.
+    Iterating yields (images float32 [B, C, H, W], labels int64 [B]). Each pass is one epoch; order and augmentation
+    come from (seed, epoch) alone, and `set_epoch` rewinds or skips. Of `world` processes, number `rank` reads every
+    world-th image of each batch of `batch_size`, so that together they see what one process would.
     """
+
+    counts_all = True  # whether `count` is that of all processes
+
+    def __init__(self, count: int, batch_size: int, *, train: bool, seed: int) -> None:
+        self.count, self.batch_size, self.train, self.seed = count, batch_size, train, seed
+        self.epoch, self.rank, self.world = 0, 0, 1
+
+    def __len__(self) -> int:
+        # Training drops the last, short batch (one shape for compiled steps), unless it is the only one.
+        if self.train:
+            return max(1, self.count // self.batch_size)
+        mine = len(range(self.rank, self.count, self.world))
+        return -(-mine // (self.batch_size // self.world))  # one less where the last batch has no image for this rank
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass the one of this epoch."""
+        self.epoch = epoch
+
+    def part(self, rank: int, world: int) -> Loader:
+        """The same batches as process `rank` of `world` reads them; images are shared, not copied."""
+        if not 0 <= rank < world:
+            raise ValueError(f"data: rank must be 0 to {world - 1} (of {world} processes), got {rank}")
+        if self.batch_size % world:
+            fit = [n for n in (self.batch_size // world * world, -(-self.batch_size // world) * world) if n]
+            wanted = f"a multiple of {world}, the number of processes that share it"
+            raise ValueError(f"data: batch_size must be {wanted} (as {fit[0]} or {fit[-1]}), got {self.batch_size}")
+        if self.train and self.counts_all and self.count < self.batch_size and self.count % world:
+            wanted = f"at most the {self.count} training images where {world} processes share a batch"
+            raise ValueError(f"data: batch_size must be {wanted}, got {self.batch_size}")
+        loader = copy.copy(self)
+        loader.rank, loader.world = rank, world
+        return loader
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """Image numbers of an epoch, int64, as one process reads them."""
+        if not self.train:
+            return torch.arange(self.count)
+        return torch.randperm(self.count, generator=generator)[: len(self) * self.batch_size]
+
+    def _mine(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """This process's batches of a table with one row for each place in the order."""
+        return rows[self.rank :: self.world].split(self.batch_size // self.world)
+
+
+class ArrayLoader(Loader):
+    """Batches of a set that lives on the device: order and augmentation are drawn and copied there once an epoch."""
 
     def __init__(
         self,
@@ -147,58 +205,50 @@ class ArrayLoader:
         flip: bool = False,
         seed: int = 0,
     ) -> None:
+        super().__init__(len(labels), batch_size, train=train, seed=seed)
         self.images, self.labels = images, labels  # uint8 [n, C, h, w], int64 [n]
-        self.img_size, self.batch_size, self.train = img_size, batch_size, train
-        self.shift, self.flip, self.seed = shift, flip, seed
-        self.epoch = 0
+        self.img_size, self.shift, self.flip = img_size, shift, flip
         shape = (1, -1, 1, 1)
         self._mean = torch.tensor(list(mean), device=images.device).view(shape) * 255
         self._std = torch.tensor(list(std), device=images.device).view(shape) * 255
 
-    def __len__(self) -> int:
-        n = len(self.labels)
-        # Training drops the last, short batch (one shape for compiled steps), unless it is the only one.
-        return max(1, n // self.batch_size) if self.train else -(-n // self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass the one of this epoch."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # Random numbers come from a CPU generator: a GPU run sees the same images.
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         self.epoch += 1
-        n = len(self.labels)
-        order = torch.randperm(n, generator=generator) if self.train else torch.arange(n)
-        for i in range(len(self)):
-            index = order[i * self.batch_size : (i + 1) * self.batch_size].to(self.images.device)
-            yield self._prepare(self.images[index], generator), self.labels[index]
+        order = self._order(generator)
+        tables = [order, *(self._draw_moves(len(order), generator) if self.train and (self.shift or self.flip) else ())]
+        for index, *moves in zip(*(self._mine(rows.to(self.images.device)) for rows in tables), strict=True):
+            x = self._prepare(self.images[index])
+            yield (shift_and_flip(x, *moves) if moves else x), self.labels[index]
 
-    def _prepare(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _draw_moves(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What `shift_and_flip` takes, for `count` images."""
+        offsets, mirrored = [], []
+        for start in range(0, count, self.batch_size):  # batch by batch, so that a prefix of the epoch stays what it is
+            b = min(self.batch_size, count - start)
+            offsets.append(torch.randint(-self.shift, self.shift + 1, (2, b), generator=generator).T)
+            mirrored.append(torch.rand(b, generator=generator) < 0.5 if self.flip else torch.zeros(b, dtype=torch.bool))
+        return torch.cat(offsets), torch.cat(mirrored)
+
+    def _prepare(self, images: Tensor) -> Tensor:
         x = images.float()
         if x.shape[-2:] != self.img_size:
             x = F.interpolate(x, self.img_size, mode="bicubic", antialias=True).clamp_(0, 255)
-        x = (x - self._mean) / self._std
-        if self.train and (self.shift or self.flip):
-            x = shift_and_flip(x, self.shift, self.flip, generator)
-        return x
+        return (x - self._mean) / self._std
 
 
-def shift_and_flip(x: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Move every image by up to `shift` pixels both ways (edges repeat) and mirror it with probability 1/2.
+def shift_and_flip(x: Tensor, offset: Tensor, mirrored: Tensor) -> Tensor:
+    """Move image b by offset[b] = (rows, columns) pixels, edges repeat, then mirror it where mirrored[b].
 
-    x [B, C, H, W]; one gather for the whole batch. The random numbers come from a CPU generator: a GPU run
-    sees the same images.
+    x [B, C, H, W], offset int64 [B, 2], mirrored bool [B]; one gather for the whole batch.
     """
     b, _, h, w = x.shape
-    dy, dx = torch.randint(-shift, shift + 1, (2, b, 1), generator=generator)
-    rows = (torch.arange(h) + dy).clamp_(0, h - 1)  # [B, H]
-    cols = (torch.arange(w) + dx).clamp_(0, w - 1)  # [B, W]
-    if flip:
-        mirrored = torch.rand(b, 1, generator=generator) < 0.5
-        cols = torch.where(mirrored, cols.flip(1), cols)
-    image = torch.arange(b).view(b, 1, 1)
-    index = [t.to(x.device) for t in (image, rows[:, :, None], cols[:, None, :])]
-    return x.permute(0, 2, 3, 1)[tuple(index)].permute(0, 3, 1, 2).contiguous()
+    rows = (torch.arange(h, device=x.device) + offset[:, :1]).clamp_(0, h - 1)  # [B, H]
+    cols = (torch.arange(w, device=x.device) + offset[:, 1:]).clamp_(0, w - 1)  # [B, W]
+    cols = torch.where(mirrored[:, None], cols.flip(1), cols)
+    image = torch.arange(b, device=x.device).view(b, 1, 1)
+    return x.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass
@@ -344,7 +394,7 @@ def _from_arrays(
 
 
 class SeededImages(torch.utils.data.Dataset):
-    """Decoded, transformed images; the random numbers of image i depend on (seed, epoch, i) only.
+    """Decoded, transformed images by (epoch, i); the random numbers of image i depend on (seed, epoch, i) only.
 
     An image that cannot be read comes back as a message, so that the main process can raise it in one line.
     """
@@ -356,17 +406,18 @@ class SeededImages(torch.utils.data.Dataset):
         transform: Callable[[Any], Tensor],
         seed: int,
     ) -> None:
-        self.read, self.count, self.transform, self.seed, self.epoch = read, count, transform, seed, 0
+        self.read, self.count, self.transform, self.seed = read, count, transform, seed
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
+        epoch, index = key
         try:
             image, label = self.read(index)
         except Exception as error:  # PIL and the readers raise what they like for a damaged file
             return f"data: {self.describe(index)} must be a readable image, got: {error}"
-        with _seeded(_mix(self.seed, self.epoch, index)):
+        with _seeded(_mix(self.seed, epoch, index)):
             return self.transform(image), int(label)
 
     def describe(self, index: int) -> str:
@@ -374,49 +425,78 @@ class SeededImages(torch.utils.data.Dataset):
         return describe(index) if describe else f"image {index}"
 
 
-class FileLoader:
-    """Batches of decoded images: the same contract as ArrayLoader, with worker processes behind it."""
+class FileLoader(Loader):
+    """Batches of images that worker processes decode."""
 
-    def __init__(self, dataset: Any, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool) -> None:
-        self.dataset, self.batch_size, self.workers, self.train = dataset, batch_size, workers, train
-        self.seed, self.pin, self.epoch = seed, pin, 0
-
-    def __len__(self) -> int:
-        n = len(self.dataset)
-        return max(1, n // self.batch_size) if self.train else -(-n // self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass the one of this epoch."""
-        self.epoch = epoch
+    def __init__(
+        self, dataset: SeededImages, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool
+    ) -> None:
+        super().__init__(len(dataset), batch_size, train=train, seed=seed)
+        self.dataset, self.workers, self.pin = dataset, workers, pin
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
-        order: list[int] | None = None
-        if isinstance(self.dataset, SeededImages):
-            self.dataset.epoch = epoch
-            n = len(self.dataset)
-            shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(_mix(self.seed, epoch)))
-            order = (shuffled if self.train else torch.arange(n)).tolist()
-        elif hasattr(self.dataset, "set_epoch"):  # streams shuffle themselves
+        order = self._order(torch.Generator().manual_seed(_mix(self.seed, epoch)))
+        keys = [[(epoch, index) for index in batch.tolist()] for batch in self._mine(order)]
+        yield from _loaded(self.dataset, batch_sampler=keys, num_workers=self.workers, pin_memory=self.pin)
+
+
+class StreamLoader(Loader):
+    """Batches of a stream that timm reads, in the stream's own order.
+
+    Of several processes each trains on what timm's reader gives it (torch.distributed must be set up before the data);
+    in validation every process reads the whole stream and keeps its part, so that each image counts once.
+    """
+
+    counts_all = False
+
+    def __init__(self, dataset: Any, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool) -> None:
+        if hasattr(dataset, "set_loader_cfg"):
+            dataset.set_loader_cfg(num_workers=workers)  # the length depends on it
+        if not train:
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+        super().__init__(len(dataset), batch_size, train=train, seed=seed)
+        self.dataset, self.workers, self.pin = dataset, workers, pin
+
+    def __len__(self) -> int:
+        if self.train:  # the reader counts this process's images only
+            return max(1, self.count // (self.batch_size // self.world))
+        return -(-self.count // self.batch_size)
+
+    def part(self, rank: int, world: int) -> Loader:
+        """As `Loader.part`; for training timm's reader must know of the same processes."""
+        known = getattr(self.dataset.reader, "dist_num_replicas", 1)
+        if self.train and world != known:
+            remedy = "set torch.distributed up before the data"
+            raise ValueError(f"data: world must be torch.distributed's {known} for a stream, got {world}; {remedy}")
+        return super().part(rank, world)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        loader = torch.utils.data.DataLoader(
-            self.dataset,
-            self.batch_size,
-            sampler=order,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            drop_last=self.train and len(self.dataset) >= self.batch_size,
-            pin_memory=self.pin,
-        )
-        try:
-            for batch in loader:
-                if isinstance(batch, str):
-                    raise ValueError(batch)
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise OSError(f"data: a worker process died, try --workers 0 to see why: {error}") from error
+        size = self.batch_size // self.world if self.train else self.batch_size
+        options = dict(batch_size=size, drop_last=self.train and self.count >= size)
+        for images, labels in _loaded(self.dataset, num_workers=self.workers, pin_memory=self.pin, **options):
+            if self.train:
+                yield images, labels
+            elif self.rank < len(labels):
+                yield images[self.rank :: self.world], labels[self.rank :: self.world]
+
+
+def _loaded(dataset: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of PyTorch's DataLoader; what goes wrong in a worker is one line here."""
+    # With a generator of its own the loader takes no random number from the run's.
+    loader = torch.utils.data.DataLoader(dataset, collate_fn=_collate, generator=torch.Generator(), **options)
+    try:
+        for batch in loader:
+            if isinstance(batch, str):
+                raise ValueError(batch)
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"data: a worker process died, try --workers 0 to see why: {error}") from error
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -625,13 +705,12 @@ def _from_files(
     transforms = [create_transform(is_training=bool(moves), **moves, **common), create_transform(**common)]
     loaders = []
     for part, reader in enumerate((files.train, files.val)):
+        common = dict(batch_size=batch_size, workers=workers, train=part == 0, seed=seed, pin=torch.cuda.is_available())
         if isinstance(reader, torch.utils.data.IterableDataset):
-            reader.transform, dataset = transforms[part], reader
+            reader.transform = transforms[part]
+            loaders.append(StreamLoader(reader, **common))
         else:
-            dataset = SeededImages(reader, files.counts[part], transforms[part], seed)
-        pin = torch.cuda.is_available()
-        loader = FileLoader(dataset, batch_size=batch_size, workers=workers, train=part == 0, seed=seed, pin=pin)
-        loaders.append(loader)
+            loaders.append(FileLoader(SeededImages(reader, files.counts[part], transforms[part], seed), **common))
     counts = f"{files.counts[0]:,} training and {files.counts[1]:,} validation images"
     text = f"{files.name}: {len(files.class_names)} classes, {counts}, read at {size[0]} x {size[1]}"
     return Data(loaders[0], loaders[1], len(files.class_names), 3, size, mean, std, text, files.class_names)
