@@ -10,7 +10,8 @@ import vits
 
 import p3b
 from p3b import Config
-from p3b.train import Meter, PruneRun, Step, _optimizer
+from p3b.step import Meter, Step
+from p3b.train import PruneRun, _optimizer
 from p3b_ext.patch import patch, unpatch
 
 CLASSES, STEPS, BATCH = 4, 6, 16
@@ -188,7 +189,7 @@ def test_gates_are_bitwise_untouched_between_updates():
         run.step([batch], meter)
     assert torch.equal(run.gates.values, values)
     assert all(not torch.equal(a, b) for a, b in zip(weights, run.model.parameters(), strict=True))
-    held = {p.data_ptr() for p in run.step.parameters} | {p.data_ptr() for p in run.probes.parameters()}
+    held = {p.data_ptr() for p in run.step.parameters} | {p.data_ptr() for p in run.method.probes.parameters()}
     assert held.isdisjoint({run.gates.values.data_ptr()})
     assert len(run.step.parameters) == len(list(run.model.parameters()))
 
@@ -207,8 +208,8 @@ def test_scores_are_those_of_the_batch_gradient():
 def test_nothing_is_measured_in_the_warm_up():
     run, meter = run_of(start_epoch=1)
     run.step([batches(1)[0]], meter)
-    assert not run.gates.score_sum.any() and not run.benefit.count and not run.gates.grad.any()
-    assert any(state for state in run.probe_optimizer.state.values())  # the probes learn from the start
+    assert not run.gates.score_sum.any() and not run.method.benefit.count and not run.gates.grad.any()
+    assert any(state for state in run.method.optimizers[0].state.values())  # the probes learn from the start
 
 
 def test_accumulated_batches_make_one_step():
@@ -216,11 +217,11 @@ def test_accumulated_batches_make_one_step():
     halves = [(images[:4], labels[:4]), (images[4:], labels[4:])]
     whole, meter = run_of(start_epoch=0, patch_probe="linear")
     split, _ = run_of(start_epoch=0, patch_probe="linear")
-    split.probes.load_state_dict(whole.probes.state_dict())
+    split.method.probes.load_state_dict(whole.method.probes.state_dict())
     whole.step([(images, labels)], meter)
     split.step(halves, meter)
     torch.testing.assert_close(split.gates.score_sum, whole.gates.score_sum, rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(split.benefit.sums / split.benefit.count, whole.benefit.sums, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(split.method.benefit.sums / split.method.benefit.count, whole.method.benefit.sums, rtol=1e-3, atol=1e-5)
     assert float(split.gates.count) == 1
     # two batches a step: three steps an epoch, updates counted in steps
     result = prune(accumulate=2, updates_per_epoch=1, finetune_epochs=0)
@@ -232,16 +233,17 @@ def test_non_finite_gradients_change_nothing(bad):
     run, meter = run_of(start_epoch=0)
     good = batches(2)
     run.step([good[0]], meter)
-    weights = [p.clone() for p in (*run.model.parameters(), *run.probes.parameters())]
+    weights = [p.clone() for p in (*run.model.parameters(), *run.method.probes.parameters())]
     score, count = run.gates.score_sum.clone(), float(run.gates.count)
     images = good[1][0].clone()
     images[0, 0, 0, 0] = bad
     run.step([(images, good[1][1])], meter)
     assert all(
-        torch.equal(a, b) for a, b in zip(weights, (*run.model.parameters(), *run.probes.parameters()), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(weights, (*run.model.parameters(), *run.method.probes.parameters()), strict=True)
     )
     assert torch.equal(run.gates.score_sum, score) and float(run.gates.count) == count
-    assert torch.isfinite(run.benefit.sums).all()
+    assert torch.isfinite(run.method.benefit.sums).all()
     assert float(run.step.skipped) == 1
     run.step([good[1]], meter)
     assert float(run.gates.count) == count + 1 and torch.isfinite(run.gates.score_sum).all()
@@ -307,7 +309,7 @@ def test_a_block_whose_benefit_rises_late_regains_channels():
             run.count += 1
         benefit = torch.full((len(run.names),), 0.3, dtype=torch.float64)
         benefit[place] = -0.2 if number < 8 else 1.5
-        run.benefit.take = lambda include_previous=False, values=benefit: {"cls": values, "patch": values}
+        run.method.benefit.take = lambda include_previous=False, values=benefit: {"cls": values, "patch": values}
         run.update()
     updates = run.history["updates"]
     starved, fed = updates[7], updates[-1]

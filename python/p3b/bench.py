@@ -22,7 +22,8 @@ from . import reductions
 from .architecture import build
 from .data import Data, create_data
 from .evaluate import Row, measure, metrics, tables
-from .report import new_figure, write_atomically, write_json
+from .files import write_atomically
+from .report import new_figure, write_json
 from .run import load_run
 
 RESULT, PAGE, PLOT = "bench.json", "bench.md", "bench.png"

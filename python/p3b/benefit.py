@@ -47,6 +47,15 @@ class Benefit:
         return dict(zip(self.criteria, means, strict=True))
 
 
+    def state(self) -> list[Tensor]:
+        """What `load_state` takes back."""
+        return [self.sums, self.count, *self.older]
+
+    def load_state(self, state: list[Tensor]) -> None:
+        for own, saved in zip((self.sums, self.count, *self.older), state, strict=True):
+            own.copy_(saved)
+
+
 class Importance:
     """Running importance of the sub-blocks: `budget.importance` per criterion, averaged over updates, mixed
     over criteria.

@@ -94,16 +94,20 @@ def keep_ratios(
     return (scale * imp).clamp(floor, 1.0)
 
 
+def progress(step: int, start_step: int, sparse_step: int) -> float:
+    """How much of the way from the whole model to the budget is gone at a step: `ramp`'s p."""
+    if sparse_step <= start_step:
+        raise ValueError(f"ramp: sparse_step must be above start_step = {start_step}, got {sparse_step}")
+    return min(1.0, max(0.0, (step + 1 - start_step) / (sparse_step - start_step)))
+
+
 def ramp(goal: Tensor, step: int, start_step: int, sparse_step: int) -> Tensor:
     """The keep ratios in force at a step on the way from one to their goal: `1 - (1 - goal) * p`.
 
     `p = clip((step + 1 - start_step) / (sparse_step - start_step), 0, 1)`; goal `[S]`, steps are optimizer
     steps.
     """
-    if sparse_step <= start_step:
-        raise ValueError(f"ramp: sparse_step must be above start_step = {start_step}, got {sparse_step}")
-    progress = min(1.0, max(0.0, (step + 1 - start_step) / (sparse_step - start_step)))
-    return 1 - (1 - goal) * progress
+    return 1 - (1 - goal) * progress(step, start_step, sparse_step)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ so a folder can be read without the run that made it and without timm's registry
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import nn
 from p3b_ext.patch import patch
 
 from .architecture import build, describe
+from .files import write_atomically
 from .surgery import cut
 from .train import Result
 
@@ -50,10 +50,10 @@ def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _replace(folder / WEIGHTS, lambda path: save_file(weights, path))
+        write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
     except SafetensorError as error:  # a full disk is no OSError here
         raise OSError(f"save: {folder / WEIGHTS} must be writable, got {error}") from None
-    _replace(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return folder
 
 
@@ -80,7 +80,7 @@ def update_meta(folder: str | Path, **changes: Any) -> None:
     folder = Path(folder)
     description = _read(folder)
     text = _text(description | {"meta": (description.get("meta") or {}) | changes})
-    _replace(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def load(folder: str | Path) -> VisionTransformer:
@@ -150,22 +150,3 @@ def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], op: str) -
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise ValueError(f"{op}: weights must fit the described model, got {detail}") from None
-
-
-def umask() -> int:
-    """The permission bits that new files of this process go without."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~umask())  # safetensors lets nobody else read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .methods import METHODS, SETTINGS
+
 
 @dataclass
 class Config:
@@ -21,6 +23,8 @@ class Config:
     came.
     """
 
+    method: str = "p3b"
+    """What decides which channels stay: "p3b", "p3b+" or one of its rivals (p3b.methods.METHODS)."""
     prune_ratio: float = 0.5
     """Share of the model's cost (all of it, what lies outside the blocks included) that the pruned model
     gives up, in (0, 1)."""
@@ -28,6 +32,11 @@ class Config:
     """What `prune_ratio` counts: "params" or "macs" (multiply-accumulates of one image)."""
     floor: float = 0.0
     """Smallest keep ratio that any sub-block may be given, in [0, 1); keeps a late block from starving."""
+    round_to: int = 1
+    """Kept channels of every gate are a multiple of this in the end (whole and empty gates apart); 8 suits the vector
+    units of most machines."""
+    compensate: bool = False
+    """At the shrink, what the channels that go now gave on average moves into the next bias."""
 
     start_epoch: int = 2
     """Warm-up: before this epoch model and probes train, the gates stay at one and nothing is measured."""
@@ -68,11 +77,17 @@ class Config:
     """Factor on the ranks of the MLP's hidden channels."""
     scale_mlp_out: float = 1.5
     """Factor on the ranks of the MLP's output channels."""
+    rank_across: str = "gate"
+    """"gate" (published) ranks elements inside each gate, so that scores never compare gates; "block" compares all
+    elements of a sub-block by score per cost that they save."""
     rank_zero_by: str = "gradient"
     """How elements with mask 0 (their score (m * g)^2 vanishes) are ordered below the others: "gradient", by
     today's g^2, or "last", by their last score before they fell asleep. Today's gradient is the default: a
     last score was measured on a network that has changed since."""
 
+    benefit_targets: str = "train"
+    """Targets that benefit is measured with: "train" (published: smoothed and mixed as the model is trained with) or
+    "clean" (labels without smoothing, images without mixing, which costs a forward pass where images are mixed)."""
     patch_probe: str = "pointwise"
     """Form of the patch probe: "conv" (published: two 3x3 convolutions), "pointwise" (one 1x1 convolution) or
     "linear" (none); each ends in the mean over tokens and a linear layer."""
@@ -101,6 +116,24 @@ class Config:
     "constant"."""
     label_smoothing: float = 0.1
     """Smoothing of integer labels, in [0, 1); soft targets are taken as they come."""
+    mixup: float = 0.0
+    """Alpha of mixup (timm.data.Mixup, per batch); 0 does not mix. Both runs mix."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 does not cut."""
+    mix_prob: float = 1.0
+    """Share of the batches that are mixed at all, where mixup or cutmix is above 0."""
+    mix_switch_prob: float = 0.5
+    """Share of the mixed batches that CutMix gets, where both are on."""
+    distill: float = 0.0
+    """Weight, in [0, 1], of the dense model's answers in the loss of fine-tuning after the shrink; 0 asks nobody."""
+    distill_temperature: float = 2.0
+    """Temperature that softens both models' answers there."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights over fine-tuning (timm.utils.ModelEmaV3), whose model is the result;
+    0 keeps none."""
+    select: str = "last"
+    """Which epoch of fine-tuning is the result: "last", or "best" by validation accuracy (fine-tuning alone, so never a
+    model that is not pruned yet)."""
     clip_grad: float = 0.0
     """Largest 2-norm of the model's gradient; 0 does not clip."""
     accumulate: int = 1
@@ -110,16 +143,24 @@ class Config:
     seed: int = 0
     """Seed of Python's, NumPy's and PyTorch's generators."""
     amp: str = "none"
-    """Mixed precision of forward passes: "none" or "bfloat16"."""
+    """Mixed precision of forward passes: "none", "bfloat16" or "float16" (with loss scaling)."""
+    compile: bool = False
+    """Compile the model's forward and backward passes in training (torch.compile)."""
     device: str = "auto"
     """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..."""
 
     def __post_init__(self) -> None:
+        self._fields()
+        self._training()
+
+    def _fields(self) -> None:
         for field in dataclasses.fields(self):
             self._coerce(field)
         self._check("prune_ratio", 0 < self.prune_ratio < 1, "in (0, 1)")
+        self._choice("method", tuple(METHODS))
         self._choice("budget", ("params", "macs"))
         self._check("floor", 0 <= self.floor < 1, "in [0, 1)")
+        self._check("round_to", self.round_to >= 1, "1 or more")
         self._check("start_epoch", self.start_epoch >= 0, "0 or more")
         self._check("sparse_epoch", self.sparse_epoch > self.start_epoch, f"above start_epoch = {self.start_epoch}")
         self._check(
@@ -137,27 +178,36 @@ class Config:
         self._check("tau_max", self.tau_max >= 0, "0 or more")
         for gate in ("attn_in", "attn_qkv", "attn_out", "mlp_in", "mlp_hid", "mlp_out"):
             self._check(f"scale_{gate}", getattr(self, f"scale_{gate}") > 0, "above 0")
+        self._choice("rank_across", ("gate", "block"))
         self._choice("rank_zero_by", ("gradient", "last"))
+        self._choice("benefit_targets", ("train", "clean"))
         self._choice("patch_probe", ("conv", "pointwise", "linear"))
         self._check("patch_probe_width", self.patch_probe_width >= 0, "0 or more")
         self._check("probe_share", 0 < self.probe_share <= 1, "in (0, 1]")
         self._check("probe_every", self.probe_every >= 1, "1 or more")
+
+    def _training(self) -> None:
         for rate in ("probe_lr", "lr", "finetune_lr"):
             self._check(rate, getattr(self, rate) > 0, "above 0")
-        for decay in ("weight_decay", "probe_weight_decay", "clip_grad"):
+        for decay in ("weight_decay", "probe_weight_decay", "clip_grad", "mixup", "cutmix"):
             self._check(decay, getattr(self, decay) >= 0, "0 or more")
         self._choice("schedule", ("one-cycle", "cosine", "constant"))
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+        for share in ("mix_prob", "mix_switch_prob", "distill"):
+            self._check(share, 0 <= getattr(self, share) <= 1, "in [0, 1]")
+        self._check("distill_temperature", self.distill_temperature > 0, "above 0")
+        self._check("ema", 0 <= self.ema < 1, "in [0, 1)")
+        self._choice("select", ("last", "best"))
         self._check("accumulate", self.accumulate >= 1, "1 or more")
         self._check("seed", self.seed >= 0, "0 or more")
-        self._choice("amp", ("none", "bfloat16"))
+        self._choice("amp", ("none", "bfloat16", "float16"))
 
     def _coerce(self, field: dataclasses.Field) -> None:
         value = getattr(self, field.name)
-        kind = {"int": int, "float": float, "str": str}[field.type]
+        kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             setattr(self, field.name, float(value))
-        elif not isinstance(value, kind) or isinstance(value, bool):
+        elif not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             raise TypeError(f"config: {field.name} must be {field.type}, got {value!r}")
         elif kind is float and not math.isfinite(value):
             raise ValueError(f"config: {field.name} must be finite, got {value!r}")
@@ -177,12 +227,15 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """A Config from plain keys and values; an unknown key is a ValueError that lists the known ones."""
+        """A Config from plain keys and values, over the defaults of their method (methods.SETTINGS).
+
+        An unknown key is a ValueError that lists the known ones.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"config: key must be one of {', '.join(known)}, got {', '.join(unknown)}")
-        return cls(**values)
+        return cls(**(SETTINGS.get(str(values.get("method")), {}) | values))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Config:

@@ -469,6 +469,16 @@ class Gates:
             new.zero_()
         return change
 
+    def state(self) -> list[Tensor]:
+        """Masks and scores, for `load_state`; the gradient is not among them: save between optimizer steps."""
+        return [self.values, self.score_sum, self.energy_sum, self.count, self.last_score, *self.older]
+
+    def load_state(self, state: list[Tensor]) -> None:
+        """Takes back what `state` gave."""
+        own = (self.values, self.score_sum, self.energy_sum, self.count, self.last_score, *self.older)
+        for tensor, saved in zip(own, state, strict=True):
+            tensor.copy_(saved)
+
     def set(self, values: Tensor) -> None:
         """Puts masks in place, `[G]` in the order of `blocks` and their `slices()`."""
         if values.shape != self.values.shape:

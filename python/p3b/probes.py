@@ -42,9 +42,16 @@ class Taps:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+
+    def begin(self, rows: int) -> None:
+        """Forgets what was recorded; the coming forward passes record their first `rows` images, none for 0."""
+        self.rows = rows
+        self.stream.clear()
 
     def _keep(self, x: Tensor) -> None:
-        self.stream.append(x.detach()[: self.rows])
+        if self.rows != 0:
+            self.stream.append(x.detach()[: self.rows])
 
 
 def _both_sides(stack: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import Row, tables
+from .files import write_atomically
 
 HISTORY, METRICS, REPORT = "history.json", "metrics.json", "report.md"
 PHASE_TINTS = {"dense": "#ffffff", "prune": "#f1efe8", "finetune": "#ffffff"}
@@ -86,16 +87,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary path in the same folder and rename the result: all of the file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _page(history: Mapping[str, Any], metrics: Mapping[str, Any], pictures: Mapping[str, str]) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 from . import checkpoint
 from .data import Data
 from .evaluate import Row, metrics
+from .files import umask
 from .report import HISTORY, METRICS, write_json, write_report
 
 CONFIG = "config.json"
@@ -48,7 +49,7 @@ def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        staging.chmod(0o777 & ~checkpoint.umask())  # mkdtemp lets nobody else in
+        staging.chmod(0o777 & ~umask())  # mkdtemp lets nobody else in
         yield staging
     except BaseException as error:
         if (staging / checkpoint.DESCRIPTION).exists():

@@ -15,7 +15,8 @@ import torch
 from timm.layers import set_fused_attn
 
 import p3b
-from p3b.train import Meter, PruneRun, Step, _optimizer
+from p3b.step import Meter, Step
+from p3b.train import PruneRun, _optimizer
 from p3b_ext.patch import patch
 
 VARIANTS = {

@@ -80,8 +80,8 @@ class Method:
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
         """Puts new masks in place; returns what the history shall hold, JSON-able.
 
-        progress: 0 to 1, how much of the way from the whole model to the budget is to be gone. tau: width of soft masks.
-        final: the last update; masks must be 0 or 1 and meet the budget.
+        progress: 0 to 1, how much of the way from the whole model to the budget is to be gone. tau: width of soft
+        masks. final: the last update; masks must be 0 or 1 and meet the budget.
         """
         raise NotImplementedError
 

@@ -1,0 +1,107 @@
+"""Several processes on one run: what torchrun started, seen through six verbs that also work for one process alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=30)  # longer than any epoch's validation that a rank may wait for
+
+
+class Processes:
+    """The processes that train together: `torch.distributed`'s default group, or this process alone."""
+
+    def __init__(self) -> None:
+        self.on = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.on else 0
+        self.world = dist.get_world_size() if self.on else 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that decides, writes and prints."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call in training: gradients of its parameters are averaged in the backward pass."""
+        if self.world == 1:
+            return model
+        device = next(model.parameters()).device
+        # Buffers are index tables and never change in training.
+        return DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Sums tensors over the processes, in place, in one collective for each dtype."""
+        self._flat(tensors, dist.ReduceOp.SUM)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Means over the processes, in place."""
+        tensors = list(tensors)
+        self._flat(tensors, dist.ReduceOp.SUM)
+        if self.world > 1:
+            for tensor in tensors:
+                tensor.div_(self.world)
+
+    def _flat(self, tensors: Iterable[Tensor], op: Any) -> None:
+        tensors = [t for t in tensors if t.numel()]
+        if self.world == 1 or not tensors:
+            return
+        for dtype in sorted({t.dtype for t in tensors}, key=str):
+            same = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.detach().reshape(-1) for t in same])
+            dist.all_reduce(flat, op)
+            for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every process the first one's values, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process holds, by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Returns when all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def processes(device: str = "auto") -> Iterator[tuple[Processes, str]]:
+    """Joins the processes that torchrun started, if it did; yields them and the device of this one.
+
+    device: as in Config.device. NCCL on CUDA devices, one each; gloo on CPUs. ValueError for more processes than
+    devices.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
+        yield Processes(), device
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if cuda:
+        if local >= torch.cuda.device_count():
+            have = torch.cuda.device_count()
+            raise ValueError(f"torchrun: processes on a machine must be at most its {have} CUDA devices, got more")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    try:
+        yield Processes(), device
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,31 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file under another name beside `path`, then gives it its name in one step.
+
+    Whatever happens, `path` holds all of the old or all of the new.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~umask())  # safetensors lets nobody else read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The permission bits that new files of this process go without."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
