@@ -10,7 +10,8 @@ from timm.layers import RmsNorm
 from torch import nn
 
 from p3b import Config, gates, shrink
-from p3b.gates import attach, detach, outside_cost, sharpening, soft_mask, sub_blocks
+from p3b.gates import attach, detach, outside_cost, sharpening, sub_blocks
+from p3b.masks import soft_mask
 from p3b_ext.patch import patch, unpatch
 
 FAMILIES = [

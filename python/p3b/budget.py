@@ -133,7 +133,32 @@ class Cost:
         return torch.where(o == 0, 0.0, torch.where(a * q == 0, self.constant * o, whole))
 
 
-def prune_count(gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, target: float) -> tuple[int, float]:
+def rounded(kept: Tensor, size: int, round_to: int) -> Tensor:
+    """Kept counts of a gate of `size` elements, each moved to the nearest multiple of `round_to` or to `size`; 0 stays
+    0, and nothing else becomes 0."""
+    nearest = (kept + round_to // 2) // round_to * round_to
+    top = size - size % round_to
+    nearest = torch.where(kept > top, torch.where(2 * kept >= size + top, size, top), nearest)
+    return torch.where(kept == 0, 0, nearest.clamp(min(round_to, size), size))
+
+
+def prune_costs(gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, round_to: int = 1) -> Tensor:
+    """Cost, float64 `[E + 1]`, after pruning the 0, 1, .. E lowest ranks, with the kept counts rounded to `round_to`.
+
+    Arguments as of `prune_count`.
+    """
+    if sum(sizes) != len(gate_of_rank):
+        raise ValueError(f"prune_count: sizes must add up to {len(gate_of_rank)} elements, got {sizes}")
+    one_hot = torch.nn.functional.one_hot(gate_of_rank.long(), 3)
+    pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long), one_hot.cumsum(0)))
+    kept = torch.tensor(sizes) - pruned  # [E + 1, 3]
+    kept_in, kept_out, kept_inner = (rounded(kept[:, i], size, round_to) for i, size in enumerate(sizes))
+    return cost(kept_in, kept_inner, kept_out)
+
+
+def prune_count(
+    gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, target: float, round_to: int = 1
+) -> tuple[int, float]:
     """How many elements, from the lowest rank up, to prune so that the cost comes closest to `target`: exact,
     no search.
 
@@ -141,14 +166,9 @@ def prune_count(gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, t
     are as close.
 
     gate_of_rank: int `[E]`, the gate (0 in, 1 out, 2 inner) of each element in ascending order of its score.
-    sizes: elements of the gates (in, out, inner), adding up to E.
+    sizes: elements of the gates (in, out, inner), adding up to E. round_to: what the counts are rounded to (`rounded`).
     """
-    if sum(sizes) != len(gate_of_rank):
-        raise ValueError(f"prune_count: sizes must add up to {len(gate_of_rank)} elements, got {sizes}")
-    one_hot = torch.nn.functional.one_hot(gate_of_rank.long(), 3)
-    pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long), one_hot.cumsum(0)))
-    kept = torch.tensor(sizes) - pruned  # [E + 1, 3]
-    error = (cost(kept[:, 0], kept[:, 2], kept[:, 1]) - target).abs()
+    error = (prune_costs(gate_of_rank, sizes, cost, round_to) - target).abs()
     pruned = int(error.argmin())
     return pruned, float(error[pruned])
 

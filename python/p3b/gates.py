@@ -9,7 +9,6 @@ flat tensor outside the model, where no optimizer finds them.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,29 +22,9 @@ from p3b_ext.linear import OneDnnLinear
 from p3b_ext.linear import linear as onednn_linear
 
 from . import budget
+from .masks import HARD, Scores, ratio_masks
 
 ASLEEP = 1e-3  # masks below this: (m * g)^2 would only repeat the order of the last mask
-HARD = 0.5  # published: an element counts as kept at m >= 0.5
-
-
-def soft_mask(ranks: Tensor, threshold_rank: float, tau: float) -> Tensor:
-    """Soft mask over the rank axis: 0.5 at the threshold, 0.1 and 0.9 at `tau` times the number of elements
-    below and above.
-
-    `sigmoid(log(9) * (ranks - threshold_rank) / (tau * len(ranks) + 1e-8))`
-
-    ranks: `[E]`, 1 for the lowest score. With tau = 0 a step; an element exactly at the threshold stays at
-    0.5, hence kept: pass the number of elements to prune plus one half. Float64 in, float64 out; else
-    float32.
-    """
-    ranks = torch.as_tensor(ranks)
-    if ranks.ndim != 1:
-        raise ValueError(f"soft_mask: ranks must be of shape [E], got {list(ranks.shape)}")
-    if not tau >= 0:
-        raise ValueError(f"soft_mask: tau must be 0 or more, got {tau}")
-    if not ranks.is_floating_point():
-        ranks = ranks.float()
-    return torch.sigmoid(math.log(9.0) * (ranks - threshold_rank) / (tau * len(ranks) + 1e-8))
 
 
 def sharpening(step: int, sparse_step: int, final_step: int, tau_max: float) -> float:
@@ -208,11 +187,14 @@ class SubBlock:
         bounds = np.cumsum((self.start, *self.sizes))
         return [slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
 
+    def cost(self, unit: str) -> budget.Cost:
+        """Cost of kept counts in "params" or "macs"."""
+        return self.params if unit == "params" else self.macs
+
     def full(self, unit: str) -> float:
         """Cost of the whole sub-block, "params" or "macs"."""
-        cost = self.params if unit == "params" else self.macs
         size_in, size_out, size_inner = self.sizes
-        return float(cost(size_in, size_inner, size_out))
+        return float(self.cost(unit)(size_in, size_inner, size_out))
 
 
 def _per_channel(module: nn.Module, channels: int) -> int:
@@ -330,6 +312,7 @@ class Gates:
         self.energy_sum = torch.zeros(total, device=device)
         self.count = torch.zeros((), device=device)
         self.last_score = torch.zeros(total)
+        self.kept_from = HARD
         self.older = [torch.zeros_like(t) for t in (self.score_sum, self.energy_sum, self.count)]
         self._leaves = [[self._leaf(s) for s in block.slices()] for block in self.blocks]
         for block, leaves in zip(self.blocks, self._leaves, strict=True):
@@ -410,8 +393,8 @@ class Gates:
         self.grad.zero_()
 
     def hard(self) -> Tensor:
-        """Bool [G]: which elements count as kept (m >= 0.5)."""
-        return self.values >= HARD
+        """Bool [G]: which elements count as kept (m >= 0.5, unless a method sets `kept_from`)."""
+        return self.values >= self.kept_from
 
     def kept_counts(self, hard: Tensor | None = None) -> list[tuple[int, int, int]]:
         """Kept elements (in, out, inner) per sub-block; one host read."""
@@ -421,8 +404,7 @@ class Gates:
     def kept_cost(self, unit: str = "params", hard: Tensor | None = None) -> Tensor:
         """Cost [S] of the kept channels per sub-block, float64."""
         counts = self.kept_counts(hard)
-        costs = [b.params if unit == "params" else b.macs for b in self.blocks]
-        return torch.stack([cost(a, q, o) for cost, (a, o, q) in zip(costs, counts, strict=True)])
+        return torch.stack([b.cost(unit)(a, q, o) for b, (a, o, q) in zip(self.blocks, counts, strict=True)])
 
     # deciding
 
@@ -434,40 +416,51 @@ class Gates:
         scales: dict[str, float],
         unit: str = "params",
         rank_zero_by: str = "gradient",
+        rank_across: str = "gate",
+        round_to: int = 1,
         include_previous: bool = False,
     ) -> dict[str, dict[str, int]]:
-        """New masks from the scores gathered since the last update: ranks inside each gate, an exact
-        threshold, the soft mask.
+        """New masks from the scores gathered since the last update: ranks, an exact threshold, the soft mask.
 
         keep_ratio: `[S]` share of each sub-block's cost to keep; 1 gives ones, 0 gives zeros. tau: width of
         the soft mask. include_previous: the window before counts too (the last update of a run, whose own
-        window may be short). Returns how many elements came back and went, per sub-block: {"reactivated":
-        {name: n}, "removed": {name: n}}.
+        window may be short). The other arguments are those of `masks.ratio_masks` and `window`. Returns what
+        `put` does.
+        """
+        scores = self.window(rank_zero_by, include_previous)
+        options = {"scales": scales, "unit": unit, "rank_across": rank_across, "round_to": round_to}
+        return self.put(ratio_masks(self.blocks, scores, keep_ratio, tau, **options))
+
+    def window(self, rank_zero_by: str = "gradient", include_previous: bool = False) -> Scores:
+        """The scores gathered since the last call (and the call before), on the host; gathering then starts anew.
+
+        rank_zero_by: what orders the elements whose mask is about 0: "gradient", today's g^2, or "last", their
+        last score.
         """
         sums = [self.score_sum, self.energy_sum, self.count]
         if include_previous:
             sums = [a + b for a, b in zip(sums, self.older, strict=True)]
-        packed = torch.cat((sums[0], sums[1], self.values, sums[2][None])).cpu()  # the one host read of an update
+        packed = torch.cat((sums[0], sums[1], self.values, sums[2][None])).cpu()
         score, energy, values = packed[:-1].chunk(3)
         steps = packed[-1].clamp_min(1.0)
         score, energy = score / steps, energy / steps
         awake = values >= ASLEEP
         self.last_score = torch.where(awake & (score > 0), score, self.last_score)
-        masks = torch.empty_like(values)
-        change: dict[str, dict[str, int]] = {"reactivated": {}, "removed": {}}
-        for block, kappa in zip(self.blocks, keep_ratio.tolist(), strict=True):
-            here = slice(block.start, block.stop)
-            tie = energy if rank_zero_by == "gradient" else self.last_score
-            ranks = scaled_ranks(block, score, tie, awake, [scales[name] for name in block.gate_names])
-            masks[here] = block_mask(block, ranks, kappa, tau, unit)
-            before, after = values[here] >= HARD, masks[here] >= HARD
-            change["reactivated"][block.name] = int((after & ~before).sum())
-            change["removed"][block.name] = int((before & ~after).sum())
-        self.values.copy_(masks)
         for old, new in zip(self.older, (self.score_sum, self.energy_sum, self.count), strict=True):
             old.copy_(new)
             new.zero_()
-        return change
+        return Scores(score, energy if rank_zero_by == "gradient" else self.last_score, awake)
+
+    def put(self, masks: Tensor) -> dict[str, dict[str, int]]:
+        """Puts masks `[G]` in place and returns how many elements came back and went, per sub-block:
+        {"reactivated": {name: n}, "removed": {name: n}}."""
+        before = self.hard().cpu()
+        self.set(masks)
+        after = self.hard().cpu()
+        return {
+            what: {block.name: int(which[block.start : block.stop].sum()) for block in self.blocks}
+            for what, which in (("reactivated", after & ~before), ("removed", before & ~after))
+        }
 
     def state(self) -> list[Tensor]:
         """Masks and scores, for `load_state`; the gradient is not among them: save between optimizer steps."""
@@ -488,51 +481,6 @@ class Gates:
     def harden(self) -> None:
         """Rounds every mask to 0 or 1 (kept from 0.5 on)."""
         self.values.copy_(self.hard())
-
-
-def scaled_ranks(block: SubBlock, score: Tensor, tie: Tensor, awake: Tensor, scales: list[float]) -> Tensor:
-    """Rank of every element of a sub-block on the axis that its three gates share, float64 `[E]`.
-
-    Inside a gate the elements are ranked 1/n .. 1 by `score`, those asleep below all others by `tie`, equal
-    ones by place; the ranks are multiplied by the gate's scale. score, tie, awake: `[G]` on the host; scales:
-    of the gates in, out, inner.
-    """
-    scaled = []
-    for place, scale in zip(block.slices(), scales, strict=True):
-        first = torch.where(awake[place], score[place], torch.full_like(score[place], -1.0)).numpy()
-        second = torch.where(awake[place], torch.zeros_like(tie[place]), tie[place]).numpy()
-        ranks = np.empty(len(first))
-        ranks[np.lexsort((second, first))] = np.arange(1, len(first) + 1)
-        scaled.append(ranks / len(first) * scale)
-    return torch.from_numpy(np.concatenate(scaled).round(12))  # so that 1.5 * (2 / 48) and 3 / 48 are equal
-
-
-def block_mask(block: SubBlock, ranks: Tensor, kappa: float, tau: float, unit: str = "params") -> Tensor:
-    """Soft mask `[E]` of a sub-block that keeps the share `kappa` of its cost as closely as its ranks allow.
-
-    Elements of different gates often have equal ranks; of the six orders of gates the one that comes closest
-    breaks the ties.
-    """
-    elements = len(ranks)
-    if kappa >= 1:
-        return torch.ones(elements)
-    if kappa <= 0:
-        return torch.zeros(elements)
-    gate = torch.repeat_interleave(torch.arange(3), torch.tensor(block.sizes))
-    cost = block.params if unit == "params" else block.macs
-    target = kappa * block.full(unit)
-    best = (math.inf, elements, torch.arange(elements))
-    for places in itertools.permutations(range(3)):
-        order = torch.from_numpy(np.lexsort((torch.tensor(places)[gate].numpy(), ranks.numpy())))
-        pruned, error = budget.prune_count(gate[order], block.sizes, cost, target)
-        if error < best[0]:
-            best = (error, pruned, order)
-    _, pruned, order = best
-    if pruned in (0, elements):
-        return torch.full((elements,), float(pruned == 0))
-    mask = torch.empty(elements)
-    mask[order] = soft_mask(torch.arange(1, elements + 1, dtype=torch.float64), pruned + 0.5, tau).float()
-    return mask
 
 
 def attach(model: VisionTransformer) -> Gates:
