@@ -162,6 +162,17 @@ def test_npz(npz):
     assert all(torch.isfinite(x).all() for x, _ in grey.train)  # a constant image has no deviation to divide by
 
 
+def test_the_first_training_images(npz, folder):
+    whole, few = (create_data(npz(), img_size=6, augment="none", train_images=n) for n in (None, 4))
+    assert torch.equal(few.train.images, whole.train.images[:4]) and len(few.train.labels) == 4
+    assert few.num_classes == 3 and len(few.val.labels) == len(whole.val.labels)
+    assert len(create_data(**few.settings).train.labels) == 4
+    with pytest.raises(ValueError, match="train_images must be 1 to 30, the images there are, got 31"):
+        create_data(npz(), train_images=31)
+    with pytest.raises(ValueError, match="train_images must be left out"):
+        create_data(folder(), train_images=3)
+
+
 def test_settings_make_the_same_data_again(npz, folder):
     for source in (npz(), str(folder()), "digits"):
         data = create_data(source, img_size=8, batch_size=4, seed=3, augment="light", val_share=0.4)

@@ -81,6 +81,7 @@ def create_data(
     root: str | None = None,
     download: bool = False,
     num_classes: int | None = None,
+    train_images: int | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> Data:
@@ -99,6 +100,7 @@ def create_data(
     mean, std: per channel in [0, 1]; default: of the training images (arrays), ImageNet's (files).
     shift, flip: largest shift in pixels and whether to mirror; default by source (digits are never mirrored).
     num_classes: needed only for streams that do not say it themselves.
+    train_images: train on the first so many images of an array set (of those that `classes` keeps) only.
     rank, world: this process's number and how many there are. batch_size counts the images of all processes together:
         each gets an equal share of the very batch that one process alone would get, and of the validation images every
         one goes to exactly one process. (Streams: training images are divided by timm's reader.)
@@ -122,15 +124,21 @@ def create_data(
         crop_pct=crop_pct,
         root=root,
         num_classes=num_classes,
+        train_images=train_images,
     )
     arrays = _array_source(source, val_share, root, download)
     if arrays is not None:
-        data = _from_arrays(arrays, size, batch_size, seed, device, augment, classes, mean, std, shift, flip)
+        data = _from_arrays(
+            arrays, size, batch_size, seed, device, augment, classes, mean, std, shift, flip, train_images
+        )
     else:
         # A stream ends its epoch on a whole batch of each process.
         files = _file_source(source, val_share, root, download, seed, max(1, batch_size // world), num_classes)
         if classes is not None:
             raise ValueError(f"data: classes must be left out for {source!r} (not an array set), got {classes}")
+        if train_images is not None:
+            wanted = f"left out for {source!r} (not an array set)"
+            raise ValueError(f"data: train_images must be {wanted}, got {train_images}")
         data = _from_files(files, size, batch_size, seed, workers, augment, mean, std, flip, crop_pct)
     settings |= dict(mean=list(data.mean), std=list(data.std))
     data.settings.update(settings)
@@ -341,6 +349,7 @@ def _from_arrays(
     std: Sequence[float] | None,
     shift: int | None,
     flip: bool | None,
+    train_images: int | None,
 ) -> Data:
     if augment == "strong":
         raise ValueError(f"data: augment must be 'none' or 'light' for {arrays.name} (an array set), got 'strong'")
@@ -360,6 +369,10 @@ def _from_arrays(
         if not all(len(labels) for labels in y):
             counts = f"{len(y[0])} training and {len(y[1])} validation images"
             raise ValueError(f"data: classes must be labels that occur in both parts, got {classes} with {counts}")
+    if train_images is not None:
+        if not 1 <= train_images <= len(y[0]):
+            raise ValueError(f"data: train_images must be 1 to {len(y[0])}, the images there are, got {train_images}")
+        x[0], y[0] = x[0][:train_images], y[0][:train_images]
     channels_first = [np.ascontiguousarray(a[:, None] if a.ndim == 3 else a.transpose(0, 3, 1, 2)) for a in x]
     images = [torch.from_numpy(a).to(device) for a in channels_first]  # uint8 [n, C, H, W]
     labels = [torch.from_numpy(a.astype(np.int64)).to(device) for a in y]
