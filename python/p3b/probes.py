@@ -13,9 +13,14 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from p3b_ext.ops.merge import unmerge_tokens
+from p3b_ext.reduced import ROLE, Final, Tokens
 
 BATCH_NORM_EPSILON = 1e-5
 
@@ -26,32 +31,64 @@ class Taps:
 
     `with Taps(model) as taps: model(images)`; then `taps.stream` holds 2L + 1 detached tensors
     `[rows, N, C]`, the first `rows` images.
+
+    Under a token reduction every tensor still has all N tokens, so that both sides of a sub-block are read alike: a
+    merged token stands in the place of each of its patches (their mean is the mean weighted by size), and in the place
+    of a dropped patch stands the mean of the patches that are left.
     """
 
     def __init__(self, model: VisionTransformer, rows: int | None = None) -> None:
-        self.blocks, self.rows = model.blocks, rows
+        self.blocks, self.prefix, self.rows = model.blocks, model.num_prefix_tokens, rows
         self.stream: list[Tensor] = []
 
     def __enter__(self) -> Taps:
         self._handles = [self.blocks[0].register_forward_pre_hook(lambda _, args: self._keep(args[0]))]
+        self._traced = []
         for block in self.blocks:
             self._handles.append(block.norm2.register_forward_pre_hook(lambda _, args: self._keep(args[0])))
-            self._handles.append(block.register_forward_hook(lambda _, args, out: self._keep(out)))
+            role = block.__dict__.get(ROLE)
+            if role is None:
+                self._handles.append(block.register_forward_hook(lambda _, args, out: self._keep(out)))
+                continue
+            self._handles.append(
+                block.register_forward_hook(lambda _, args, out, final=role.final: self._keep_reduced(out, final))
+            )
+            self._traced.append((role, role.trace))
+            role.trace = True  # the block then says where every token went
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for role, trace in self._traced:
+            role.trace = trace
+        self._handles, self._traced = [], []
 
     def begin(self, rows: int) -> None:
         """Forgets what was recorded; the coming forward passes record their first `rows` images, none for 0."""
         self.rows = rows
         self.stream.clear()
 
-    def _keep(self, x: Tensor) -> None:
+    def _keep(self, x: Tensor | Tokens) -> None:
         if self.rows != 0:
-            self.stream.append(x.detach()[: self.rows])
+            self.stream.append((x.x if isinstance(x, Tokens) else x).detach()[: self.rows])
+
+    def _keep_reduced(self, out: Tensor | Tokens, final: Final) -> None:
+        """What a block of a reduced model puts out; its tokens went where they are behind its attention."""
+        if self.rows == 0:
+            return
+        slot = (out.slots if isinstance(out, Tokens) else final.slots)[-1][: self.rows]
+        self._keep(out)
+        for side in (-2, -1):
+            self.stream[side] = _on_the_grid(self.stream[side], slot, self.prefix)
+
+
+def _on_the_grid(x: Tensor, slot: Tensor, prefix: int) -> Tensor:
+    """Tokens `[B, M, C]` at the places that they came from, `[B, N, C]`; slot: int32 `[B, N]`, -1 where dropped."""
+    full = unmerge_tokens(x.contiguous(), slot)
+    gone = (slot < 0)[:, :, None]
+    kept = (~gone[:, prefix:]).sum(1, keepdim=True)
+    return torch.where(gone, full[:, prefix:].sum(1, keepdim=True) / kept, full)
 
 
 def _both_sides(stack: Tensor) -> Tensor:
@@ -74,6 +111,18 @@ class _BatchedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.bmm(self.weight, x) if self.bias is None else torch.baddbmm(self.bias, self.weight, x)
+
+
+def _batch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Batch norm of `[B, C, ...]` with the statistics of this batch, or of the equal batches of all processes."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return F.batch_norm(x, None, None, scale, shift, training=True, eps=BATCH_NORM_EPSILON)
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    world = dist.get_world_size()
+    centred = x - all_reduce(x.mean(axes, keepdim=True)) / world
+    variance = all_reduce(centred.square().mean(axes, keepdim=True)) / world
+    shape = variance.shape
+    return centred * torch.rsqrt(variance + BATCH_NORM_EPSILON) * scale.view(shape) + shift.view(shape)
 
 
 class LinearProbe(nn.Module):
@@ -104,9 +153,7 @@ class PointwiseProbe(nn.Module):
         probes, patches = stack.shape[0] - 1, stack.shape[2]
         x = self.expand(_both_sides(stack).flatten(1, 2).transpose(1, 2))  # [S, width, 2B * P]
         # channels first: the norm's statistics and the mean over patches then run along contiguous memory
-        x = F.batch_norm(
-            x.flatten(0, 1)[None], None, None, self.scale, self.shift, training=True, eps=BATCH_NORM_EPSILON
-        ).relu_()
+        x = _batch_norm(x.flatten(0, 1)[None], self.scale, self.shift).relu_()
         return self.head(x.unflatten(2, (-1, patches)).mean(-1).unflatten(1, (probes, -1))[0])
 
 
@@ -131,7 +178,7 @@ class ConvProbe(nn.Module):
         x = _both_sides(stack).permute(1, 0, 3, 2)  # [2B, S, C, P]
         x = x.reshape(x.shape[0], -1, *self.grid)
         for conv, scale, shift in zip(self.convs, self.scales, self.shifts, strict=True):
-            x = F.batch_norm(conv(x), None, None, scale, shift, training=True, eps=BATCH_NORM_EPSILON).relu()
+            x = _batch_norm(conv(x), scale, shift).relu()
         return self.head(x.mean((2, 3)).t().unflatten(0, (self.count, -1)))
 
 
