@@ -16,6 +16,7 @@
 
 #include "attention_args.h"
 #include "isa.h"
+#include "memory.h"
 
 namespace p3b {
 namespace {
@@ -168,7 +169,11 @@ int64_t chunks_of_rows(const Attention& s) {
   return heads >= tasks ? 1 : std::clamp<int64_t>((tasks + heads - 1) / heads, 1, std::max<int64_t>(1, s.N / 48));
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) { return torch::stable::new_empty(like, shape, dtype); }
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(like, shape, dtype);
+  prefer_large_pages(t);
+  return t;
+}
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Attention& s, const Tensor& q, const Tensor& k, const Tensor& v,

@@ -1,6 +1,7 @@
 // Kernels for AVX-512 without bfloat16 instructions: bfloat16 and float16 become float when packed.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include "attention_avx512.h"
+#include "attention_kernels.h"
+#include "simd_avx512.h"
 
 namespace p3b {
 namespace {

@@ -1,6 +1,7 @@
 // Kernels for AVX-512 with bfloat16 dot products, used for bfloat16; other storage types run as in attention_avx512.cpp.
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include "attention_avx512.h"
+#include "attention_kernels.h"
+#include "simd_avx512.h"
 
 namespace p3b {
 

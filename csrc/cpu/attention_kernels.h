@@ -1,4 +1,4 @@
-// Masked attention and its gradients as templates over a vector type V (attention_simd.h), an operand type O and a storage type T, so that every
+// Masked attention and its gradients as templates over a vector type V (simd.h), an operand type O and a storage type T, so that every
 // instruction set runs the same algorithm. Everything here has internal linkage: each unit that includes this file is compiled for another machine.
 //
 // One task computes a chunk of the query rows of one head. It packs K and V of the head once, into panels that stay in the L2 cache, and then
@@ -12,7 +12,7 @@
 #pragma once
 
 #include "attention_args.h"
-#include "attention_simd.h"
+#include "simd.h"
 
 namespace p3b {
 namespace {
@@ -23,7 +23,6 @@ constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // rows keep the block of logits in L2, and below 24 rows K and V come from L3 too often.
 constexpr int64_t kBlockRows = 48, kMinBlockRows = 24, kBlockFloats = 48 * 1024;
 
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 

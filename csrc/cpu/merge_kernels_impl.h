@@ -1,60 +1,74 @@
-// Bodies of RowKernels over a vector type V, which each merge_<isa>.cpp defines before it includes this file inside its anonymous namespace.
-// No include guard and no includes on purpose: every instruction set gets its own copy.
-//
-// V has: Acc; kWidth lanes; kRows x kColumns vectors of sums that fit the registers; kMax; kInfinity; kShrink, by which even the largest number can
-// be squared; zero(), load(const T*), store(T*, V), broadcast(Acc), fma(a, b, c) = a * b + c, divide(a, b), sum(v); Index, count_from(), below(),
-// keep_greater() and store_index() for the running maximum; transpose(in, in_stride, out): kWidth rows x kWidth columns.
+// Bodies of RowKernels as templates over a vector type V (simd.h) and a storage type T, so that every instruction set runs the same algorithm.
+// Everything here has internal linkage: each unit that includes this file is compiled for another machine.
+#pragma once
+
+#include "merge_kernels.h"
+#include "simd.h"
+
+namespace p3b {
+namespace {
+
+template <class A>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float kMax = __FLT_MAX__, kShrink = 0x1p-80f;  // kShrink: by which even the largest number can be squared
+};
+template <>
+struct Limits<double> {
+  static constexpr double kMax = __DBL_MAX__, kShrink = 0x1p-600;
+};
 
 template <class V, class T>
-V load_part(const T* p, int64_t n) {
-  T part[V::kWidth] = {};
+typename V::R load_part(const T* p, int64_t n) {
+  T part[V::W] = {};
   for (int64_t i = 0; i < n; i++) part[i] = p[i];
   return V::load(part);
 }
 
 template <class V, class T>
-void store_part(T* p, V v, int64_t n) {
-  T part[V::kWidth];
+void store_part(T* p, typename V::R v, int64_t n) {
+  T part[V::W];
   V::store(part, v);
   for (int64_t i = 0; i < n; i++) p[i] = part[i];
 }
 
 template <class V, class T>
 void weighted_sum(void* y_, const void* x_, int64_t stride, const int32_t* rows, const void* coeff_, int64_t count, int64_t C) {
-  constexpr int kUnroll = 4, W = V::kWidth;
+  constexpr int kUnroll = 4, W = V::W;
+  using R = typename V::R;
   const T* x = static_cast<const T*>(x_);
-  const auto* coeff = static_cast<const typename V::Acc*>(coeff_);
+  const auto* coeff = static_cast<const typename V::A*>(coeff_);
   T* y = static_cast<T*>(y_);
   int64_t c = 0;
   for (; c + kUnroll * W <= C; c += kUnroll * W) {
-    V sum[kUnroll];
+    R sum[kUnroll];
     for (int u = 0; u < kUnroll; u++) sum[u] = V::zero();
     for (int64_t i = 0; i < count; i++) {
       const T* p = x + rows[i] * stride + c;
-      const V w = V::broadcast(coeff ? coeff[i] : 1);
+      const R w = V::set(coeff ? coeff[i] : 1);
       for (int u = 0; u < kUnroll; u++) sum[u] = V::fma(V::load(p + u * W), w, sum[u]);
     }
     for (int u = 0; u < kUnroll; u++) V::store(y + c + u * W, sum[u]);
   }
   for (; c < C; c += W) {
     const int64_t n = C - c < W ? C - c : W;
-    V sum = V::zero();
-    for (int64_t i = 0; i < count; i++) sum = V::fma(load_part<V>(x + rows[i] * stride + c, n), V::broadcast(coeff ? coeff[i] : 1), sum);
-    store_part(y + c, sum, n);
+    R sum = V::zero();
+    for (int64_t i = 0; i < count; i++) sum = V::fma(load_part<V>(x + rows[i] * stride + c, n), V::set(coeff ? coeff[i] : 1), sum);
+    store_part<V>(y + c, sum, n);
   }
 }
 
 template <class V, class T>
 double dot_difference(const void* g_, const void* x_, const void* y_, int64_t C) {
-  constexpr int W = V::kWidth;
+  constexpr int W = V::W;
   const T *g = static_cast<const T*>(g_), *x = static_cast<const T*>(x_), *y = static_cast<const T*>(y_);
-  const V minus_one = V::broadcast(-1);
-  V sum = V::zero();
+  typename V::R sum = V::zero();
   for (int64_t c = 0; c < C; c += W) {
     const int64_t n = C - c < W ? C - c : W;
     const bool whole = n == W;
-    V d = whole ? V::load(x + c) : load_part<V>(x + c, n);
-    if (y) d = V::fma(whole ? V::load(y + c) : load_part<V>(y + c, n), minus_one, d);
+    typename V::R d = whole ? V::load(x + c) : load_part<V>(x + c, n);
+    if (y) d = V::sub(d, whole ? V::load(y + c) : load_part<V>(y + c, n));
     sum = V::fma(whole ? V::load(g + c) : load_part<V>(g + c, n), d, sum);
   }
   return V::sum(sum);
@@ -62,159 +76,182 @@ double dot_difference(const void* g_, const void* x_, const void* y_, int64_t C)
 
 // out[0..D) = x / max(|x|, 1e-12); false where x is not finite.
 template <class V, class T>
-bool normalize(const T* x, int64_t D, typename V::Acc* out) {
-  using Acc = typename V::Acc;
-  constexpr int W = V::kWidth;
-  V partial[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // four chains, so that one multiply-add need not wait for the one before
+bool normalize(const T* x, int64_t D, typename V::A* out) {
+  using A = typename V::A;
+  using R = typename V::R;
+  constexpr int W = V::W;
+  R partial[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // four chains, so that one multiply-add need not wait for the one before
   int64_t c = 0;
   for (; c + 4 * W <= D; c += 4 * W)
     for (int u = 0; u < 4; u++) {
-      const V v = V::load(x + c + u * W);
+      const R v = V::load(x + c + u * W);
       partial[u] = V::fma(v, v, partial[u]);
     }
-  const V one = V::broadcast(1);
-  V squares = V::fma(V::fma(partial[0], one, partial[1]), one, V::fma(partial[2], one, partial[3]));
+  R squares = V::add(V::add(partial[0], partial[1]), V::add(partial[2], partial[3]));
   for (; c < D; c += W) {
-    const V v = D - c >= W ? V::load(x + c) : load_part<V>(x + c, D - c);
+    const R v = D - c >= W ? V::load(x + c) : load_part<V>(x + c, D - c);
     squares = V::fma(v, v, squares);
   }
-  Acc square = V::sum(squares);
-  if (!(square <= V::kMax)) {  // NaN, infinity, or squares that overflow: look at each, and go on with a smaller x
+  const A square = V::sum(squares);
+  if (!(square <= Limits<A>::kMax)) {  // NaN, infinity, or squares that overflow: look at each, and go on with a smaller x
     for (int64_t d = 0; d < D; d += W) {
       const int64_t n = D - d < W ? D - d : W;
-      Acc v[W];
+      A v[W];
       V::store(v, load_part<V>(x + d, n));
       for (int64_t i = 0; i < n; i++) {
-        if (!(v[i] <= V::kMax && v[i] >= -V::kMax)) return false;
-        out[d + i] = v[i] * V::kShrink;
+        if (!(v[i] <= Limits<A>::kMax && v[i] >= -Limits<A>::kMax)) return false;
+        out[d + i] = v[i] * Limits<A>::kShrink;
       }
     }
     return normalize<V>(out, D, out);
   }
-  Acc norm = sizeof(Acc) == 4 ? __builtin_sqrtf(square) : __builtin_sqrt(square);
-  if (norm < Acc(1e-12)) norm = Acc(1e-12);
-  const V divisor = V::broadcast(norm);
+  A norm = sizeof(A) == 4 ? __builtin_sqrtf(square) : __builtin_sqrt(square);
+  if (norm < A(1e-12)) norm = A(1e-12);
+  const R divisor = V::set(norm);
   for (int64_t d = 0; d < D; d += W) {
     const int64_t n = D - d < W ? D - d : W;
-    const V unit =
-        V::divide(n == W ? V::load(x + d) : load_part<V>(x + d, n), divisor);  // a product with 1 / norm would round x / |x| to less than 1
+    // A product with 1 / norm would round x / |x| to less than 1.
+    const R unit = V::div(n == W ? V::load(x + d) : load_part<V>(x + d, n), divisor);
     if (n == W)
       V::store(out + d, unit);
     else
-      store_part(out + d, unit, n);
+      store_part<V>(out + d, unit, n);
   }
   return true;
 }
 
-// Scores of kRows sources against `Columns` vectors of destinations, and the running maximum over the columns. Every score is one chain of
-// multiply-adds over d, whatever its place in the tiles: equal tokens get equal scores, and ties can be settled by index.
-template <class V, int Columns>
-void match_tile(const typename V::Acc* a, const typename V::Acc* b, int64_t D, int64_t first_column, int64_t num_columns, V* best,
-                typename V::Index* partner) {
-  constexpr int R = V::kRows, W = V::kWidth;
-  V score[R][Columns];
+// Scores of kRows sources against kColumns vectors of destinations, and the running maximum over the columns. Every score is one chain of
+// multiply-adds over d, whatever its place in the tiles: equal tokens get equal scores, and ties can be settled by index. Column numbers are kept as
+// numbers of type A, which holds them exactly up to 2^24.
+template <class V, int kRows, int kColumns>
+void match_tile(const typename V::A* a, const typename V::A* b, int64_t D, int64_t first_column, int64_t num_columns, typename V::R* best,
+                typename V::R* partner) {
+  using A = typename V::A;
+  using R = typename V::R;
+  R score[kRows][kColumns];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; i++)
+  for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 16
-    for (int j = 0; j < Columns; j++) score[i][j] = V::zero();
+    for (int j = 0; j < kColumns; j++) score[i][j] = V::zero();
 #pragma GCC unroll 1
   for (int64_t d = 0; d < D; d++) {
-    V column[Columns];
+    R column[kColumns];
 #pragma GCC unroll 16
-    for (int j = 0; j < Columns; j++) column[j] = V::load(b + (j * D + d) * W);
+    for (int j = 0; j < kColumns; j++) column[j] = V::load(b + (j * D + d) * V::W);
 #pragma GCC unroll 16
-    for (int i = 0; i < R; i++) {
-      const V row = V::broadcast(a[i * D + d]);
+    for (int i = 0; i < kRows; i++) {
+      const R row = V::set(a[i * D + d]);
 #pragma GCC unroll 16
-      for (int j = 0; j < Columns; j++) score[i][j] = V::fma(row, column[j], score[i][j]);
+      for (int j = 0; j < kColumns; j++) score[i][j] = V::fma(row, column[j], score[i][j]);
     }
   }
+  A lanes[V::W];
+  for (int l = 0; l < V::W; l++) lanes[l] = A(l);
+  const R count = V::set(A(num_columns)), least = V::set(-A(__builtin_inf()));
 #pragma GCC unroll 16
-  for (int j = 0; j < Columns; j++) {
-    const auto index = V::count_from(first_column + j * W);
-    const auto valid = V::below(index, num_columns);
+  for (int j = 0; j < kColumns; j++) {
+    const R index = V::add(V::set(A(first_column + j * V::W)), V::load(lanes));
 #pragma GCC unroll 16
-    for (int i = 0; i < R; i++) V::keep_greater(score[i][j], index, valid, best[i], partner[i]);
+    for (int i = 0; i < kRows; i++) {
+      const R valid = V::where_less(index, count, score[i][j], least);  // columns of padding have score 0
+      partner[i] = V::where_less(best[i], valid, index, partner[i]);
+      best[i] = V::max(valid, best[i]);
+    }
   }
 }
 
-// The columns from first_column on, `Columns` vectors at a time and the rest in narrower tiles.
-template <class V, int Columns>
-void match_tiles(const typename V::Acc* a, const typename V::Acc* columns, int64_t D, int64_t first_column, int64_t num_columns, V* best,
-                 typename V::Index* partner) {
+// The columns from first_column on, kColumns vectors at a time and the rest in narrower tiles.
+template <class V, int kRows, int kColumns>
+void match_tiles(const typename V::A* a, const typename V::A* columns, int64_t D, int64_t first_column, int64_t num_columns, typename V::R* best,
+                 typename V::R* partner) {
   int64_t j = first_column;
-  for (; j + (Columns - 1) * V::kWidth < num_columns; j += Columns * V::kWidth)
-    match_tile<V, Columns>(a, columns + j * D, D, j, num_columns, best, partner);
-  if constexpr (Columns > 1)
-    if (j < num_columns) match_tiles<V, Columns - 1>(a, columns, D, j, num_columns, best, partner);
+  for (; j + (kColumns - 1) * V::W < num_columns; j += kColumns * V::W)
+    match_tile<V, kRows, kColumns>(a, columns + j * D, D, j, num_columns, best, partner);
+  if constexpr (kColumns > 1)
+    if (j < num_columns) match_tiles<V, kRows, kColumns - 1>(a, columns, D, j, num_columns, best, partner);
 }
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Where the pieces of match()'s scratch memory begin, in numbers of type A: rows [num_sources, D] row by row, columns [num_destinations / W][D][W],
+// so that one load fetches W destinations, and a block [W, padded_D] of destinations on their way into columns.
+template <class V, int kRows>
+struct MatchScratch {
+  static constexpr int64_t kLine = 64 / sizeof(typename V::A);
+  int64_t padded_D, rows, block, end;
 
-template <class V>
+  MatchScratch(int64_t D, int64_t num_sources, int64_t num_destinations) {
+    padded_D = round_up(D, V::W);
+    rows = round_up(round_up(num_destinations, V::W) * D, kLine);
+    block = rows + round_up(round_up(num_sources, kRows) * D, kLine);
+    end = block + V::W * padded_D;
+  }
+};
+
+template <class V, int kRows>
 int64_t match_scratch(int64_t D, int64_t num_sources, int64_t num_destinations) {
-  return sizeof(typename V::Acc) *
-             (round_up(num_sources, V::kRows) * D + round_up(num_destinations, V::kWidth) * D + V::kWidth * round_up(D, V::kWidth)) +
-         3 * 64;
+  return MatchScratch<V, kRows>(D, num_sources, num_destinations).end * int64_t(sizeof(typename V::A));
 }
 
-template <class V, class T>
+template <class V, class T, int kRows, int kColumns>
 int64_t match(const void* x_, int64_t stride, int64_t D, const int32_t* sources, int64_t num_sources, const int32_t* destinations,
               int64_t num_destinations, void* best_, int32_t* partner, void* scratch) {
-  using Acc = typename V::Acc;
-  constexpr int R = V::kRows, W = V::kWidth;
+  using A = typename V::A;
+  using R = typename V::R;
+  constexpr int W = V::W;
   const T* x = static_cast<const T*>(x_);
-  Acc* best = static_cast<Acc*>(best_);
-  // rows [num_sources, D] row by row; columns [num_destinations / W][D][W], so that one load fetches W destinations
-  const int64_t padded_rows = round_up(num_sources, R), padded_columns = round_up(num_destinations, W), padded_D = round_up(D, W);
-  auto* columns = static_cast<Acc*>(scratch);
-  auto* rows = columns + round_up(padded_columns * D, 16);
-  auto* block = rows + round_up(padded_rows * D, 16);  // [W, padded_D]: destinations on their way into columns
-  for (int64_t i = num_sources * D; i < padded_rows * D; i++) rows[i] = 0;
+  A* best = static_cast<A*>(best_);
+  const MatchScratch<V, kRows> at(D, num_sources, num_destinations);
+  A* const columns = static_cast<A*>(scratch);
+  A* const rows = columns + at.rows;
+  A* const block = columns + at.block;
   for (int64_t i = 0; i < num_sources; i++)
     if (!normalize<V>(x + sources[i] * stride, D, rows + i * D)) return sources[i];
+  for (int64_t i = num_sources * D; i < round_up(num_sources, kRows) * D; i++) rows[i] = 0;
+  for (int64_t i = 0; i < W * at.padded_D; i++) block[i] = 0;
   for (int64_t j = 0; j < num_destinations; j += W) {
     for (int64_t l = 0; l < W; l++) {
       if (j + l < num_destinations) {
-        if (!normalize<V>(x + destinations[j + l] * stride, D, block + l * padded_D)) return destinations[j + l];
+        if (!normalize<V>(x + destinations[j + l] * stride, D, block + l * at.padded_D)) return destinations[j + l];
       } else {
-        for (int64_t d = 0; d < D; d++) block[l * padded_D + d] = 0;
+        for (int64_t d = 0; d < D; d++) block[l * at.padded_D + d] = 0;
       }
     }
-    Acc* out = columns + j * D;
-    int64_t d = 0;
-    for (; d + W <= D; d += W) V::transpose(block + d, padded_D, out + d * W);
-    for (; d < D; d++)
-      for (int64_t l = 0; l < W; l++) out[d * W + l] = block[l * padded_D + d];
-  }
-  for (int64_t i = 0; i < num_sources; i += R) {
-    V value[R];
-    typename V::Index index[R];
-    for (int k = 0; k < R; k++) {
-      value[k] = V::broadcast(-V::kInfinity);
-      index[k] = V::count_from(0);
+    A* const out = columns + j * D;
+    for (int64_t d = 0; d < D; d += W) {
+      R r[W];
+      for (int64_t l = 0; l < W; l++) r[l] = V::load(block + l * at.padded_D + d);
+      V::transpose(r);
+      for (int64_t l = 0; l < W && d + l < D; l++) V::store(out + (d + l) * W, r[l]);
     }
-    match_tiles<V, V::kColumns>(rows + i * D, columns, D, 0, num_destinations, value, index);
-    for (int k = 0; k < R && i + k < num_sources; k++) {
-      Acc v[W];
-      int32_t at[W];
+  }
+  for (int64_t i = 0; i < num_sources; i += kRows) {
+    R value[kRows], index[kRows];
+    for (int k = 0; k < kRows; k++) {
+      value[k] = V::set(-A(__builtin_inf()));
+      index[k] = V::zero();
+    }
+    match_tiles<V, kRows, kColumns>(rows + i * D, columns, D, 0, num_destinations, value, index);
+    for (int k = 0; k < kRows && i + k < num_sources; k++) {
+      A v[W], columns_of[W];
       V::store(v, value[k]);
-      V::store_index(at, index[k]);
-      int32_t p = at[0];
-      Acc highest = v[0];
+      V::store(columns_of, index[k]);
+      A highest = v[0], column = columns_of[0];
       for (int l = 1; l < W; l++)
-        if (v[l] > highest || (v[l] == highest && at[l] < p)) {
+        if (v[l] > highest || (v[l] == highest && columns_of[l] < column)) {
           highest = v[l];
-          p = at[l];
+          column = columns_of[l];
         }
       best[i + k] = highest;
-      partner[i + k] = p;
+      partner[i + k] = int32_t(column);
     }
   }
   return -1;
 }
 
-template <class V, class T>
-constexpr p3b::RowKernels make_row_kernels() {
-  return {&weighted_sum<V, T>, &dot_difference<V, T>, &match<V, T>, &match_scratch<V>};
+// kRows x kColumns vectors of scores are held in registers.
+template <class V, class T, int kRows, int kColumns>
+constexpr RowKernels make_row_kernels() {
+  return {&weighted_sum<V, T>, &dot_difference<V, T>, &match<V, T, kRows, kColumns>, &match_scratch<V, kRows>};
 }
+
+}  // namespace
+}  // namespace p3b

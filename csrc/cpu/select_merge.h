@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "memory.h"
 #include "merge_kernels.h"
 
 namespace p3b {
@@ -121,7 +122,11 @@ struct ArrayIn {
   const T* at(int64_t b, int64_t row) const { return data ? data + b * row : nullptr; }
 };
 
-inline Tensor empty_rows(const Tensor& like, int64_t B, int64_t M, int64_t C) { return torch::stable::new_empty(like, {B, M, C}); }
+inline Tensor empty_rows(const Tensor& like, int64_t B, int64_t M, int64_t C) {
+  Tensor rows = torch::stable::new_empty(like, {B, M, C});
+  prefer_large_pages(rows);
+  return rows;
+}
 
 // The input rows of one image grouped by output row, ascending inside a group, which fixes the order of every sum: group m is
 // rows[first[m]] up to rows[first[m + 1]].

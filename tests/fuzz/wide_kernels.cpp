@@ -1,5 +1,5 @@
 // The block shapes of AVX-512 on any machine: the kernels of csrc/cpu/attention_kernels.h over a 16-lane vector type that the compiler emulates,
-// once with floats and once with pairs of bfloat16, against the same kernels in float64. Only the intrinsics of csrc/cpu/attention_avx512.h stay
+// once with floats and once with pairs of bfloat16, against the same kernels in float64. Only the intrinsics of csrc/cpu/simd_avx512.h stay
 // untested. Usage: wide_kernels [CASES] [SEED]; exit status 1 and a line on the first wrong value.
 #include <algorithm>
 #include <cmath>

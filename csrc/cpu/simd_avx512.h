@@ -1,4 +1,4 @@
-// The vector type of AVX-512 (F, BW, VL, DQ), for the two units that are compiled for it.
+// The vector type of AVX-512 (F, BW, VL, DQ), for the units that are compiled for it.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#include "attention_kernels.h"
+#include "simd.h"
 
 namespace p3b {
 namespace {
@@ -36,6 +36,7 @@ struct Avx512 {
   static R div(R a, R b) { return _mm512_div_ps(a, b); }
   static R fma(R a, R b, R c) { return _mm512_fmadd_ps(a, b, c); }
   static R max(R a, R b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+  static R where_less(R a, R b, R x, R y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
   static float sum(R r) { return _mm512_reduce_add_ps(r); }
   static float max(R r) { return _mm512_reduce_max_ps(r); }
   static R exp2(R x) { return exp2_polynomial<Avx512>(x); }

@@ -15,6 +15,8 @@ struct Half {
   uint16_t bits;
 };
 
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
 inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
 
@@ -87,7 +89,8 @@ struct IntegerLike<double> {
   using type = int64_t;
 };
 
-// W lanes of A. A tile of attention_kernels.h has kTileRows x 2 or kLoneRows x 1 vectors of accumulators.
+// W lanes of A. Every vector type has the members of this one. A tile of attention_kernels.h has kTileRows x 2 or kLoneRows x 1 vectors of
+// accumulators.
 template <class A_, int W_, int kTileRows_>
 struct Generic {
   using A = A_;
@@ -122,6 +125,7 @@ struct Generic {
   static R div(R a, R b) { return a / b; }
   static R fma(R a, R b, R c) { return a * b + c; }
   static R max(R a, R b) { return a > b ? a : b; }  // b where either is NaN
+  static R where_less(R a, R b, R x, R y) { return a < b ? x : y; }
   static A sum(R r) {
     A s = r[0];
     for (int i = 1; i < W; i++) s += r[i];
