@@ -74,6 +74,8 @@ class P3B(Method):
             scales=config.gate_scales,
             unit=config.budget,
             rank_zero_by=config.rank_zero_by,
+            rank_across=config.rank_across,
+            round_to=config.round_to if final else 1,
             include_previous=final,
         )
         named = self.run.named

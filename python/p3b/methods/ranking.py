@@ -1,0 +1,49 @@
+"""What the methods share that compare elements over the whole model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masks import MIN_SHARE, Scores, global_masks
+from .base import Method
+
+
+class GlobalRanking(Method):
+    """Prunes the elements with the lowest scores of the whole model, at every update as many as the budget then asks.
+
+    A subclass gives the scores. The best MIN_SHARE of every gate go last, which keeps layers from collapse;
+    `Config.floor` raises that share, so that no sub-block falls below it.
+    """
+
+    soft = False
+    """Whether masks are soft on the way (Config.tau_max), so that what was pruned can come back. False: as published
+    for these methods, what is pruned is zero at once."""
+
+    def scores(self, final: bool) -> Scores:
+        """Of all elements, comparable over the model. final: the last update of the run."""
+        raise NotImplementedError
+
+    def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
+        return dict(self.gates.put(self.masks(self.scores(final), progress, tau if self.soft else 0.0, final)))
+
+    def masks(self, scores: Scores, progress: float, tau: float, final: bool) -> Tensor:
+        """Masks that meet the budget of an update; kept counts are rounded in the last."""
+        return global_masks(
+            self.gates.blocks,
+            scores,
+            self.target(progress),
+            tau,
+            unit=self.config.budget,
+            min_share=max(MIN_SHARE, math.sqrt(self.config.floor)),  # costs are products of two gates' counts
+            round_to=self.config.round_to if final else 1,
+        )
+
+
+def awake(score: Tensor) -> Scores:
+    """Scores that say something about every element, pruned or not."""
+    score = score.detach().cpu()
+    return Scores(score, torch.zeros_like(score), torch.ones_like(score, dtype=torch.bool))

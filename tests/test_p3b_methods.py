@@ -1,0 +1,426 @@
+"""The rivals of P3B: each meets the budget, ends in hard masks that shrink exactly, and decides by what it says it
+does."""
+
+import copy
+import math
+
+import pytest
+import torch
+import vits
+
+import p3b
+from p3b import Config, shrink
+from p3b.gates import attach
+from p3b.masks import MIN_SHARE, Scores, block_mask, block_ranks, global_masks, ratio_masks, scaled_ranks
+from p3b.methods import create
+from p3b.train import PruneRun
+
+METHODS = ("uniform", "random", "magnitude-l1", "magnitude-l2", "taylor", "vtp", "isomorphic")
+CLASSES, STEPS, BATCH = 4, 4, 8
+SCALES = Config().gate_scales
+pytestmark = pytest.mark.filterwarnings("ignore:importance")
+
+
+def vit(name="deit", **options):
+    return vits.family(name, **({"img_size": 16, "depth": 2, "num_classes": CLASSES} | options))
+
+
+def batches(count=STEPS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(BATCH, 3, 16, 16, generator=generator), torch.randint(0, CLASSES, (BATCH,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def config(method, **options):
+    short = {"start_epoch": 1, "sparse_epoch": 2, "final_epoch": 3, "finetune_epochs": 0, "lr": 1e-4}
+    return Config(**(short | {"method": method, "device": "cpu"} | options))
+
+
+def start(method, model=None, **options):
+    return PruneRun(model or vit(), config(method, **options), STEPS)
+
+
+def train(run, epochs=None, data=None):
+    data = data or batches()
+    for epoch in range(run.config.final_epoch if epochs is None else epochs):
+        run.epoch(epoch, data, batches(1, 1), p3b.train.Silent())
+    return run
+
+
+def finished(method, model=None, **options):
+    run = train(start(method, model, **options))
+    run.update(final=True)
+    return run
+
+
+def cost(run):
+    return float(run.gates.kept_cost(run.config.budget).sum())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("unit", ["params", "macs"])
+def test_a_run_meets_the_budget_with_hard_masks_that_shrink_exactly(method, unit):
+    run = finished(method, budget=unit, prune_ratio=0.5)
+    values = run.gates.values
+    assert set(values.tolist()) == {0.0, 1.0}
+    assert run.params == run.outside_params + int(run.gates.kept_cost().sum())
+    total = float(run.full.sum()) + run.method.outside
+    # one element of an attention's inner gate is the largest step there is, 1 / 16 of a quarter of the blocks
+    assert abs(cost(run) + run.method.outside - 0.5 * total) < 0.02 * total
+    model, images = run.model.eval(), vits.images(3, 16)
+    with torch.no_grad():
+        masked = model(images)
+        torch.testing.assert_close(shrink(model)(images), masked, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_updates_follow_the_ramp_and_are_written_down(method):
+    run = train(start(method, updates_per_epoch=2, sparse_epoch=3, final_epoch=4))
+    updates = run.history["updates"]
+    assert all({"keep_ratio", "params", "reactivated", "removed", "step", "epoch"} <= set(update) for update in updates)
+    params = [update["params"] for update in updates]
+    assert params == sorted(params, reverse=True) and params[-1] < 0.6 * run.history["dense_params"]
+    if method == "vtp":  # learns its gates until the sparse epoch and cuts once
+        assert params[0] == run.history["dense_params"]
+        assert len(set(params)) == 2
+    else:
+        assert len(set(params)) > 2
+    removed = sum(sum(u["removed"].values()) - sum(u["reactivated"].values()) for u in updates)
+    assert removed == int((~run.gates.hard()).sum())
+
+
+@pytest.mark.parametrize("method", ["taylor", "uniform", "vtp"])
+def test_a_step_that_is_not_finite_leaves_no_trace(method):
+    run = train(start(method), epochs=2)
+    before = [t.clone() for t in run.gates.state()]
+    run.step([(torch.full((BATCH, 3, 16, 16), math.nan), torch.zeros(BATCH, dtype=torch.int64))], p3b.step.Meter("cpu"))
+    assert int(run.step.skipped) == 1
+    assert all(torch.equal(a, b) for a, b in zip(run.gates.state(), before, strict=True))
+    assert not run.gates.grad.any()
+    run.update(final=True)
+    assert run.gates.values.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude-l1", "magnitude-l2"])
+def test_data_do_not_matter(method):
+    masks = []
+    for seed in (0, 1):
+        run = start(method)
+        run.method.begin(batches(seed=seed), run.step.criterion)
+        run.gates.grad += torch.randn(len(run.gates.grad), generator=torch.Generator().manual_seed(seed))
+        run.count = run.start
+        run.method.stepped(torch.tensor(True))
+        run.method.update(1.0, 0.0, True)
+        masks.append(run.gates.values)
+    assert torch.equal(*masks)
+
+
+def test_random_depends_on_the_seed_alone_and_takes_nothing_back():
+    masks = {}
+    for seed in (0, 1):
+        for times in range(2):
+            run = start("random", seed=seed)
+            run.method.update(0.4, 0.0, False)
+            kept = run.gates.hard()
+            run.method.update(1.0, 0.0, True)
+            assert not (run.gates.hard() & ~kept).any()
+            masks[seed, times] = run.gates.values
+    assert torch.equal(masks[0, 0], masks[0, 1])
+    assert not torch.equal(masks[0, 0], masks[1, 0])
+
+
+def test_uniform_and_random_keep_the_same_share_of_every_sub_block():
+    for method in ("uniform", "random"):
+        run = finished(method, prune_ratio=0.6)
+        share = run.gates.kept_cost() / run.full
+        assert share.max() - share.min() < 0.07
+
+
+@pytest.mark.parametrize("method, power", [("magnitude-l1", 1), ("magnitude-l2", 2)])
+def test_magnitude_is_the_mean_over_all_weights_that_go_with_an_element(method, power):
+    model = vit("layer_scale")
+    expected = {}
+    for block in (model.blocks[1],):
+        for kind, first, last, norm, scale, inner in (
+            ("attn", block.attn.qkv, block.attn.proj, block.norm1, block.ls1, block.attn.head_dim),
+            ("mlp", block.mlp.fc1, block.mlp.fc2, block.norm2, block.ls2, block.mlp.fc1.out_features),
+        ):
+            reads = (first.weight * norm.weight).detach().abs() ** power
+            writes = (last.weight * scale.gamma[:, None]).detach().abs() ** power
+            rows, columns = torch.arange(len(reads)) % inner, torch.arange(writes.shape[1]) % inner
+            total = [torch.cat((reads[rows == j].flatten(), writes[:, columns == j].flatten())) for j in range(inner)]
+            expected[kind] = [reads.mean(0), writes.mean(1), torch.stack([t.mean() for t in total])]
+    run = start(method, model)
+    scores = run.method.scores(False).score
+    for block in run.gates.blocks[2:]:
+        for place, mean in zip(block.slices(), expected[block.kind], strict=True):
+            norms = mean ** (1 / power)
+            torch.testing.assert_close(scores[place], norms / norms.mean())
+
+
+@pytest.mark.parametrize("method", ["magnitude-l1", "magnitude-l2"])
+def test_magnitude_prunes_small_weights_first(method):
+    model = vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[[3, 70]] *= 0.01
+        model.blocks[1].mlp.fc2.weight[:, [3, 70]] *= 0.01
+        model.blocks[0].attn.proj.weight[5] *= 0.01
+    run = start(method, model)
+    run.method.update(0.02, 0.0, False)
+    gone = (~run.gates.hard()).nonzero().flatten().tolist()
+    attn, mlp = run.gates.blocks[0], run.gates.blocks[3]
+    assert {mlp.slices()[2].start + 3, mlp.slices()[2].start + 70, attn.slices()[1].start + 5} <= set(gone)
+    assert len(gone) < 30
+
+
+@pytest.mark.parametrize("method", ["taylor", "uniform", "isomorphic"])
+def test_taylor_scores_find_channels_of_no_use(method):
+    model = vit()
+    with torch.no_grad():  # what these hidden channels write is nothing, so their gates have no gradient
+        model.blocks[0].mlp.fc2.weight[:, [2, 9, 100]] = 0.0
+        model.blocks[1].mlp.fc2.weight[:, 7] = 0.0
+    run = start(method, model, lr=1e-12, weight_decay=0.0)
+    train(run, epochs=1)
+    run.count = run.start
+    for _ in range(2):
+        run.step(batches(1), p3b.step.Meter("cpu"))
+    run.method.update(0.05, 0.0, False)
+    gone = set((~run.gates.hard()).nonzero().flatten().tolist())
+    first, second = (run.gates.blocks[i].slices()[2].start for i in (1, 3))
+    assert {first + 2, first + 9, first + 100, second + 7} <= gone
+
+
+def test_taylor_takes_nothing_back():
+    run = train(start("taylor", updates_per_epoch=2, sparse_epoch=3, final_epoch=4))
+    assert not any(sum(update["reactivated"].values()) for update in run.history["updates"])
+
+
+def test_isomorphic_keeps_the_same_share_of_every_class():
+    run = finished("isomorphic", prune_ratio=0.6)
+    kept = {}
+    for block in run.gates.blocks:
+        for name, place in zip(block.gate_names, block.slices(), strict=True):
+            kept.setdefault(name, []).append(run.gates.values[place])
+    classes = {name: torch.cat(values) for name, values in kept.items()}
+    assert len(classes) == 6
+    pruned = {name: (1 - values.mean()).item() for name, values in classes.items()}
+    for name, share in pruned.items():
+        assert abs(share - pruned["mlp_hid"]) <= 1 / len(classes[name]) + 1e-6, name
+    # blocks of one class may differ: the ranking is over all of them
+    assert len({round(float(v.mean()), 6) for v in kept["mlp_hid"]}) == 2
+
+
+def test_vtp_shrinks_the_gates_that_the_loss_does_not_hold(monkeypatch):
+    monkeypatch.setattr(create("vtp"), "LEARNING_RATE", 0.1)
+    run = start("vtp", sparse_epoch=9, final_epoch=9)
+    run.method.PENALTY = 1e3
+    train(run, epochs=1)
+    assert torch.equal(run.gates.values, torch.ones_like(run.gates.values))
+    train(run, epochs=1)
+    assert run.gates.values.min() > 0 and run.gates.values.max() < 1
+    train(run, epochs=4)
+    assert not run.gates.values.any()  # never below zero
+    assert run.params == run.outside_params
+
+
+def test_vtp_learns_from_the_loss_alone_without_penalty():
+    run = start("vtp", sparse_epoch=4, final_epoch=4)
+    run.method.PENALTY = 0.0
+    train(run, epochs=2)
+    values = run.gates.values
+    assert (values > 1).any() and (values < 1).any()
+
+
+@pytest.mark.parametrize("name", ["deit", "augreg_no_qkv_bias", "layer_scale", "gap"])
+def test_vtp_folds_what_it_learned(name):
+    run = start("vtp", vit(name))
+    generator = torch.Generator().manual_seed(0)
+    values = 0.3 + torch.rand(len(run.gates.values), generator=generator)
+    masks = run.method.masks(run.method.scores(True), 1.0, 0.0, True)
+    run.gates.set(values)
+    model, images = run.model.eval(), vits.images(2, 16)
+    with torch.no_grad():
+        masks = run.method.masks(run.method.scores(True), 1.0, 0.0, True)
+        run.gates.set(values * masks)
+        thresholded = model(images)
+        run.gates.set(values)
+        run.method.update(1.0, 0.1, False)
+        assert torch.equal(run.gates.values, masks)
+        torch.testing.assert_close(model(images), thresholded, rtol=1e-3, atol=1e-3)
+    assert masks[values < 0.5].mean() < masks[values > 1.0].mean()
+    before = run.gates.values.clone()
+    run.method.update(1.0, 0.0, True)
+    assert torch.equal(run.gates.values, before)
+
+
+def test_vtp_goes_on_where_it_stopped():
+    whole = train(start("vtp"))
+    first = train(start("vtp"), epochs=2)
+    state = copy.deepcopy(first.state())
+    second = start("vtp")
+    second.load_state(state)
+    second.epoch(2, batches(), batches(1, 1), p3b.train.Silent())
+    assert torch.equal(second.gates.values, whole.gates.values)
+    for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# masks over the whole model
+
+
+def gated():
+    return attach(vit(depth=3))
+
+
+def scores(gates, seed=0):
+    score = torch.rand(len(gates.values), generator=torch.Generator().manual_seed(seed))
+    return Scores(score, torch.zeros_like(score), torch.ones_like(score, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("unit", ["params", "macs"])
+@pytest.mark.parametrize("share", [0.8, 0.35, 0.1])
+def test_global_masks_come_as_close_to_the_target_as_any_count_does(unit, share):
+    gates = attach(vit(embed_dim=24, num_heads=2))
+    given = scores(gates)
+    full = sum(block.full(unit) for block in gates.blocks)
+    mask = global_masks(gates.blocks, given, share * full, unit=unit, min_share=0.0)
+    order = given.score.argsort()
+    errors = []
+    for pruned in range(len(order) + 1):
+        hard = torch.ones(len(order), dtype=torch.bool)
+        hard[order[:pruned]] = False
+        errors.append(abs(float(gates.kept_cost(unit, hard).sum()) - share * full))
+    best = min(range(len(errors)), key=errors.__getitem__)
+    assert mask.sum() == len(order) - best
+    assert not mask[order[:best]].any()
+
+
+def test_global_masks_save_the_best_of_every_gate():
+    gates = gated()
+    given = scores(gates)
+    place = gates.blocks[2].slices()[2]
+    given.score[place] *= 1e-3  # all of one attention's inner channels are the worst of the model
+    full = sum(block.full("params") for block in gates.blocks)
+    mask = global_masks(gates.blocks, given, 0.5 * full)
+    kept = math.ceil(MIN_SHARE * 16)
+    assert mask[place].sum() == kept
+    assert mask[place].argmax() == given.score[place].argmax()
+    assert global_masks(gates.blocks, given, 0.5 * full, min_share=0.0)[place].sum() == 0
+    empty = global_masks(gates.blocks, given, 0.0)  # is still to be had
+    assert gates.kept_cost("params", empty.bool()).sum() == 0
+    assert global_masks(gates.blocks, given, full).all()
+
+
+def test_global_masks_are_soft_around_the_threshold():
+    gates = gated()
+    given = scores(gates)
+    full = sum(block.full("params") for block in gates.blocks)
+    soft = global_masks(gates.blocks, given, 0.5 * full, 0.1)
+    hard = global_masks(gates.blocks, given, 0.5 * full)
+    assert torch.equal(soft >= 0.5, hard >= 0.5)
+    assert ((soft > 0.1) & (soft < 0.9)).sum() == pytest.approx(0.2 * len(soft), abs=2)
+
+
+# kept counts in multiples, and ranks over a sub-block
+
+
+def counts(block, mask):
+    return [int(mask[place].sum()) for place in block.slices()]
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.25])
+@pytest.mark.parametrize("rank_across", ["gate", "block"])
+def test_rounded_masks_keep_multiples_and_the_budget(share, rank_across):
+    gates = gated()
+    given = scores(gates)
+    ratios = torch.full((len(gates.blocks),), share, dtype=torch.float64)
+    mask = ratio_masks(gates.blocks, given, ratios, 0.1, scales=SCALES, rank_across=rank_across, round_to=8)
+    assert set(mask.tolist()) == {0.0, 1.0}
+    assert all(count % 8 == 0 for block in gates.blocks for count in counts(block, mask))
+    full = sum(block.full("params") for block in gates.blocks)
+    kept = float(gates.kept_cost("params", mask.bool()).sum())
+    # what one sub-block misses the next makes up for: the error is that of a single sub-block, half of one step of 8
+    assert abs(kept - share * full) < 0.05 * full
+    unrounded = ratio_masks(gates.blocks, given, ratios, 0.0, scales=SCALES, rank_across=rank_across)
+    for block in gates.blocks:
+        for place in block.slices():
+            better, worse = given.score[place][mask[place] == 1], given.score[place][mask[place] == 0]
+            assert not len(better) or not len(worse) or better.min() > worse.max()
+    assert not all(count % 8 == 0 for block in gates.blocks for count in counts(block, unrounded))
+
+
+def test_global_masks_round_too():
+    gates = gated()
+    given = scores(gates)
+    full = sum(block.full("params") for block in gates.blocks)
+    for share in (0.7, 0.4):
+        mask = global_masks(gates.blocks, given, share * full, 0.1, round_to=8)
+        assert all(count % 8 == 0 for block in gates.blocks for count in counts(block, mask))
+        assert float(gates.kept_cost("params", mask.bool()).sum()) == pytest.approx(share * full, rel=0.03)
+
+
+def test_rounded_counts():
+    kept = torch.arange(0, 21)
+    assert p3b.budget.rounded(kept, 20, 1).tolist() == kept.tolist()
+    expected = [0] + [8] * 11 + [16] * 6 + [20] * 3  # 20 is whole, 0 is empty, nothing else becomes either
+    assert p3b.budget.rounded(kept, 20, 8).tolist() == expected
+    assert p3b.budget.rounded(torch.arange(0, 6), 5, 8).tolist() == [0, 5, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("method", ["p3b", *METHODS])
+def test_a_run_ends_with_rounded_counts(method):
+    run = finished(method, round_to=8, prune_ratio=0.5)
+    assert all(count % 8 == 0 for kept in run.gates.kept_counts() for count in kept)
+    full = float(run.full.sum())
+    assert abs(cost(run) - run.method.target(1.0)) < 0.07 * full
+
+
+def test_ranks_over_a_sub_block_compare_scores_per_cost():
+    gates = gated()
+    block = gates.blocks[0]
+    given = scores(gates)
+    price = []
+    for i, place in enumerate(block.slices()):
+        sizes = list(block.sizes)
+        sizes[i] -= 1
+        a, o, q = sizes
+        price += [block.full("params") - float(block.params(a, q, o))] * (place.stop - place.start)
+    worth = given.score[: block.stop] / torch.tensor(price)
+    ranks = block_ranks(block, given)
+    saved = torch.zeros(block.stop, dtype=torch.bool)
+    for place, size in zip(block.slices(), block.sizes, strict=True):
+        saved[place] = given.score[place] >= given.score[place].sort().values[-math.ceil(MIN_SHARE * size)]
+    assert ranks[saved].min() > ranks[~saved].max()
+    for some in (saved, ~saved):
+        assert torch.equal(ranks[some].argsort(), worth[some].argsort())
+    assert ranks.sort().values.tolist() == pytest.approx([(i + 1) / block.stop for i in range(block.stop)])
+
+
+def test_ranks_over_a_sub_block_let_a_gate_of_no_use_go_but_for_its_best():
+    gates = gated()
+    block = gates.blocks[1]
+    given = scores(gates)
+    reads, writes, hidden = block.slices()
+    given.score[hidden] = 1 + given.score[hidden]
+    given.score[reads] *= 1e-4
+    mask = torch.ones(len(gates.values))
+    mask[block.start : block.stop] = block_mask(block, block_ranks(block, given), 0.5, 0.0)
+    assert mask[reads].sum() < 0.3 * len(mask[reads]) < mask[writes].sum()
+    by_gate = block_mask(block, scaled_ranks(block, *given, [1.0, 1.5, 0.75]), 0.5, 0.0)
+    assert by_gate[: block.sizes[0]].mean() > 0.6  # counts that no score can change
+    kept = float(gates.kept_cost("params", mask.bool())[1])
+    assert kept == pytest.approx(0.5 * block.full("params"), rel=0.02)
+
+
+def test_p3b_ranks_over_sub_blocks_where_asked():
+    masks = [finished("p3b", rank_across=where).gates.values for where in ("gate", "block")]
+    assert not torch.equal(*masks)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match=r"method must be one of p3b, p3b\+, uniform, .*, got 'best'"):
+        create("best")
+    with pytest.raises(ValueError, match=r"method must be one of .*, got 'best'"):
+        Config(method="best")
