@@ -308,6 +308,31 @@ def _bench(options: argparse.Namespace) -> None:
         print(f"\nwritten to {options.output}: {bench.PAGE}, {bench.RESULT}, {bench.PLOT}")
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from .compare import Task, compare
+    from .compare_report import table
+
+    task = Task.from_file(options.config).use(
+        source=options.source,
+        data=options.data,
+        methods=_listed(options.methods),
+        ratios=[_number("ratios", text) for text in _listed(options.ratios)],
+        seeds=[_number("seeds", text, int) for text in _listed(options.seeds)],
+    )
+    found = compare(
+        task, options.output, jobs=options.jobs, threads=options.threads, command=options.command_line, say=_say
+    )
+    print(table(found))
+    print(f"\nwritten to {options.output}: table.md, results.json, plots and the folder of every run")
+    failed = [row["name"] for row in found["jobs"] if "error" in row]
+    if failed:
+        raise ValueError(f"compare: every job must succeed, got {len(failed)} that failed ({', '.join(failed)})")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def _visualize(options: argparse.Namespace) -> None:
     from .visualize import draw, file_names, prepare
 
@@ -660,6 +685,26 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=15, metavar="N", help="timed passes of each model (default: 15)")
     bench.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and images"
+    )
+
+    compare = command(
+        "compare",
+        _compare,
+        "compare pruning methods on one task, over ratios and seeds: the table and the plots",
+        "p3b compare fashion --source mnist.npz --data fashion_mnist.npz --output runs/fashion",
+    )
+    compare.add_argument("config", metavar="CONFIG", help="TOML file of a comparison, or the name of one that ships")
+    compare.add_argument(
+        "--output", required=True, metavar="DIR", help="new folder, or that of a comparison to go on with"
+    )
+    compare.add_argument(
+        "--source", metavar="SOURCE", help="images that the models learn first, in place of the file's"
+    )
+    compare.add_argument("--data", metavar="SOURCE", help="images that they are pruned on, in place of the file's")
+    for name in ("methods", "ratios", "seeds"):
+        compare.add_argument(f"--{name}", default="", metavar="LIST", help=f"only these {name}, in place of the file's")
+    compare.add_argument(
+        "--jobs", type=int, default=0, metavar="N", help="runs at a time (default: one for each GPU, or each core)"
     )
 
     visualize = command(
