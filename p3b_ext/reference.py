@@ -6,6 +6,7 @@ D head channels, C model channels; acc = float32, or float64 for float64 inputs.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Bits of the `aux` and `which` arguments, shared with csrc/attention.h and kernels/attention.py.
@@ -53,6 +54,8 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
 
 def masked_attention(q, k, v, key_mask, token_size, channel_gate, scale: float, aux: int):
     """softmax(scale q k^T + log size) v over the keys that key_mask allows, and the side outputs."""
+    if torch.compiler.is_exporting() and key_mask is None and channel_gate is None and not aux & ENTROPY:
+        return _exported_attention(q, k, v, token_size, scale, aux)
     s = _logits(q, k, key_mask, token_size, channel_gate, scale)
     p, lse = _softmax(s)
     out = (p @ _gated(_allowed(v, key_mask), channel_gate)).transpose(1, 2).to(q.dtype).contiguous()  # [B, N, H, D]
@@ -65,6 +68,19 @@ def masked_attention(q, k, v, key_mask, token_size, channel_gate, scale: float, 
         entropy = torch.where(lse > -torch.inf, z.exp().sum(-1).log() - pz, 0.0).clamp_min(0.0).detach()
     value_norm = _gated(v, channel_gate).detach().square().sum((1, 3)).sqrt() if aux & VALUE_NORM else none
     return out, lse.detach(), cls_attention, entropy, value_norm
+
+
+def _exported_attention(q, k, v, token_size, scale: float, aux: int):
+    """The same through the one operator that every runtime knows and fuses; a graph without dead code has no lse."""
+    bias = None if token_size is None else token_size.log()[:, None, None, :].to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).contiguous()
+    lse = _logits(q, k, None, token_size, None, scale).logsumexp(-1).detach()
+    cls_attention = value_norm = none = q.new_empty(0, dtype=acc_dtype(q.dtype))
+    if aux & CLS_ATTENTION:
+        cls_attention = _logits(q[:, :, :1], k, None, token_size, None, scale).softmax(-1)[:, :, 0].detach()
+    if aux & VALUE_NORM:
+        value_norm = _gated(v, None).detach().square().sum((1, 3)).sqrt()
+    return out, lse, cls_attention, none, value_norm
 
 
 def attention_columns(q, k, lse, key_mask, token_size, channel_gate, scale: float, which: int):
