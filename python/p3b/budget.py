@@ -41,7 +41,7 @@ def importance(benefit: Tensor, kept_params: Tensor, temperature: float = 10.0) 
 
 
 def keep_ratios(
-    importance: Tensor, block_params: Tensor, outside_params: float, prune_ratio: float, floor: float = 0.0
+    importance: Tensor, block_params: Tensor, outside_params: float, prune_ratio: float, floor: float | Tensor = 0.0
 ) -> Tensor:
     """Water-filling: the keep ratios in proportion to importance that meet the budget, none above 1 or below
     `floor`.
@@ -50,48 +50,50 @@ def keep_ratios(
     `(kappa * block_params).sum() + outside_params == (1 -
     prune_ratio) * (block_params.sum() + outside_params)`
 
-    importance, block_params: `[S]`; outside_params: what is never pruned, in the same unit. Returns float64
-    `[S]`. Sub-blocks of importance <= 0 get `floor`, and share what is left when all others are whole.
-    Raises ValueError, which names the smallest model possible, when the budget is below what the blocks can
+    importance, block_params: `[S]`; outside_params: what is never pruned, in the same unit; floor: one, or one for
+    each `[S]`. Returns float64 `[S]`. Sub-blocks of importance <= 0 get `floor`, and share what is left when all others
+    are whole. Raises ValueError, which names the smallest model possible, when the budget is below what the blocks can
     give.
     """
     weight = _vector("keep_ratios", "block_params", block_params)
     imp = _vector("keep_ratios", "importance", importance, len(weight))
-    if not 0 <= floor < 1:
+    least = torch.as_tensor(floor, dtype=torch.float64).cpu()
+    if least.shape not in ((), weight.shape) or not ((least >= 0) & (least < 1)).all():
         raise ValueError(f"keep_ratios: floor must be in [0, 1), got {floor}")
+    least = least.expand(len(weight))
     if not 0 <= prune_ratio < 1:
         raise ValueError(f"keep_ratios: prune_ratio must be in [0, 1), got {prune_ratio}")
     if (weight <= 0).any():
         raise ValueError(f"keep_ratios: block_params must be above 0, got {weight.min().item():g}")
     dense = float(weight.sum()) + float(outside_params)
     wanted = (1 - prune_ratio) * dense - float(outside_params)
-    smallest = floor * float(weight.sum())
+    smallest = float((least * weight).sum())
     if wanted < smallest - 1e-9 * dense:  # rounding must not refuse the smallest model itself
-        least = smallest + float(outside_params)
+        smallest += float(outside_params)
         raise ValueError(
-            f"keep_ratios: prune_ratio must be at most {1 - least / dense:.4f} (the smallest possible model "
-            f"keeps {least:,.0f} of {dense:,.0f}: what lies outside the blocks and a floor of {floor:g}), "
+            f"keep_ratios: prune_ratio must be at most {1 - smallest / dense:.4f} (the smallest possible model "
+            f"keeps {smallest:,.0f} of {dense:,.0f}: what lies outside the blocks and a floor of {least.max():g}), "
             f"got {prune_ratio}"
         )
     live = imp > 0
     imp = torch.where(live, imp, torch.zeros_like(imp))
-    most = float(torch.where(live, weight, floor * weight).sum())
+    most = float(torch.where(live, weight, least * weight).sum())
     if wanted >= most:
-        rest = float(weight[~live].sum())
-        share = min(1.0, floor + (wanted - most) / rest) if rest else 1.0
-        return torch.where(live, torch.ones_like(weight), torch.full_like(weight, share))
+        rest = float(((1 - least) * weight)[~live].sum())
+        share = min(1.0, (wanted - most) / rest) if rest else 1.0
+        return torch.where(live, torch.ones_like(weight), least + (1 - least) * share)
 
     def spent(scale: Tensor) -> Tensor:
-        return ((scale[:, None] * imp).clamp(floor, 1.0) * weight).sum(1)
+        return ((scale[:, None] * imp).maximum(least).clamp_max(1.0) * weight).sum(1)
 
     # spent() is piecewise linear and rising; it bends where a sub-block leaves the floor or becomes whole
-    bends = torch.cat((torch.zeros(1, dtype=imp.dtype), floor / imp[live], 1.0 / imp[live])).sort().values
+    bends = torch.cat((torch.zeros(1, dtype=imp.dtype), (least / imp)[live], 1.0 / imp[live])).sort().values
     cost = spent(bends)
     right = int(torch.searchsorted(cost, torch.tensor(wanted, dtype=cost.dtype)).clamp(1, len(bends) - 1))
     low, high = cost[right - 1], cost[right]
     step = ((wanted - low) / (high - low)).clamp(0, 1) if high > low else torch.zeros(())
     scale = bends[right - 1] + step * (bends[right] - bends[right - 1])
-    return (scale * imp).clamp(floor, 1.0)
+    return (scale * imp).maximum(least).clamp_max(1.0)
 
 
 def progress(step: int, start_step: int, sparse_step: int) -> float:
@@ -115,7 +117,7 @@ class Cost:
     """Cost of a sub-block as a function of its kept counts: in channels a, inner channels q (head channels or
     hidden), out channels o.
 
-    `a_q * a * q + q_o * q * o + a * in_ + q * inner + o * out`; nothing where o is 0; `constant * o` where a
+    `a_q * a * q + q_o * q * o + a * in_ + q * inner + o * out + whole`; nothing where o is 0; `constant * o` where a
     or q is 0, because what is left then adds the same vector to every token.
     """
 
@@ -125,11 +127,12 @@ class Cost:
     inner: float
     out: float
     constant: float = 0
+    whole: float = 0  # what stays as it is until nothing is left
 
     def __call__(self, a: Tensor, q: Tensor, o: Tensor) -> Tensor:
         """Cost of kept counts (any shape, broadcast), float64."""
         a, q, o = (torch.as_tensor(n, dtype=torch.float64) for n in (a, q, o))
-        whole = self.a_q * a * q + self.q_o * q * o + self.in_ * a + self.inner * q + self.out * o
+        whole = self.a_q * a * q + self.q_o * q * o + self.in_ * a + self.inner * q + self.out * o + self.whole
         return torch.where(o == 0, 0.0, torch.where(a * q == 0, self.constant * o, whole))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from p3b_ext.linear import OneDnnLinear
 from p3b_ext.linear import linear as onednn_linear
+from p3b_ext.tuning import token_counts
 
 from . import budget
 from .masks import HARD, Scores, ratio_masks
@@ -49,7 +50,6 @@ class _ScaledWeight(torch.autograd.Function):
         return scaled if cols is None else scaled.mul_(cols)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         weight, rows, cols = ctx.saved_tensors
         need_weight, need_rows, need_cols = ctx.needs_input_grad
@@ -63,7 +63,7 @@ class _ScaledWeight(torch.autograd.Function):
         if need_weight:
             grad_weight = grad * (cols if rows is None else rows[:, None])
             if rows is not None and cols is not None:
-                grad_weight.mul_(cols)
+                grad_weight = grad_weight * cols
         return grad_weight, grad_rows, grad_cols
 
 
@@ -71,14 +71,15 @@ class GatedLinear(nn.Linear):
     """A Linear whose rows and columns are scaled by gates; takes the place of a Linear by class swap."""
 
     row_gate: Tensor | None
-    row_repeat: int
-    ungated_rows: int
+    row_span: int  # rows in a row that one gate scales: a head's channels, else 1
+    row_repeat: int  # how often the gated rows come one after the other: for q, k and v
+    ungated_rows: int  # rows before them
     col_gate: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         rows, cols, bias = None, None, self.bias
         if self.row_gate is not None:
-            rows = self.row_gate.to(self.weight.dtype).repeat(self.row_repeat)
+            rows = _spread(self.row_gate.to(self.weight.dtype), self.row_span, self.row_repeat)
             if self.ungated_rows:
                 rows = torch.cat((rows.new_ones(self.ungated_rows), rows))
             bias = None if bias is None else bias * rows
@@ -86,6 +87,13 @@ class GatedLinear(nn.Linear):
             cols = self.col_gate.to(self.weight.dtype)
         linear = onednn_linear if issubclass(self._ungated_class, OneDnnLinear) else F.linear
         return linear(input, _ScaledWeight.apply(self.weight, rows, cols), bias)
+
+
+def _spread(gate: Tensor, span: int, repeat: int) -> Tensor:
+    """The gate of every channel where one gate is for `span` neighbours and the whole comes `repeat` times."""
+    if span > 1:
+        gate = gate[:, None].expand(-1, span).reshape(-1)
+    return gate.repeat(repeat)
 
 
 class GatedLayerNorm(nn.LayerNorm):
@@ -121,6 +129,15 @@ class GatedScale(LayerScale):
         return x * (self.gamma * self.gate.to(self.gamma.dtype))
 
 
+class GatedStream(nn.Identity):
+    """Scales the channels of the embeddings by a gate; takes the place of an Identity by class swap."""
+
+    gate: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.gate.to(input.dtype)
+
+
 class KeptLayerNorm(nn.LayerNorm):
     """A LayerNorm that takes its statistics over the kept channels (weighted by the gate) and scales its
     output by the gate.
@@ -129,10 +146,11 @@ class KeptLayerNorm(nn.LayerNorm):
     """
 
     gate: Tensor
+    gate_span: int
     gate_repeat: int
 
     def forward(self, input: Tensor) -> Tensor:
-        gate = self.gate.repeat(self.gate_repeat)
+        gate = _spread(self.gate, self.gate_span, self.gate_repeat)
         x, count = input.float(), gate.sum().clamp_min(torch.finfo(torch.float32).tiny)
         mean = (x * gate).sum(-1, keepdim=True) / count
         centred = x - mean
@@ -149,10 +167,11 @@ class KeptRmsNorm(nn.Module):
     """The same for RMS norms."""
 
     gate: Tensor
+    gate_span: int
     gate_repeat: int
 
     def forward(self, input: Tensor) -> Tensor:
-        gate = self.gate.repeat(self.gate_repeat)
+        gate = _spread(self.gate, self.gate_span, self.gate_repeat)
         x, count = input.float(), gate.sum().clamp_min(torch.finfo(torch.float32).tiny)
         eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
         y = x * torch.rsqrt((x.square() * gate).sum(-1, keepdim=True) / count + eps)
@@ -169,21 +188,27 @@ class SubBlock:
     name: str  # "blocks.3.attn", "blocks.3.mlp"
     kind: str  # "attn" | "mlp"
     block: int
-    sizes: tuple[int, int, int]  # elements of the gates in, out, inner (head channels or hidden)
-    start: int  # place of its first element in the flat tensors
+    sizes: tuple[int, int, int]  # elements of the gates in, out, inner (head channels, heads or hidden)
+    start: int  # place of its first own element in the flat tensors
     params: budget.Cost
     macs: budget.Cost
+    units: str = "channels"  # what an attention's inner gate is about: "channels" of every head, or "heads"
+    embedding: slice | None = None  # the gate that serves as in and out of every sub-block, where there is one
 
     @property
     def gate_names(self) -> tuple[str, str, str]:
-        return ("attn_in", "attn_out", "attn_qkv") if self.kind == "attn" else ("mlp_in", "mlp_out", "mlp_hid")
+        if self.kind == "mlp":
+            return ("mlp_in", "mlp_out", "mlp_hid")
+        return ("attn_in", "attn_out", "attn_qkv" if self.units == "channels" else "attn_heads")
 
     @property
     def stop(self) -> int:
-        return self.start + sum(self.sizes)
+        return self.start + (sum(self.sizes) if self.embedding is None else self.sizes[2])
 
     def slices(self) -> list[slice]:
         """Places of the gates in, out, inner in the flat tensors."""
+        if self.embedding is not None:
+            return [self.embedding, self.embedding, slice(self.start, self.stop)]
         bounds = np.cumsum((self.start, *self.sizes))
         return [slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
 
@@ -206,21 +231,21 @@ def _expect(good: bool, name: str, expected: str, got: object) -> None:
         raise NotImplementedError(f"gates: {name} must be {expected}, got {type(got).__name__}")
 
 
-def num_tokens(model: VisionTransformer) -> int:
-    """Tokens that enter the first block at the model's own image size, prefix included."""
-    return model.patch_embed.num_patches + model.num_prefix_tokens
-
-
-def sub_blocks(model: nn.Module) -> list[SubBlock]:
+def sub_blocks(model: nn.Module, units: str = "channels", embedding: bool = False) -> list[SubBlock]:
     """The 2L prunable sub-blocks of a timm VisionTransformer, in order; NotImplementedError names the first
-    part that P3B cannot gate."""
+    part that cannot be gated. units, embedding: as for `attach`."""
+    if units not in ("channels", "heads"):
+        raise ValueError(f"gates: units must be channels or heads, got {units!r}")
     if not isinstance(model, VisionTransformer):
         raise TypeError(f"gates: model must be a timm VisionTransformer (ViT, DeiT), got {type(model).__name__}")
     if getattr(model, "p3b_kept", None) is not None:
         raise NotImplementedError("gates: model must be whole, got one that is pruned already")
     found: list[SubBlock] = []
-    width, tokens, start = model.embed_dim, num_tokens(model), 0
-    for i, block in enumerate(model.blocks):
+    width = model.embed_dim
+    counts = token_counts(model)  # fewer behind a token reduction that the model is patched with
+    shared = slice(0, width) if embedding else None
+    start = width if embedding else 0
+    for i, (block, (in_attn, in_mlp)) in enumerate(zip(model.blocks, counts, strict=True)):
         where = f"blocks.{i}"
         _expect(isinstance(block, Block), where, "a pre-norm timm Block", block)
         attn, mlp = block.attn, block.mlp
@@ -235,21 +260,25 @@ def sub_blocks(model: nn.Module) -> list[SubBlock]:
         plain = isinstance(mlp, Mlp) and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
         _expect(plain, f"{where}.mlp", "timm's Mlp with Linear layers", mlp)
         heads, head_dim, hidden = attn.num_heads, attn.head_dim, mlp.fc1.out_features
+        # one inner element is a channel in each of the heads, or a head of all its channels
+        inner, rows = (head_dim, heads) if units == "channels" else (heads, head_dim)
+        head_norms = _per_channel(attn.q_norm, head_dim) + _per_channel(attn.k_norm, head_dim)  # heads share them
         params = budget.Cost(
-            a_q=3 * heads,
-            q_o=heads,
+            a_q=3 * rows,
+            q_o=rows,
             in_=_per_channel(block.norm1, width),
-            inner=3 * heads * (attn.qkv.bias is not None)
-            + _per_channel(attn.q_norm, head_dim)
-            + _per_channel(attn.k_norm, head_dim)
-            + _per_channel(attn.norm, head_dim),
+            inner=3 * rows * (attn.qkv.bias is not None)
+            + head_norms * (units == "channels")
+            + _per_channel(attn.norm, inner),
             out=(attn.proj.bias is not None) + _per_channel(block.ls1, width),
             constant=1,
+            whole=head_norms * head_dim * (units == "heads"),
         )
         macs = budget.Cost(
-            a_q=3 * heads * tokens, q_o=heads * tokens, in_=0, inner=2 * heads * tokens**2, out=0, constant=0
+            a_q=3 * rows * in_attn, q_o=rows * in_attn, in_=0, inner=2 * rows * in_attn**2, out=0, constant=0
         )
-        found.append(SubBlock(f"{where}.attn", "attn", i, (width, width, head_dim), start, params, macs))
+        sizes = (width, width, inner)
+        found.append(SubBlock(f"{where}.attn", "attn", i, sizes, start, params, macs, units, shared))
         start = found[-1].stop
         params = budget.Cost(
             a_q=1,
@@ -259,8 +288,9 @@ def sub_blocks(model: nn.Module) -> list[SubBlock]:
             out=(mlp.fc2.bias is not None) + _per_channel(block.ls2, width),
             constant=1,
         )
-        macs = budget.Cost(a_q=tokens, q_o=tokens, in_=0, inner=0, out=0, constant=0)
-        found.append(SubBlock(f"{where}.mlp", "mlp", i, (width, width, hidden), start, params, macs))
+        macs = budget.Cost(a_q=in_mlp, q_o=in_mlp, in_=0, inner=0, out=0, constant=0)
+        sizes = (width, width, hidden)
+        found.append(SubBlock(f"{where}.mlp", "mlp", i, sizes, start, params, macs, units, shared))
         start = found[-1].stop
     return found
 
@@ -274,6 +304,22 @@ def outside_cost(model: VisionTransformer, blocks: list[SubBlock], unit: str) ->
     return model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + sum(m.weight.numel() for m in heads)
 
 
+def embedding_cost(model: VisionTransformer, unit: str) -> float:
+    """Cost of one channel of the embedding outside the sub-blocks: in patch embedding, tokens, norms, classifier."""
+    if unit == "macs":
+        return outside_cost(model, [], "macs") / model.embed_dim
+    tensors = [p for m in (model.patch_embed, model.norm_pre, model.norm, model.fc_norm) for p in m.parameters()]
+    tensors += [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token", "pos_embed")]
+    tensors += [getattr(getattr(model, name, None), "weight", None) for name in ("head", "head_dist")]
+    return sum(p.numel() for p in tensors if p is not None) // model.embed_dim
+
+
+GATE_ATTRIBUTES = (
+    *("row_gate", "row_span", "row_repeat", "ungated_rows", "col_gate"),
+    *("gate", "gate_span", "gate_repeat"),
+)
+
+
 def _swap(module: nn.Module, gated: type[nn.Module], **attributes: object) -> None:
     module._ungated_class = type(module)
     module.__class__ = gated
@@ -284,7 +330,7 @@ def _swap(module: nn.Module, gated: type[nn.Module], **attributes: object) -> No
 def _restore(module: nn.Module) -> None:
     if "_ungated_class" in module.__dict__:
         module.__class__ = module.__dict__.pop("_ungated_class")
-        for name in ("row_gate", "row_repeat", "ungated_rows", "col_gate", "gate", "gate_repeat"):
+        for name in GATE_ATTRIBUTES:
             module.__dict__.pop(name, None)
 
 
@@ -302,8 +348,11 @@ class Gates:
     and `harden`.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
-        self.blocks = sub_blocks(model)
+    def __init__(self, model: VisionTransformer, units: str = "channels", embedding: bool = False) -> None:
+        self.blocks = sub_blocks(model, units, embedding)
+        self.embedding = slice(0, model.embed_dim) if embedding else None
+        self._outside = {unit: outside_cost(model, self.blocks, unit) for unit in ("params", "macs")}
+        self._per_embedding = {unit: embedding_cost(model, unit) * embedding for unit in ("params", "macs")}
         device = next(model.parameters()).device
         total = self.blocks[-1].stop if self.blocks else 0
         self.values = torch.ones(total, device=device)
@@ -314,7 +363,12 @@ class Gates:
         self.last_score = torch.zeros(total)
         self.kept_from = HARD
         self.older = [torch.zeros_like(t) for t in (self.score_sum, self.energy_sum, self.count)]
-        self._leaves = [[self._leaf(s) for s in block.slices()] for block in self.blocks]
+        if embedding:
+            shared = self._leaf(self.embedding)
+            self._leaves = [[shared, shared, self._leaf(block.slices()[2])] for block in self.blocks]
+            self._attach_embedding(model, shared)
+        else:
+            self._leaves = [[self._leaf(s) for s in block.slices()] for block in self.blocks]
         for block, leaves in zip(self.blocks, self._leaves, strict=True):
             (self._attach_attn if block.kind == "attn" else self._attach_mlp)(
                 model.blocks[block.block], block.name, *leaves
@@ -338,21 +392,63 @@ class Gates:
                 "col_gate": None,
                 **gates,
                 "row_gate": None if folded else out,
+                "row_span": 1,
                 "row_repeat": 1,
                 "ungated_rows": 0,
             }
             _swap(linear, GatedLinear, **options)
 
+    def _attach_embedding(self, model: VisionTransformer, gate: Tensor) -> None:
+        """The embeddings are scaled before the first block; norms over the width know only the kept channels."""
+        _expect(model.attn_pool is None, "global_pool", "token, avg, avgmax, max or none", model.attn_pool)
+        _expect(isinstance(model.patch_embed.norm, nn.Identity), "patch_embed.norm", "none", model.patch_embed.norm)
+        if isinstance(model.norm_pre, nn.Identity):
+            _swap(model.norm_pre, GatedStream, gate=gate)
+        for name in ("norm_pre", "norm", "fc_norm"):
+            norm = getattr(model, name)
+            if not isinstance(norm, nn.Identity):
+                kept = _norm_class(norm, KeptLayerNorm, KeptRmsNorm, name)
+                _swap(norm, kept, gate=gate, gate_span=1, gate_repeat=1)
+
+    def _attach_in(self, norm: nn.Module, where: str, gate: Tensor) -> None:
+        """The statistics stay those of the full width, unless its channels go from the whole network."""
+        if self.embedding is None:
+            _swap(norm, _norm_class(norm, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=gate)
+        else:
+            kept = _norm_class(norm, KeptLayerNorm, KeptRmsNorm, f"{where} norm")
+            _swap(norm, kept, gate=gate, gate_span=1, gate_repeat=1)
+
+    def _attach_heads(self, block: Block, where: str, out: Tensor, heads: Tensor) -> None:
+        """A head is scaled at its values, or by the norm after the attention where there is one."""
+        attn = block.attn
+        if isinstance(attn.norm, nn.Identity):
+            _swap(
+                attn.qkv,
+                GatedLinear,
+                row_gate=heads,
+                row_span=attn.head_dim,
+                row_repeat=1,
+                ungated_rows=2 * attn.num_heads * attn.head_dim,
+                col_gate=None,
+            )
+        else:
+            kept = _norm_class(attn.norm, KeptLayerNorm, KeptRmsNorm, f"{where} inner norm")
+            _swap(attn.norm, kept, gate=heads, gate_span=attn.head_dim, gate_repeat=1)
+        self._attach_out(attn.proj, block.ls1, out)
+
     def _attach_attn(self, block: Block, where: str, inputs: Tensor, out: Tensor, inner: Tensor) -> None:
         attn = block.attn
-        _swap(block.norm1, _norm_class(block.norm1, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs)
+        self._attach_in(block.norm1, where, inputs)
+        if self.blocks[0].units == "heads":
+            self._attach_heads(block, where, out, inner)
+            return
         normed = [not isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm, attn.norm)]
         for norm, has, repeat in zip(
             (attn.q_norm, attn.k_norm, attn.norm), normed, (1, 1, attn.num_heads), strict=True
         ):
             if has:
                 kept = _norm_class(norm, KeptLayerNorm, KeptRmsNorm, f"{where} inner norm")
-                _swap(norm, kept, gate=inner, gate_repeat=repeat)
+                _swap(norm, kept, gate=inner, gate_span=1, gate_repeat=repeat)
         if normed[0] != normed[1]:
             raise NotImplementedError(f"gates: {where} must normalise both q and k or neither, got one")
         # the norms of q and k apply the gate themselves: what they read must stay unscaled
@@ -362,6 +458,7 @@ class Gates:
             attn.qkv,
             GatedLinear,
             row_gate=inner,
+            row_span=1,
             row_repeat=(3 * third - first) // attn.head_dim,
             ungated_rows=first,
             col_gate=None,
@@ -370,12 +467,12 @@ class Gates:
 
     def _attach_mlp(self, block: Block, where: str, inputs: Tensor, out: Tensor, inner: Tensor) -> None:
         mlp = block.mlp
-        _swap(block.norm2, _norm_class(block.norm2, GatedLayerNorm, GatedRmsNorm, f"{where} norm"), gate=inputs)
+        self._attach_in(block.norm2, where, inputs)
         if isinstance(mlp.norm, nn.Identity):
             self._attach_out(mlp.fc2, block.ls2, out, col_gate=inner)
         else:
             kept = _norm_class(mlp.norm, KeptLayerNorm, KeptRmsNorm, f"{where} inner norm")
-            _swap(mlp.norm, kept, gate=inner, gate_repeat=1)
+            _swap(mlp.norm, kept, gate=inner, gate_span=1, gate_repeat=1)
             self._attach_out(mlp.fc2, block.ls2, out)
 
     # measuring
@@ -406,6 +503,18 @@ class Gates:
         counts = self.kept_counts(hard)
         return torch.stack([b.cost(unit)(a, q, o) for b, (a, o, q) in zip(self.blocks, counts, strict=True)])
 
+    def outside(self, unit: str = "params", hard: Tensor | None = None) -> float:
+        """Cost outside the sub-blocks; it shrinks with the embedding where that is gated."""
+        if self.embedding is None:
+            return self._outside[unit]
+        hard = self.hard() if hard is None else hard
+        return self._outside[unit] - self._per_embedding[unit] * int((~hard[self.embedding]).sum())
+
+    def total(self, unit: str = "params", hard: Tensor | None = None) -> float:
+        """Cost of the whole model with the kept channels alone."""
+        hard = self.hard() if hard is None else hard
+        return self.outside(unit, hard) + float(self.kept_cost(unit, hard).sum())
+
     # deciding
 
     def update(
@@ -427,6 +536,8 @@ class Gates:
         window may be short). The other arguments are those of `masks.ratio_masks` and `window`. Returns what
         `put` does.
         """
+        if self.embedding is not None:
+            raise NotImplementedError("gates: update must be of gates per sub-block, got a shared embedding; use put")
         scores = self.window(rank_zero_by, include_previous)
         options = {"scales": scales, "unit": unit, "rank_across": rank_across, "round_to": round_to}
         return self.put(ratio_masks(self.blocks, scores, keep_ratio, tau, **options))
@@ -483,11 +594,16 @@ class Gates:
         self.values.copy_(self.hard())
 
 
-def attach(model: VisionTransformer) -> Gates:
-    """Puts gates of one on all sub-blocks of a timm ViT, in place; `model.p3b_gates` is what it returns."""
+def attach(model: VisionTransformer, *, units: str = "channels", embedding: bool = False) -> Gates:
+    """Puts gates of one on all sub-blocks of a timm ViT, in place; `model.p3b_gates` is what it returns.
+
+    units: what an attention's inner gates remove, "channels" (the same of every head) or whole "heads". embedding: one
+    gate vector `[C]` stands for the in and out gates of all sub-blocks and for the embeddings, so that the residual
+    stream itself becomes narrower; norms over it take their statistics over the kept channels.
+    """
     if getattr(model, "p3b_gates", None) is not None:
         raise ValueError("gates: model must have no gates yet, got one with gates; detach or shrink it first")
-    return Gates(model)
+    return Gates(model, units, embedding)
 
 
 def detach(model: VisionTransformer) -> VisionTransformer:

@@ -16,8 +16,12 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from p3b_ext.patch import patch
+from p3b_ext.reduced import RECORD
+
 from .architecture import describe
 from .gates import Gates, detach
+from .reductions import fitting
 
 
 class GatherLayerNorm(nn.LayerNorm):
@@ -118,22 +122,29 @@ def _widen(values: Tensor, index: Tensor, width: int) -> Tensor:
     return values.new_zeros(width).index_copy(0, index, values)
 
 
-def kept_indices(gates: Gates) -> dict[str, dict[str, list[int]]]:
+def kept_indices(gates: Gates) -> dict[str, Any]:
     """Kept channels of every sub-block, by name and gate: {"blocks.0.attn": {"in": [...], "out": [...],
-    "inner": [...]}, ...}."""
+    "inner": [...]}, ...}.
+
+    Where whole heads are gated, an attention has "heads" in place of "inner". A gated embedding is one more entry
+    "embedding", and sub-blocks then have no "in" and "out": they read and write all that is left.
+    """
     hard = gates.hard().cpu()
-    return {
-        block.name: {
-            gate: hard[place].nonzero().flatten().tolist()
-            for gate, place in zip(("in", "out", "inner"), block.slices(), strict=True)
-        }
-        for block in gates.blocks
-    }
+    kept: dict[str, Any] = {}
+    if gates.embedding is not None:
+        kept["embedding"] = hard[gates.embedding].nonzero().flatten().tolist()
+    for block in gates.blocks:
+        inner = "heads" if (block.kind, block.units) == ("attn", "heads") else "inner"
+        places = dict(zip(("in", "out", inner), block.slices(), strict=True))
+        if gates.embedding is not None:
+            del places["in"], places["out"]
+        kept[block.name] = {gate: hard[place].nonzero().flatten().tolist() for gate, place in places.items()}
+    return kept
 
 
 def shrink(model: VisionTransformer) -> VisionTransformer:
     """Makes a masked model small and dense, in place, and returns it: same logits (masks are rounded to 0 or
-    1 first).
+    1 first). A model that is patched stays so, its token reduction included.
 
     The model is one that `p3b.prune` or `p3b.gates.attach` has put gates on. Raises ValueError when it has
     none.
@@ -142,28 +153,66 @@ def shrink(model: VisionTransformer) -> VisionTransformer:
     if gates is None:
         raise ValueError("shrink: model must have gates (p3b.gates.attach), got one without")
     kept = kept_indices(gates)
+    if kept.get("embedding") == []:
+        raise ValueError("shrink: embedding must keep a channel, got masks that remove all")
     detach(model)
     try:
         model.p3b_description = describe(model)
     except NotImplementedError as error:  # the model shrinks all the same; saving it will say why it cannot
         model.p3b_description = {"unsupported": str(error)}
     cut(model, kept)
+    record = model.__dict__.get(RECORD)
+    if record is not None:
+        patch(model, fitting(record.reduction, model), trace=record.trace, linear=record.linear)
     return model
 
 
 @torch.no_grad()
-def cut(model: VisionTransformer, kept: dict[str, dict[str, list[int]]]) -> None:
-    """Cuts all sub-blocks of a whole model down to the kept channels, in place."""
+def cut(model: VisionTransformer, kept: dict[str, Any]) -> None:
+    """Cuts all sub-blocks of a whole model down to the kept channels, in place; kept as from `kept_indices`."""
     device = next(model.parameters()).device
+    if "embedding" in kept:
+        _cut_embedding(model, torch.tensor(kept["embedding"], dtype=torch.long, device=device))
+    everything = list(range(model.embed_dim))
     for i, block in enumerate(model.blocks):
         block.__class__ = PrunedBlock
         for half, norm, scale in (("attn", "norm1", "ls1"), ("mlp", "norm2", "ls2")):
             indices = kept[f"blocks.{i}.{half}"]
-            reads, writes, inner = (
-                torch.tensor(indices[gate], dtype=torch.long, device=device) for gate in ("in", "out", "inner")
+            if "embedding" in kept:
+                indices = {"in": everything, "out": everything, **indices}
+            inner = "heads" if "heads" in indices else "inner"
+            reads, writes, inner_index = (
+                torch.tensor(indices[gate], dtype=torch.long, device=device) for gate in ("in", "out", inner)
             )
-            _cut_half(block, half, norm, scale, reads, writes, inner, model.embed_dim)
+            _cut_half(block, half, norm, scale, reads, writes, inner_index, model.embed_dim, inner == "heads")
     model.p3b_kept = kept
+
+
+def _cut_embedding(model: VisionTransformer, index: Tensor) -> None:
+    """Makes the residual stream itself narrower: everything that writes to it or reads from it."""
+    _cut_linear(model.patch_embed.proj, rows=index)
+    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+        token = getattr(model, name, None)
+        if token is not None:
+            setattr(model, name, nn.Parameter(token[..., index], requires_grad=token.requires_grad))
+    norms = [model.norm_pre, model.norm, model.fc_norm]
+    for block in model.blocks:
+        norms += [block.norm1, block.norm2]
+        for first, last in ((block.attn.qkv, block.attn.proj), (block.mlp.fc1, block.mlp.fc2)):
+            _cut_linear(first, columns=index)
+            _cut_linear(last, rows=index)
+        for scale in (block.ls1, block.ls2):
+            if isinstance(scale, LayerScale):
+                scale.gamma = nn.Parameter(scale.gamma[index], requires_grad=scale.gamma.requires_grad)
+    for norm in norms:
+        if not isinstance(norm, nn.Identity):
+            _cut_norm_plain(norm, index)
+    for head in (model.head, getattr(model, "head_dist", None)):
+        if isinstance(head, nn.Linear):
+            _cut_linear(head, columns=index)
+    model.embed_dim = model.num_features = model.head_hidden_size = len(index)
+    for info in model.feature_info:
+        info["num_chs"] = len(index)
 
 
 def _cut_half(
@@ -175,21 +224,29 @@ def _cut_half(
     writes: Tensor,
     inner: Tensor,
     width: int,
+    heads: bool,
 ) -> None:
     branch = getattr(block, half)
+    if half == "attn":  # places of what stays among the attention's own channels
+        columns = _head_columns(inner, branch.head_dim) if heads else _tiled(inner, branch.head_dim, branch.num_heads)
     block.register_buffer(f"{half}_index", writes if len(writes) < width else None, persistent=False)
     block.register_parameter(f"{half}_constant", None)
     layer_scale = getattr(block, scale)
     if isinstance(layer_scale, LayerScale):
         layer_scale.gamma = nn.Parameter(layer_scale.gamma[writes], requires_grad=layer_scale.gamma.requires_grad)
     if len(reads) and len(writes) and len(inner):
-        (_cut_attn if half == "attn" else _cut_mlp)(branch, reads, inner)
+        if half == "mlp":
+            _cut_mlp(branch, reads, inner)
+        elif heads:
+            _cut_heads(branch, reads, columns)
+        else:
+            _cut_attn(branch, reads, inner)
         _cut_linear(branch.proj if half == "attn" else branch.fc2, rows=writes)
         if len(reads) < width:
             _cut_norm(getattr(block, norm), reads, width)
         return
     if len(writes):
-        constant = layer_scale(_constant_output(branch, half, inner)[writes])
+        constant = layer_scale(_constant_output(branch, half, inner if half == "mlp" else columns)[writes])
         block.register_parameter(f"{half}_constant", nn.Parameter(constant))
     setattr(block, half, None)
     setattr(block, norm, nn.Identity())
@@ -197,7 +254,8 @@ def _cut_half(
 
 
 def _constant_output(branch: nn.Module, half: str, inner: Tensor) -> Tensor:
-    """What the branch writes, `[width]`, when it reads zeros or has no inner channel."""
+    """What the branch writes, `[width]`, when it reads zeros or has no inner channel (hidden channels or the
+    attention's own)."""
     last = branch.proj if half == "attn" else branch.fc2
     out = last.weight.new_zeros(last.out_features) if last.bias is None else last.bias.clone()
     if len(inner) == 0:
@@ -213,12 +271,11 @@ def _constant_output(branch: nn.Module, half: str, inner: Tensor) -> Tensor:
         values = last.weight.new_zeros(branch.attn_dim)
     else:
         values = branch.qkv.bias[2 * branch.attn_dim :]  # equal keys: attention passes the one value on
-    columns = _tiled(inner, branch.head_dim, branch.num_heads)
-    values = values[columns]
+    values = values[inner]
     if not isinstance(branch.norm, nn.Identity):
-        _cut_norm_plain(branch.norm, columns)
+        _cut_norm_plain(branch.norm, inner)
         values = branch.norm(values)
-    return out + last.weight[:, columns] @ values
+    return out + last.weight[:, inner] @ values
 
 
 def _tiled(inner: Tensor, head_dim: int, repeats: int) -> Tensor:
@@ -226,7 +283,12 @@ def _tiled(inner: Tensor, head_dim: int, repeats: int) -> Tensor:
     return (torch.arange(repeats, device=inner.device)[:, None] * head_dim + inner).flatten()
 
 
-def _cut_linear(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+def _head_columns(heads: Tensor, head_dim: int) -> Tensor:
+    """Places of the channels of the kept heads in all heads."""
+    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
+
+
+def _cut_linear(linear: nn.Linear | nn.Conv2d, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
     weight, bias = linear.weight, linear.bias
     if rows is not None:
         weight = weight.index_select(0, rows)
@@ -236,7 +298,10 @@ def _cut_linear(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor |
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
     if bias is not None:
         linear.bias = nn.Parameter(bias.clone(), requires_grad=linear.bias.requires_grad)
-    linear.out_features, linear.in_features = weight.shape
+    if isinstance(linear, nn.Conv2d):
+        linear.out_channels = len(weight)
+    else:
+        linear.out_features, linear.in_features = weight.shape
 
 
 def _cut_norm_plain(norm: nn.Module, index: Tensor) -> None:
@@ -278,6 +343,15 @@ def _cut_attn(attn: nn.Module, reads: Tensor, inner: Tensor) -> None:
     if not isinstance(attn.norm, nn.Identity):
         _cut_norm_plain(attn.norm, _tiled(inner, head_dim, heads))
     attn.head_dim, attn.attn_dim, attn.scale = kept, heads * kept, kept**-0.5
+
+
+def _cut_heads(attn: nn.Module, reads: Tensor, columns: Tensor) -> None:
+    third = attn.num_heads * attn.head_dim
+    _cut_linear(attn.qkv, torch.cat([columns + i * third for i in range(3)]), reads)
+    _cut_linear(attn.proj, columns=columns)
+    if not isinstance(attn.norm, nn.Identity):
+        _cut_norm_plain(attn.norm, columns)
+    attn.num_heads, attn.attn_dim = len(columns) // attn.head_dim, len(columns)
 
 
 class _Factor(nn.Module):
