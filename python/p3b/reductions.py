@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Token reductions by name, with settings that fit a model of any size: what `p3b bench` and `p3b visualize` share."""
+"""Token reductions by name, with settings that fit a model of any size: what the commands share."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Iterable, Sequence
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 import p3b_ext
+from p3b_ext.patch import reducing_blocks
+from p3b_ext.reduced import RECORD
 
 NAMES = ("tome", "ppt", "evit", "topk")
 KINDS = {"tome": p3b_ext.ToMe, "ppt": p3b_ext.PPT, "evit": p3b_ext.EViT, "topk": p3b_ext.TopK}
@@ -23,6 +28,8 @@ SETTINGS = {
 # The published settings belong to 196 patches and 12 blocks; other models get the same shares.
 PATCHES, DEPTH = 196, 12
 TOME_R, PPT_R, KEEP_RATE = 13, 50, 0.7
+# Smallest keep ratio of an attention whose scores or keys say which tokens go: all of its gates keep a channel.
+LEAST_ATTENTION = 0.05
 # PPT's published threshold on the variance of the scores, 7e-5, as squared coefficient of variation: the mean is 1 / N.
 PPT_CV2 = 7e-5 * PATCHES**2
 
@@ -94,6 +101,55 @@ def apply(
         return found
     threshold = p3b_ext.calibrate(model, images, 0.5 if prune_share is None else prune_share)
     return dataclasses.replace(found, threshold=threshold)
+
+
+def floors(model: VisionTransformer, floor: float) -> float | Tensor:
+    """The smallest keep ratio of each sub-block: `floor`, and enough for the attentions that a reduction listens to.
+
+    Returns float64 `[2L]`, or `floor` itself where the model is not patched with a reduction.
+    """
+    record = model.__dict__.get(RECORD)
+    if record is None or record.reduction is None:
+        return floor
+    least = torch.full((len(model.blocks), 2), floor, dtype=torch.float64)
+    least[reducing_blocks(model, record.reduction), 0] = max(floor, LEAST_ATTENTION)
+    return least.flatten()
+
+
+def fitting(
+    found: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK | None, model: VisionTransformer
+) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK | None:
+    """The reduction for a pruned model: where the attention of one of its blocks has been pruned away, the nearest
+    block that still has one and is not taken serves instead (the later of two), with a warning; else it is left out.
+
+    ToMe passes over such blocks itself.
+    """
+    if not hasattr(found, "blocks"):
+        return found
+    able = [i for i, block in enumerate(model.blocks) if getattr(block, "attn", None) is not None]
+    free = [i for i in able if i not in found.blocks]
+    places: list[int | None] = list(found.blocks)
+    for place, block in enumerate(found.blocks):
+        if block in able:
+            continue
+        places[place] = min(free, key=lambda i, block=block: (abs(i - block), -i), default=None)
+        if places[place] is not None:
+            free.remove(places[place])
+        instead = "no block" if places[place] is None else f"blocks.{places[place]}"
+        warnings.warn(
+            f"reduction: blocks.{block} has no attention left; {instead} loses tokens in its place", stacklevel=2
+        )
+    if places == list(found.blocks):
+        return found
+    stay = [place for place, block in enumerate(places) if block is not None]
+    if not stay:
+        return None
+    change = {"blocks": [places[place] for place in stay]}
+    for name in ("r", "keep_rate", "threshold"):
+        value = getattr(found, name, None)
+        if isinstance(value, tuple):
+            change[name] = [value[place] for place in stay]
+    return dataclasses.replace(found, **change)
 
 
 def label(found: object) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import budget
 from ..gates import Gates, attach, outside_cost
+from ..reductions import floors
 
 if TYPE_CHECKING:
     from ..train import PruneRun
@@ -49,11 +50,13 @@ class Method:
         """Cost [S] of the whole sub-blocks in the budget's unit."""
         self.outside = outside_cost(self.model, blocks, self.config.budget)
         """Cost of what is never pruned."""
+        self.floor = floors(self.model, self.config.floor)
+        """Smallest keep ratio, one or [S]: attentions that a token reduction listens to keep a little."""
         self.optimizers: list[torch.optim.Optimizer] = []
         """Optimizers of what the method itself learns; they step with the model's, and are skipped with it."""
         # an unreachable budget must fail here, before anything is trained
         ones = torch.ones_like(self.full)
-        budget.keep_ratios(ones, self.full, self.outside, self.config.prune_ratio, self.config.floor)
+        budget.keep_ratios(ones, self.full, self.outside, self.config.prune_ratio, self.floor)
 
     def modules(self) -> dict[str, nn.Module]:
         """What the method trains, by name; saved with the run, averaged over processes."""

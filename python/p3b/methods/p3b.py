@@ -67,7 +67,7 @@ class P3B(Method):
         config = self.config
         benefit = self.benefit.take(include_previous=final)
         importance = self.importance.update(benefit, self.gates.kept_cost(config.budget))
-        self.goal = budget.keep_ratios(importance, self.full, self.outside, config.prune_ratio, config.floor)
+        self.goal = budget.keep_ratios(importance, self.full, self.outside, config.prune_ratio, self.floor)
         change = self.gates.update(
             1 - (1 - self.goal) * progress,
             tau,
