@@ -1,11 +1,17 @@
 """p3b.data: what the loaders give, that it is the same each time, and one line for what cannot be read."""
 
+import json
+import math
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from p3b.data import ArrayLoader, create_data, shift_and_flip
+from p3b.augment import colour, erase, shift_and_flip, warp
+from p3b.data import ArrayLoader, FileLoader, SeededImages, check_files, create_data
 
 
 def batches(loader):
@@ -111,6 +117,114 @@ def test_shift_and_flip_by_hand():
     assert torch.equal(shift_and_flip(x, moves, still[:, 0] == 1), wanted)
 
 
+def test_middle_draws_change_nothing():
+    x = torch.rand(2, 3, 10, 12, generator=torch.Generator().manual_seed(0)) * 255
+    middle = torch.full((2, 3), 0.5)
+    assert torch.allclose(colour(x, middle, 0.4), x, atol=1e-3)
+    assert torch.allclose(warp(x, middle), x, atol=1e-3)
+    assert torch.equal(erase(x, torch.full((2, 5), 0.5), 0.5), x)  # a draw of 0.5 is not below it
+
+
+def test_colour_by_hand():
+    x = torch.tensor([[100.0, 50.0], [30.0, 90.0], [20.0, 40.0]]).view(1, 3, 1, 2)
+    luma = 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]
+    draws = [[1, 0.5, 0.5], [0.5, 1, 0.5], [0.5, 0.5, 0]]
+    brighter, contrast, saturation = (torch.tensor([row]) for row in draws)
+    assert torch.allclose(colour(x, brighter, 0.4), x * 1.4)
+    assert torch.allclose(colour(x, contrast, 0.4), luma.mean() + 1.4 * (x - luma.mean()), atol=1e-4)
+    assert torch.allclose(colour(x, saturation, 1.0), luma.expand(1, 3, 1, 2), atol=1e-4)  # no saturation: grey
+    grey = x[:, :1]
+    assert torch.allclose(colour(grey, contrast, 0.4), grey.mean() + 1.4 * (grey - grey.mean()), atol=1e-4)
+
+
+def test_warp_turns_by_degrees_on_any_shape():
+    x = torch.zeros(2, 1, 61, 121)
+    x[:, :, 29:32, 99:102] = 1  # 40 pixels right of the centre
+    moved = warp(x, torch.tensor([[1.0, 0.5, 0.5], [0.5, 0.5, 0.0]]))
+    rows, cols = torch.arange(61.0) - 30, torch.arange(121.0) - 60
+    weight = moved.sum((1, 2, 3))
+    at = [((moved.sum((1, 3)) * rows).sum(1) / weight), (moved.sum((1, 2)) * cols).sum(1) / weight]
+    angle = math.degrees(math.atan2(float(at[0][0]), float(at[1][0])))
+    assert abs(angle) == pytest.approx(15, abs=0.5) and math.hypot(at[0][0], at[1][0]) == pytest.approx(40, abs=0.5)
+    assert float(at[1][1]) == pytest.approx(40 * 1.25, abs=0.5) and abs(float(at[0][1])) < 0.5
+
+
+def test_erased_boxes_have_the_published_sizes():
+    draws = torch.rand(2000, 5, generator=torch.Generator().manual_seed(0))
+    x = torch.ones(2000, 1, 40, 60)
+    gone = erase(x, draws, 0.25) == 0
+    erased = gone.flatten(1).any(1)
+    assert 430 < int(erased.sum()) < 570
+    height, width = gone.any(3).sum((1, 2))[erased], gone.any(2).sum((1, 2))[erased]
+    assert torch.equal(height * width, gone.sum((1, 2, 3))[erased])  # one box, no holes
+    share = (height * width) / 2400
+    assert share.min() > 0.01 and share.max() < 0.36 and share.std() > 0.05
+    for edge in (gone[:, 0, 0], gone[:, 0, -1], gone[:, 0, :, 0], gone[:, 0, :, -1]):
+        assert edge.any()  # boxes reach every border
+
+
+def test_strong_arrays(npz):
+    def make(**changes):
+        return create_data(npz(), img_size=8, batch_size=10, **{"augment": "strong", "seed": 1} | changes)
+
+    strong, light = batches(make().train), batches(make(augment="light").train)
+    assert same(strong, batches(make().train)) and not same(strong, light)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(strong, light, strict=True))  # the order is that of the seed
+    still = make(color_jitter=0.0, re_prob=0.0, shift=0, flip=False)
+    assert not same(strong, batches(still.train))
+    assert same(batches(make().val), batches(make(augment="none").val))
+
+
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+def test_repeated_augmentation(npz, folder, kind):
+    source = npz() if kind == "arrays" else folder(count=10)
+    data = create_data(source, img_size=8, batch_size=6, augment="strong", re_prob=1.0, repeats=3)
+    drawn = batches(data.train)
+    once = create_data(source, img_size=8, batch_size=6, augment="none").train
+    assert len(drawn) == len(once)  # an epoch is as long as ever
+    order = torch.cat([y for _, y in batches(once)])
+    assert torch.equal(torch.cat([y for _, y in drawn]), order.repeat_interleave(3)[: len(order)])
+    images = torch.cat([x for x, _ in drawn])
+    assert all(not torch.equal(images[i], images[i + 1]) for i in range(len(images) - 1))
+
+
+def test_arrays_read_as_files(npz):
+    common = dict(img_size=(6, 5), batch_size=8, augment="none", crop_pct=1.0)
+    device, files = (create_data(npz(), on_device=on, mean=[0.5] * 3, std=[0.5] * 3, **common) for on in (True, False))
+    assert isinstance(files.train, FileLoader) and files.class_names == device.class_names
+    for (x, y), (z, w) in zip(device.val, files.val, strict=True):
+        assert torch.allclose(x, z, atol=1e-5) and torch.equal(y, w)
+    again = create_data(**files.settings)
+    assert same(batches(files.val), batches(again.val))
+    black = npz(x_train=np.zeros((30, 6, 5, 1), np.uint8), x_test=np.zeros((8, 6, 5, 1), np.uint8))
+    grey = create_data(black, img_size=6, on_device=False, batch_size=2)
+    assert next(iter(grey.val))[0].shape == (2, 3, 6, 6)
+
+
+def test_policies_of_timm(folder):
+    root = folder()
+    settings = ({}, {"auto_augment": ""}, {"auto_augment": "", "color_jitter": 0.0, "re_prob": 0.0})
+    kept = [create_data(root, img_size=8, batch_size=18, augment="strong", **how).train for how in settings]
+    assert len({float(next(iter(loader))[0].sum()) for loader in kept}) == 3
+    with pytest.raises(ValueError, match=r"auto_augment must be a policy that timm knows .* got 'lots'"):
+        create_data(root, augment="strong", auto_augment="lots")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_on_the_device_waits_for_nothing(npz):
+    data = create_data(npz(), img_size=8, batch_size=6, augment="strong", device="cuda")
+    on_cpu = create_data(npz(), img_size=8, batch_size=6, augment="strong")
+    loader = iter(data.train)
+    next(loader)  # the epoch's tables are copied here
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        rest = list(loader)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (x, y), (z, w) in zip(rest, batches(on_cpu.train)[1:], strict=True):
+        assert torch.equal(y.cpu(), w) and torch.allclose(x.cpu(), z, atol=2e-2)
+
+
 def test_every_move_is_drawn():
     loader = create_data("digits", img_size=8, batch_size=400, shift=1, flip=True).train
     offset, mirrored = loader._draw_moves(1000, torch.Generator().manual_seed(0))
@@ -119,10 +233,11 @@ def test_every_move_is_drawn():
 
 
 @pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("augment", ["light", "strong"])
 @pytest.mark.parametrize("kind", ["arrays", "files"])
-def test_processes_share_the_batches_of_one(npz, folder, kind, world):
+def test_processes_share_the_batches_of_one(npz, folder, kind, augment, world):
     source = npz() if kind == "arrays" else folder(count=7)
-    common = dict(img_size=8, batch_size=6, seed=3)
+    common = dict(img_size=8, batch_size=6, seed=3, augment=augment, repeats=3 if augment == "strong" else 1)
     whole = create_data(source, **common)
     parts = [create_data(source, rank=rank, world=world, workers=rank % 2, **common) for rank in range(world)]
     for epoch in range(2):
@@ -221,6 +336,189 @@ def test_unreadable_image_is_one_line(folder, workers):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_vanishes_during_training(folder):
+    root = folder()
+    data = create_data(root, img_size=8, batch_size=6, workers=1)
+    batches(data.train)
+    gone = root / "red" / "1.png"
+    gone.unlink()
+    with pytest.raises(ValueError, match=r"data: .*red/1\.png must be a readable image, got: .*No such file") as error:
+        for _ in range(2):
+            batches(data.train), batches(data.val)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"red/1\.png must be a readable image"):
+        check_files(data, lambda text: None)
+    Image.new("RGB", (9, 9)).save(gone)
+    assert len(batches(data.train)) == len(data.train)  # the loader works again
+
+
+class Deadly:
+    """Reads like any data set until its process is killed, as the system does when memory runs out."""
+
+    deadly = True
+
+    def __call__(self, index):
+        if index == 3 and self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Image.new("RGB", (8, 8)), 0
+
+
+def test_a_killed_worker_is_one_line():
+    def transform(image):
+        return torch.zeros(3, 8, 8)
+
+    read = Deadly()
+    dataset = SeededImages(read, 8, transform, 2, seed=0)
+    loader = FileLoader(dataset, batch_size=2, workers=2, train=False, seed=0, pin=False)
+    with pytest.raises(OSError, match=r"data: a worker process died \(.*--workers 0 .*DataLoader worker") as error:
+        batches(loader)
+    assert "\n" not in str(error.value)
+    read.deadly = False
+    assert len(batches(loader)) == 4  # new workers take over
+
+
+def test_workers_stay_from_epoch_to_epoch(folder):
+    train = create_data(folder(), img_size=8, batch_size=3, workers=1).train
+    first = batches(train)
+    workers = [worker.pid for worker in train._loader._iterator._workers]
+    next(iter(train))  # a pass that is given up
+    train.set_epoch(0)
+    assert same(batches(train), first) and [w.pid for w in train._loader._iterator._workers] == workers
+
+
+def test_loading_takes_no_random_number_of_the_run(folder):
+    data = create_data(folder(), img_size=8, batch_size=3)
+    state = torch.get_rng_state()
+    batches(data.train), batches(data.val)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_labels_out_of_range(npz):
+    data = create_data(npz(), img_size=8, batch_size=6, on_device=False)
+    data.train.dataset.read.labels = np.full(30, 7)
+    with pytest.raises(ValueError, match=r"data: label of image \d+ of set.npz must be 0 to 2, got 7"):
+        next(iter(data.train))
+    with pytest.raises(ValueError, match=r"labels of set.npz must be one of the 2 labels below num_classes, got .* 2"):
+        create_data(npz(), num_classes=2)
+    assert create_data(npz(), num_classes=5).class_names == ("0", "1", "2", "3", "4")
+
+
+def test_empty_class_folder(folder):
+    root = folder("train", "val")
+    (root / "train" / "__MACOSX").mkdir()
+    create_data(root)
+    (root / "train" / "yellow").mkdir()
+    with pytest.raises(ValueError, match=r"data: .*train/yellow must hold images, as every class folder, got none"):
+        create_data(root)
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """Images of flat blue, green and red by turns, under any names."""
+
+    def write(place, names):
+        root = tmp_path / "listed"
+        for i, name in enumerate(names):
+            path = root / place / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), [(0, 0, 200), (0, 200, 0), (200, 0, 0)][i % 3]).save(path)
+        return root
+
+    return write
+
+
+def coco(names, labels, categories):
+    return json.dumps({
+        "images": [{"id": 10 + i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [{"id": i, "image_id": 10 + i, "category_id": label} for i, label in enumerate(labels)],
+        "categories": [{"id": number, "name": name} for number, name in categories],
+    })  # fmt: skip
+
+
+def test_inaturalist_as_it_unpacks(lists):
+    names = [f"train_val2018/Plantae/{7000 + i % 3}/{i}.png" for i in range(9)]
+    root = lists("", names)
+    categories = [(5, "oak"), (2, "ash"), (9, "elm"), (11, "fir")]  # numbers with gaps, one class without images
+    labels = [(2, 5, 9)[i % 3] for i in range(9)]
+    (root / "train2018.json").write_text(coco(names[:6], labels[:6], categories))
+    (root / "val2018.json").write_text(coco(names[6:], labels[6:], categories))
+    data = create_data(root, img_size=8, batch_size=3, augment="none")
+    assert data.class_names == ("ash", "oak", "elm", "fir") and (len(data.train), len(data.val)) == (2, 1)
+    images, labels = next(iter(data.val))
+    assert labels.tolist() == [0, 1, 2] and images.argmax(1)[:, 4, 4].tolist() == [2, 1, 0]
+    (root / "train2019.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"lists of one set, got train2018.json, train2019.json"):
+        create_data(root)
+    (root / "train2018.json").unlink()
+    with pytest.raises(ValueError, match=r"train2019.json must be a list with images, .* got KeyError: 'images'"):
+        create_data(root)
+    (root / "train2019.json").write_text(coco(["nowhere.png"], [2], categories))
+    with pytest.raises(ValueError, match=r"must list images of .*listed, got no file .*nowhere.png"):
+        create_data(root)
+
+
+def test_ifood_as_it_unpacks(lists):
+    root = lists("train_set", [f"train_{i}.png" for i in range(6)])
+    lists("val_set", [f"val_{i}.png" for i in range(3)])
+    (root / "class_list.txt").write_text("0 apple pie\n1 baklava\n2 churro\n3 donut\n")
+    (root / "train_labels.csv").write_text("img_name,label\n" + "".join(f"train_{i}.png,{i % 3}\n" for i in range(6)))
+    (root / "val_labels.csv").write_text("img_name,label\n" + "".join(f"val_{i}.png,{i % 3}\n" for i in range(3)))
+    data = create_data(root, img_size=8, batch_size=3, augment="none")
+    assert data.class_names == ("apple pie", "baklava", "churro", "donut")
+    assert (len(data.train), len(data.val)) == (2, 1)
+    images, labels = next(iter(data.val))
+    assert labels.tolist() == [0, 1, 2] and images.argmax(1)[:, 4, 4].tolist() == [2, 1, 0]
+    (root / "val_labels.csv").unlink()  # one part: a share of each class is set aside
+    assert len(create_data(root, img_size=8, batch_size=3, val_share=0.5).val.dataset) == 3
+    (root / "train_labels.csv").write_text("train_0.png\n")
+    with pytest.raises(ValueError, match=r"train_labels.csv must have rows of image name and label"):
+        create_data(root)
+
+
+def test_hugging_face_set_on_disk(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("datasets")
+    root = folder("train", "test")
+    data = create_data(f"hfds/{root}", root=str(tmp_path / "cache"), img_size=8, batch_size=6, augment="none")
+    assert data.class_names == ("blue", "green", "red") and data.train.count == 18
+    images, labels = next(iter(data.val))
+    assert images[:, :, 4, 4].argmax(1).tolist() == [2 - int(y) for y in labels]
+    broken = root / "test" / "blue" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    bad = create_data(f"hfds/{root}", root=str(tmp_path / "again"), img_size=8, batch_size=6)
+    with pytest.raises(ValueError, match=r"image 0 of hfds/.* must be a readable image"):
+        batches(bad.val)
+
+
+def test_webdataset_shards(tmp_path):
+    wds = pytest.importorskip("webdataset")
+    counts = {"train": 12, "validation": 5}
+    info = {"splits": {}}
+    for part, count in counts.items():
+        with wds.TarWriter(str(tmp_path / f"{part}-0.tar")) as shard:
+            for i in range(count):
+                colour = [0, 0, 0]
+                colour[i % 3] = 200
+                shard.write({"__key__": f"{i:04}", "png": Image.new("RGB", (20, 20), tuple(colour)), "cls": i % 3})
+        files = {"filenames": [f"{part}-0.tar"], "shard_lengths": [count]}
+        info["splits"][part] = {"name": part, "num_samples": count, **files}
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    common = dict(root=str(tmp_path), img_size=8, batch_size=4, augment="none")
+    data = create_data("wds/colours", num_classes=3, **common)
+    assert len(batches(data.train)) == len(data.train) == 3
+    assert [len(y) for _, y in data.val] == [4, 1] and len(data.val) == 2
+    images, labels = next(iter(data.val))
+    assert torch.equal(images[:, :, 4, 4].argmax(1), labels)
+    shared = [batches(data.val.part(rank, 2)) for rank in range(2)]
+    assert [[y.tolist() for _, y in part] for part in shared] == [[[0, 2], [1]], [[1, 0]]]
+    with pytest.raises(ValueError, match=r"world must be torch.distributed's 1 for a stream, got 2"):
+        create_data("wds/colours", num_classes=3, rank=0, world=2, **common)
+    with pytest.raises(ValueError, match="labels must be 0 to 1"):
+        batches(create_data("wds/colours", num_classes=2, **common).val)
+    with pytest.raises(ValueError, match="num_classes must be given for 'wds/colours'"):
+        create_data("wds/colours", **common)
+
+
 def test_folders_that_are_no_data_sets(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"one folder per class .* got no images"):
@@ -294,7 +592,8 @@ def test_a_set_that_was_not_downloaded(tmp_path):
     [
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"augment": "mild"}, "augment must be one of none, light, strong, got 'mild'"),
-        ({"augment": "strong"}, "augment must be 'none' or 'light'"),
+        ({"repeats": 0}, "repeats must be 1 or more, got 0"),
+        ({"re_prob": 1.5}, r"re_prob must be in \[0, 1\], got 1.5"),
         ({"val_share": 1.0}, "val_share must be between 0 and 1"),
         ({"img_size": (3, 4, 5)}, "img_size must be one or two edges"),
         ({"classes": [1, 1]}, "classes must be two or more different labels below 10"),

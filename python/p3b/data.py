@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .augment import DRAWS, colour, erase, shift_and_flip, warp
+from .listed import find_lists
+
 # What create_data knows without a path: torch/ names one by one, and timm's other reader prefixes.
 TORCHVISION_NAMES = (
     *("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "qmnist"),
@@ -32,6 +35,7 @@ TORCHVISION_NAMES = (
 )
 READER_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
 TRAIN_FOLDERS = ("train", "training")
+VAL_SPLITS = ("validation", "val", "test")  # where timm is not told which part validates
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 AUGMENTS = ("none", "light", "strong")
 MAX_CHECKED = 50_000  # image files whose headers are read before training: seconds on a local disk
@@ -71,6 +75,11 @@ def create_data(
     workers: int = 0,
     device: str | torch.device = "cpu",
     augment: str = "light",
+    auto_augment: str = "rand-m9-mstd0.5-inc1",
+    color_jitter: float = 0.4,
+    re_prob: float = 0.25,
+    repeats: int = 1,
+    on_device: bool = True,
     classes: Sequence[int] | None = None,
     val_share: float = 0.2,
     mean: Sequence[float] | None = None,
@@ -80,6 +89,7 @@ def create_data(
     crop_pct: float = 0.875,
     root: str | None = None,
     download: bool = False,
+    reader: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     train_images: int | None = None,
     rank: int = 0,
@@ -89,17 +99,24 @@ def create_data(
 
     source: "digits" (scikit-learn's 1,797 scans); an .npz file with uint8 `x_train`, `x_test` [n, H, W] or
         [n, H, W, C] and integer `y_train`, `y_test`; a folder with train/ and val/ of a folder per class,
-        or with the class folders themselves (then a fixed share per class is set aside); or a name that
-        timm's `create_dataset` reads: torch/cifar100, hfds/user/name, ... (with `root`, and `download` to
-        fetch it).
+        or with the class folders themselves (then a fixed share per class is set aside), or with the lists of images
+        of iNaturalist or iFood (p3b/listed.py); or a name that timm's `create_dataset` reads: torch/cifar100,
+        hfds/user/name, wds/, ... (with `root`, and `download` to fetch it).
     img_size: edge in pixels, or (height, width); images are resized to it.
-    augment: "none", "light" (arrays: shift and flip; files: random resized crop and flip) or "strong" (files
-        only: RandAugment, colour jitter, random erasing: the DeiT recipe).
+    augment: "none", "light" (arrays: shift and flip; files: random resized crop and flip) or "strong" (the DeiT
+        recipe: timm's random resized crop, flip, RandAugment and random erasing).
+    auto_augment, color_jitter, re_prob: of "strong": the policy by timm's name ("" for none), the strength of colour
+        jitter (timm jitters colours only where auto_augment is ""), the probability of random erasing.
+    repeats: repeated augmentation: an epoch has as many images as ever, but each is drawn this often in a row.
+    on_device: keep an array set on the device and augment there a batch at a time ("strong": colour jitter, shift,
+        flip, rotation, shear, zoom, random erasing); False takes timm's transforms and workers, as for image files.
     classes: keep only these labels of an array set and renumber them 0, 1, ... in this order.
     val_share: share of each class set aside where the source has no validation part.
     mean, std: per channel in [0, 1]; default: of the training images (arrays), ImageNet's (files).
     shift, flip: largest shift in pixels and whether to mirror; default by source (digits are never mirrored).
-    num_classes: needed only for streams that do not say it themselves.
+    reader: more arguments for timm's `create_dataset`, as {"target_key": "fine_label"}, and the names of the parts,
+        {"train_split": "train", "val_split": "validation"} by default ("val" or "test" where there is no validation).
+    num_classes: size of the model's head; needed only for sets that do not say it themselves.
     train_images: train on the first so many images of an array set (of those that `classes` keeps) only.
     rank, world: this process's number and how many there are. batch_size counts the images of all processes together:
         each gets an equal share of the very batch that one process alone would get, and of the validation images every
@@ -108,7 +125,7 @@ def create_data(
     Raises ValueError with one line for anything that cannot be read.
     """
     size = _image_size(img_size)
-    _check(source, batch_size, workers, augment, val_share, crop_pct)
+    _check(source, batch_size, workers, augment, val_share, crop_pct, color_jitter, re_prob, repeats)
     # A path is stored in full, so that a run folder can be evaluated from another working folder.
     path = Path(source).expanduser()
     source = str(path.resolve()) if path.exists() else str(source)
@@ -117,32 +134,68 @@ def create_data(
         img_size=list(size),
         batch_size=batch_size,
         augment=augment,
+        auto_augment=auto_augment,
+        color_jitter=color_jitter,
+        re_prob=re_prob,
+        repeats=repeats,
+        on_device=on_device,
         classes=_listed(classes),
         val_share=val_share,
         shift=shift,
         flip=flip,
         crop_pct=crop_pct,
         root=root,
+        reader=dict(reader or {}),
         num_classes=num_classes,
         train_images=train_images,
     )
-    arrays = _array_source(source, val_share, root, download)
+    how = _How(size, batch_size, seed, workers, torch.device(device), augment, auto_augment, color_jitter, re_prob,
+               repeats, flip, crop_pct)  # fmt: skip
+    # A stream ends its epoch on a whole batch of each process.
+    named = _Named(source, root, download, dict(reader or {}), seed, max(1, batch_size // world))
+    arrays = _array_source(source, val_share, named)
     if arrays is not None:
-        data = _from_arrays(
-            arrays, size, batch_size, seed, device, augment, classes, mean, std, shift, flip, train_images
-        )
+        arrays = _chosen(arrays, classes, train_images, num_classes)
+        data = _from_arrays(arrays, how, mean, std, shift) if on_device else _from_files(arrays.files(), how, mean, std)
     else:
-        # A stream ends its epoch on a whole batch of each process.
-        files = _file_source(source, val_share, root, download, seed, max(1, batch_size // world), num_classes)
-        if classes is not None:
-            raise ValueError(f"data: classes must be left out for {source!r} (not an array set), got {classes}")
-        if train_images is not None:
-            wanted = f"left out for {source!r} (not an array set)"
-            raise ValueError(f"data: train_images must be {wanted}, got {train_images}")
-        data = _from_files(files, size, batch_size, seed, workers, augment, mean, std, flip, crop_pct)
+        given = dict(classes=classes, train_images=train_images, shift=shift)
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"data: {name} must be left out for {source!r} (not an array set), got {value}")
+        data = _from_files(_file_source(source, val_share, named, num_classes), how, mean, std)
     settings |= dict(mean=list(data.mean), std=list(data.std))
     data.settings.update(settings)
     return data if (rank, world) == (0, 1) else data.part(rank, world)
+
+
+@dataclass(frozen=True)
+class _How:
+    """Settings of both kinds of loaders, as `create_data` explains them."""
+
+    size: tuple[int, int]
+    batch_size: int
+    seed: int
+    workers: int
+    device: torch.device
+    augment: str
+    auto_augment: str
+    color_jitter: float
+    re_prob: float
+    repeats: int
+    flip: bool | None
+    crop_pct: float
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What timm's `create_dataset` is asked for."""
+
+    source: str
+    root: str | None
+    download: bool
+    reader: dict[str, Any]
+    seed: int
+    batch_size: int  # of one process
 
 
 class Loader:
@@ -155,8 +208,8 @@ class Loader:
 
     counts_all = True  # whether `count` is that of all processes
 
-    def __init__(self, count: int, batch_size: int, *, train: bool, seed: int) -> None:
-        self.count, self.batch_size, self.train, self.seed = count, batch_size, train, seed
+    def __init__(self, count: int, batch_size: int, *, train: bool, seed: int, repeats: int = 1) -> None:
+        self.count, self.batch_size, self.train, self.seed, self.repeats = count, batch_size, train, seed, repeats
         self.epoch, self.rank, self.world = 0, 0, 1
 
     def __len__(self) -> int:
@@ -189,7 +242,9 @@ class Loader:
         """Image numbers of an epoch, int64, as one process reads them."""
         if not self.train:
             return torch.arange(self.count)
-        return torch.randperm(self.count, generator=generator)[: len(self) * self.batch_size]
+        # Repeated augmentation (Berman et al. 2019, as DeiT samples): several times each, an epoch's length as ever.
+        order = torch.randperm(self.count, generator=generator).repeat_interleave(self.repeats)
+        return order[: min(self.count, len(self) * self.batch_size)]
 
     def _mine(self, rows: Tensor) -> tuple[Tensor, ...]:
         """This process's batches of a table with one row for each place in the order."""
@@ -211,11 +266,14 @@ class ArrayLoader(Loader):
         train: bool,
         shift: int = 0,
         flip: bool = False,
+        strong: tuple[float, float] | None = None,
+        repeats: int = 1,
         seed: int = 0,
     ) -> None:
-        super().__init__(len(labels), batch_size, train=train, seed=seed)
+        """strong: strength of colour jitter and probability of erasing; None: neither, nor rotation, shear and zoom."""
+        super().__init__(len(labels), batch_size, train=train, seed=seed, repeats=repeats)
         self.images, self.labels = images, labels  # uint8 [n, C, h, w], int64 [n]
-        self.img_size, self.shift, self.flip = img_size, shift, flip
+        self.img_size, self.shift, self.flip, self.strong = img_size, shift, flip, strong
         shape = (1, -1, 1, 1)
         self._mean = torch.tensor(list(mean), device=images.device).view(shape) * 255
         self._std = torch.tensor(list(std), device=images.device).view(shape) * 255
@@ -223,15 +281,16 @@ class ArrayLoader(Loader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Random numbers come from a CPU generator: a GPU run sees the same images.
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        self.epoch += 1
         order = self._order(generator)
-        tables = [order, *(self._draw_moves(len(order), generator) if self.train and (self.shift or self.flip) else ())]
-        for index, *moves in zip(*(self._mine(rows.to(self.images.device)) for rows in tables), strict=True):
-            x = self._prepare(self.images[index])
-            yield (shift_and_flip(x, *moves) if moves else x), self.labels[index]
+        tables = [order, *self._draw_moves(len(order), generator), *self._draw_strong(len(order))]
+        self.epoch += 1
+        for index, *draws in zip(*(self._mine(rows.to(self.images.device)) for rows in tables), strict=True):
+            yield self._prepare(self.images[index].float(), draws), self.labels[index]
 
-    def _draw_moves(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _draw_moves(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """What `shift_and_flip` takes, for `count` images."""
+        if not self.train or not (self.shift or self.flip):
+            return ()
         offsets, mirrored = [], []
         for start in range(0, count, self.batch_size):  # batch by batch, so that a prefix of the epoch stays what it is
             b = min(self.batch_size, count - start)
@@ -239,24 +298,25 @@ class ArrayLoader(Loader):
             mirrored.append(torch.rand(b, generator=generator) < 0.5 if self.flip else torch.zeros(b, dtype=torch.bool))
         return torch.cat(offsets), torch.cat(mirrored)
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        x = images.float()
+    def _draw_strong(self, count: int) -> tuple[Tensor, ...]:
+        """What the strong augmentations take, for `count` images."""
+        if not self.train or self.strong is None:
+            return ()
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, 1))
+        return (torch.rand(count, sum(DRAWS.values()), generator=generator),)
+
+    def _prepare(self, x: Tensor, draws: list[Tensor]) -> Tensor:
+        strong = draws.pop().split(list(DRAWS.values()), 1) if self.train and self.strong is not None else None
+        if strong:
+            x = colour(x, strong[0], self.strong[0])
         if x.shape[-2:] != self.img_size:
             x = F.interpolate(x, self.img_size, mode="bicubic", antialias=True).clamp_(0, 255)
-        return (x - self._mean) / self._std
-
-
-def shift_and_flip(x: Tensor, offset: Tensor, mirrored: Tensor) -> Tensor:
-    """Move image b by offset[b] = (rows, columns) pixels, edges repeat, then mirror it where mirrored[b].
-
-    x [B, C, H, W], offset int64 [B, 2], mirrored bool [B]; one gather for the whole batch.
-    """
-    b, _, h, w = x.shape
-    rows = (torch.arange(h, device=x.device) + offset[:, :1]).clamp_(0, h - 1)  # [B, H]
-    cols = (torch.arange(w, device=x.device) + offset[:, 1:]).clamp_(0, w - 1)  # [B, W]
-    cols = torch.where(mirrored[:, None], cols.flip(1), cols)
-    image = torch.arange(b, device=x.device).view(b, 1, 1)
-    return x.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        x = (x - self._mean) / self._std
+        if draws:
+            x = shift_and_flip(x, *draws)
+        if strong:
+            x = erase(warp(x, strong[1]), strong[2], self.strong[1])
+        return x
 
 
 @dataclass
@@ -270,8 +330,16 @@ class _Arrays:
     flip: bool
     class_names: tuple[str, ...] = ()
 
+    def files(self) -> _Files:
+        """The same set for the loader of image files."""
+        readers = [
+            _ArrayReader(self.x_train, self.y_train, self.name),
+            _ArrayReader(self.x_test, self.y_test, self.name),
+        ]
+        return _Files(*readers, (len(self.y_train), len(self.y_test)), self.class_names, self.name, self.flip)
 
-def _array_source(source: str, val_share: float, root: str | None, download: bool) -> _Arrays | None:
+
+def _array_source(source: str, val_share: float, named: _Named) -> _Arrays | None:
     """The arrays of a small set, or None where the source is not one."""
     if source == "digits":
         return _digits(val_share)
@@ -280,7 +348,7 @@ def _array_source(source: str, val_share: float, root: str | None, download: boo
             raise ValueError(f"data: source must be a folder or an .npz file, got the file {source!r}")
         return _npz(source)
     if source.startswith("torch/"):
-        return _torchvision_arrays(source, root, download)
+        return _torchvision_arrays(named)
     return None
 
 
@@ -326,46 +394,37 @@ def _npz(path: str) -> _Arrays:
     return _Arrays(*(parts[name] for name in wanted), Path(path).name, 2, not grey)
 
 
-def _torchvision_arrays(source: str, root: str | None, download: bool) -> _Arrays | None:
+def _torchvision_arrays(named: _Named) -> _Arrays | None:
     """CIFAR and MNIST sets keep their images in one array: take it, rather than decode them one by one."""
-    train, val = _timm_datasets(source, root, download, seed=0, batch_size=1)
+    train, val = _timm_datasets(named)
     if not all(hasattr(part, "data") and hasattr(part, "targets") for part in (train, val)):
         return None
     x = [np.asarray(part.data) for part in (train, val)]
     y = [np.asarray(part.targets) for part in (train, val)]
     names = tuple(str(name) for name in getattr(train, "classes", ()))
-    return _Arrays(x[0], y[0], x[1], y[1], source, 2, x[0].ndim == 4, names)
+    return _Arrays(x[0], y[0], x[1], y[1], named.source, 2, x[0].ndim == 4, names)
 
 
-def _from_arrays(
-    arrays: _Arrays,
-    size: tuple[int, int],
-    batch_size: int,
-    seed: int,
-    device: str | torch.device,
-    augment: str,
-    classes: Sequence[int] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    shift: int | None,
-    flip: bool | None,
-    train_images: int | None,
-) -> Data:
-    if augment == "strong":
-        raise ValueError(f"data: augment must be 'none' or 'light' for {arrays.name} (an array set), got 'strong'")
-    num_classes = int(max(arrays.y_train.max(), arrays.y_test.max())) + 1
-    names = arrays.class_names or tuple(str(i) for i in range(num_classes))
+def _chosen(
+    arrays: _Arrays, classes: Sequence[int] | None, train_images: int | None, num_classes: int | None
+) -> _Arrays:
+    """The images that `create_data` is asked for, with a name for each class."""
+    count = int(max(arrays.y_train.max(), arrays.y_test.max())) + 1
+    if num_classes is not None and num_classes < (count if classes is None else len(classes)):
+        most = f"one of the {num_classes} labels below num_classes"
+        raise ValueError(f"data: labels of {arrays.name} must be {most}, got labels up to {count - 1}")
+    names = arrays.class_names or tuple(str(i) for i in range(count))
     x, y = [arrays.x_train, arrays.x_test], [arrays.y_train, arrays.y_test]
     if classes is not None:
         classes = [int(c) for c in classes]
-        if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(num_classes)):
-            wanted = f"two or more different labels below {num_classes}"
+        if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(count)):
+            wanted = f"two or more different labels below {count}"
             raise ValueError(f"data: classes must be {wanted}, got {classes}")
         for part in range(2):
             chosen = np.isin(y[part], classes)
             place = np.searchsorted(sorted(classes), y[part][chosen])
             x[part], y[part] = x[part][chosen], np.argsort(classes)[place]
-        num_classes, names = len(classes), tuple(names[c] for c in classes)
+        names = tuple(names[c] for c in classes)
         if not all(len(labels) for labels in y):
             counts = f"{len(y[0])} training and {len(y[1])} validation images"
             raise ValueError(f"data: classes must be labels that occur in both parts, got {classes} with {counts}")
@@ -373,9 +432,18 @@ def _from_arrays(
         if not 1 <= train_images <= len(y[0]):
             raise ValueError(f"data: train_images must be 1 to {len(y[0])}, the images there are, got {train_images}")
         x[0], y[0] = x[0][:train_images], y[0][:train_images]
+    names += tuple(str(i) for i in range(len(names), num_classes or 0))
+    return dataclasses.replace(arrays, x_train=x[0], y_train=y[0], x_test=x[1], y_test=y[1], class_names=names)
+
+
+def _from_arrays(
+    arrays: _Arrays, how: _How, mean: Sequence[float] | None, std: Sequence[float] | None, shift: int | None
+) -> Data:
+    x = [arrays.x_train, arrays.x_test]
     channels_first = [np.ascontiguousarray(a[:, None] if a.ndim == 3 else a.transpose(0, 3, 1, 2)) for a in x]
-    images = [torch.from_numpy(a).to(device) for a in channels_first]  # uint8 [n, C, H, W]
-    labels = [torch.from_numpy(a.astype(np.int64)).to(device) for a in y]
+    labels = [a.astype(np.int64) for a in (arrays.y_train, arrays.y_test)]
+    images = _moved(channels_first, how.device, arrays.name)  # uint8 [n, C, H, W]
+    labels = _moved(labels, how.device, arrays.name)
     in_chans = images[0].shape[1]
     if mean is None or std is None:
         pixels = channels_first[0].reshape(len(channels_first[0]), in_chans, -1)
@@ -383,31 +451,32 @@ def _from_arrays(
         mean = mean or [round(float(v), 6) for v in pixels.mean(axis=(0, 2)) / 255]
         std = std or [round(float(v), 6) for v in stds]
     mean, std = _channel_values("mean", mean, in_chans), _channel_values("std", std, in_chans)
-    shift = (arrays.shift if shift is None else shift) if augment == "light" else 0
-    flip = (arrays.flip if flip is None else flip) if augment == "light" else False
-    loaders = [
-        ArrayLoader(
-            images[part],
-            labels[part],
-            img_size=size,
-            batch_size=batch_size,
-            mean=mean,
-            std=std,
-            train=part == 0,
-            shift=shift,
-            flip=flip,
-            seed=seed,
-        )
-        for part in range(2)
-    ]
+    common: dict[str, Any] = dict(img_size=how.size, batch_size=how.batch_size, mean=mean, std=std, seed=how.seed)
+    moves: dict[str, Any] = dict(repeats=how.repeats)
+    if how.augment != "none":
+        moves["shift"] = arrays.shift if shift is None else shift
+        moves["flip"] = arrays.flip if how.flip is None else how.flip
+    if how.augment == "strong":
+        moves["strong"] = (how.color_jitter, how.re_prob)
+    train = ArrayLoader(images[0], labels[0], train=True, **common, **moves)
+    val = ArrayLoader(images[1], labels[1], train=False, **common)
+    names, size = arrays.class_names, how.size
     counts = f"{len(labels[0]):,} training and {len(labels[1]):,} validation images"
     native = f"{x[0].shape[1]} x {x[0].shape[2]}"
-    text = f"{arrays.name}: {num_classes} classes, {counts} of {native}, read at {size[0]} x {size[1]}"
-    return Data(loaders[0], loaders[1], num_classes, in_chans, size, mean, std, text, names)
+    text = f"{arrays.name}: {len(names)} classes, {counts} of {native}, read at {size[0]} x {size[1]}"
+    return Data(train, val, len(names), in_chans, size, mean, std, text, names)
+
+
+def _moved(arrays: list[np.ndarray], device: torch.device, name: str) -> list[Tensor]:
+    try:
+        return [torch.from_numpy(a).to(device) for a in arrays]
+    except torch.OutOfMemoryError as error:
+        needed = f"{sum(a.nbytes for a in arrays) / 2**30:.1f} GiB free on {device} for {name}"
+        raise ValueError(f"data: device must have {needed} (on_device=False needs none), got: {error}") from error
 
 
 class SeededImages(torch.utils.data.Dataset):
-    """Decoded, transformed images by (epoch, i); the random numbers of image i depend on (seed, epoch, i) only.
+    """Decoded, transformed images by (epoch, i, repeat); the random numbers depend on these and the seed only.
 
     An image that cannot be read comes back as a message, so that the main process can raise it in one line.
     """
@@ -417,20 +486,23 @@ class SeededImages(torch.utils.data.Dataset):
         read: Callable[[int], tuple[Any, int]],
         count: int,
         transform: Callable[[Any], Tensor],
+        num_classes: int,
         seed: int,
     ) -> None:
-        self.read, self.count, self.transform, self.seed = read, count, transform, seed
+        self.read, self.count, self.transform, self.num_classes, self.seed = read, count, transform, num_classes, seed
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int] | str:
+        epoch, index, repeat = key
         try:
             image, label = self.read(index)
         except Exception as error:  # PIL and the readers raise what they like for a damaged file
             return f"data: {self.describe(index)} must be a readable image, got: {error}"
-        with _seeded(_mix(self.seed, epoch, index)):
+        if not isinstance(label, (int, np.integer)) or not 0 <= label < self.num_classes:
+            return f"data: label of {self.describe(index)} must be 0 to {self.num_classes - 1}, got {label!r}"
+        with _seeded(_mix(self.seed, epoch, index, *([repeat] if repeat else []))):
             return self.transform(image), int(label)
 
     def describe(self, index: int) -> str:
@@ -439,19 +511,49 @@ class SeededImages(torch.utils.data.Dataset):
 
 
 class FileLoader(Loader):
-    """Batches of images that worker processes decode."""
+    """Batches of images that worker processes decode; the workers stay from epoch to epoch."""
 
     def __init__(
-        self, dataset: SeededImages, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool
+        self,
+        dataset: SeededImages,
+        *,
+        batch_size: int,
+        workers: int,
+        train: bool,
+        seed: int,
+        pin: bool,
+        repeats: int = 1,
     ) -> None:
-        super().__init__(len(dataset), batch_size, train=train, seed=seed)
+        super().__init__(len(dataset), batch_size, train=train, seed=seed, repeats=repeats)
         self.dataset, self.workers, self.pin = dataset, workers, pin
+        self._keys: list[list[tuple[int, int, int]]] = []  # what the DataLoader asks the workers for
+        self._loader: torch.utils.data.DataLoader | None = None
+
+    def part(self, rank: int, world: int) -> Loader:
+        """As `Loader.part`."""
+        loader = super().part(rank, world)
+        loader._keys, loader._loader = [], None
+        return loader
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
         order = self._order(torch.Generator().manual_seed(_mix(self.seed, epoch)))
-        keys = [[(epoch, index) for index in batch.tolist()] for batch in self._mine(order)]
-        yield from _loaded(self.dataset, batch_sampler=keys, num_workers=self.workers, pin_memory=self.pin)
+        repeat = torch.arange(len(order)) % self.repeats
+        rows = torch.stack([torch.full_like(order, epoch), order, repeat], 1)
+        self._keys[:] = [[tuple(row) for row in batch.tolist()] for batch in self._mine(rows)]
+        if self._loader is None:
+            self._loader = _data_loader(
+                self.dataset,
+                batch_sampler=self._keys,
+                num_workers=self.workers,
+                pin_memory=self.pin,
+                persistent_workers=self.workers > 0,
+            )
+        try:
+            yield from _loaded(self._loader)
+        except OSError:  # its workers are gone
+            self._loader = None
+            raise
 
 
 class StreamLoader(Loader):
@@ -463,13 +565,15 @@ class StreamLoader(Loader):
 
     counts_all = False
 
-    def __init__(self, dataset: Any, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool) -> None:
+    def __init__(
+        self, dataset: Any, num_classes: int, *, batch_size: int, workers: int, train: bool, seed: int, pin: bool
+    ) -> None:
         if hasattr(dataset, "set_loader_cfg"):
-            dataset.set_loader_cfg(num_workers=workers)  # the length depends on it
+            dataset.set_loader_cfg(num_workers=max(1, workers))  # the length depends on it
         if not train:
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
         super().__init__(len(dataset), batch_size, train=train, seed=seed)
-        self.dataset, self.workers, self.pin = dataset, workers, pin
+        self.dataset, self.num_classes, self.workers, self.pin = dataset, num_classes, workers, pin
 
     def __len__(self) -> int:
         if self.train:  # the reader counts this process's images only
@@ -490,17 +594,24 @@ class StreamLoader(Loader):
             self.dataset.set_epoch(epoch)
         size = self.batch_size // self.world if self.train else self.batch_size
         options = dict(batch_size=size, drop_last=self.train and self.count >= size)
-        for images, labels in _loaded(self.dataset, num_workers=self.workers, pin_memory=self.pin, **options):
+        loader = _data_loader(self.dataset, num_workers=self.workers, pin_memory=self.pin, **options)
+        for images, labels in _loaded(loader):
+            if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+                wanted = f"0 to {self.num_classes - 1} (num_classes says how many there are)"
+                raise ValueError(f"data: labels must be {wanted}, got {int(labels.min())} to {int(labels.max())}")
             if self.train:
                 yield images, labels
             elif self.rank < len(labels):
                 yield images[self.rank :: self.world], labels[self.rank :: self.world]
 
 
-def _loaded(dataset: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of PyTorch's DataLoader; what goes wrong in a worker is one line here."""
+def _data_loader(dataset: Any, **options: Any) -> torch.utils.data.DataLoader:
     # With a generator of its own the loader takes no random number from the run's.
-    loader = torch.utils.data.DataLoader(dataset, collate_fn=_collate, generator=torch.Generator(), **options)
+    return torch.utils.data.DataLoader(dataset, collate_fn=_collate, generator=torch.Generator(), **options)
+
+
+def _loaded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of PyTorch's DataLoader; what goes wrong in a worker is one line here."""
     try:
         for batch in loader:
             if isinstance(batch, str):
@@ -509,7 +620,8 @@ def _loaded(dataset: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise OSError(f"data: a worker process died, try --workers 0 to see why: {error}") from error
+        remedy = "fewer --workers take less memory, and --workers 0 shows the error itself"
+        raise OSError(f"data: a worker process died ({remedy}): {error}") from error
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -527,6 +639,24 @@ class _Files:
     counts: tuple[int, int]
     class_names: tuple[str, ...]
     name: str
+    flip: bool = True
+
+
+class _ArrayReader:
+    """Images of an array set as the transforms for image files take them."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, name: str) -> None:
+        self.images, self.labels, self.name = images, labels, name
+
+    def __call__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        pixels = self.images[index]
+        image = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+        return image.convert("RGB"), int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        return f"image {index} of {self.name}"
 
 
 class _FolderReader:
@@ -565,32 +695,45 @@ def check_files(data: Data, say: Callable[[str], Any]) -> None:
 
 
 class _DatasetReader:
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    """Images of a data set that timm made: its own, with a reader of files inside, or torchvision's."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.name = dataset, name
 
     def __call__(self, index: int) -> tuple[Any, int]:
-        image, label = self.dataset[index]
-        return image.convert("RGB"), int(label)
+        from PIL import Image
+
+        inner = getattr(self.dataset, "reader", None)
+        if inner is None:
+            image, label = self.dataset[index]
+            return image.convert("RGB"), label
+        file, label = inner[index]  # not through timm's data set, which takes the next image for one it cannot read
+        with file, Image.open(file) as image:
+            return image.convert("RGB"), label
+
+    def describe(self, index: int) -> str:
+        place = f"image {index} of {self.name}"
+        try:
+            return f"{self.dataset.reader.filename(index)} ({place})"
+        except Exception:  # readers without file names raise what they like
+            return place
 
 
-def _file_source(
-    source: str,
-    val_share: float,
-    root: str | None,
-    download: bool,
-    seed: int,
-    batch_size: int,
-    num_classes: int | None,
-) -> _Files:
+def _file_source(source: str, val_share: float, named: _Named, num_classes: int | None) -> _Files:
     if os.path.isdir(source):
-        return _image_folder(source, val_share)
+        files = _image_folder(source, val_share)
+        have = len(files.class_names)
+        if num_classes is not None and num_classes < have:
+            raise ValueError(f"data: num_classes must be the {have} of {source} or more, got {num_classes}")
+        more = tuple(str(i) for i in range(have, num_classes or 0))
+        return dataclasses.replace(files, class_names=files.class_names + more)
     if source.startswith(READER_PREFIXES) or source.startswith("torch/"):
-        train, val = _timm_datasets(source, root, download, seed, batch_size)
+        train, val = _timm_datasets(named)
         names = _class_names(train, num_classes)
         if not names:
             raise ValueError(f"data: num_classes must be given for {source!r}, which does not say it itself")
         streams = isinstance(train, torch.utils.data.IterableDataset)
-        readers = (train, val) if streams else (_DatasetReader(train), _DatasetReader(val))
+        readers = (train, val) if streams else (_DatasetReader(train, source), _DatasetReader(val, source))
         return _Files(*readers, (len(train), len(val)), names, source)
     raise ValueError(_unknown_source(source))
 
@@ -609,22 +752,34 @@ def _unknown_source(source: str) -> str:
 
 
 def _image_folder(folder: str, val_share: float) -> _Files:
-    train_folder = _sub_folder(folder, TRAIN_FOLDERS) or folder
-    val_folder = _sub_folder(folder, VAL_FOLDERS) if train_folder != folder else None
-    parts = [_class_images(train_folder), _class_images(val_folder) if val_folder else {}]
-    label_of = {name: label for label, name in enumerate(parts[0])}
-    names = tuple(label_of)
-    unknown = ", ".join(sorted(set(parts[1]) - set(names))[:5])
-    if unknown:
-        raise ValueError(f"data: {val_folder} must have the classes of {train_folder}, got also {unknown}")
-    samples = [[(path, label_of[name]) for name in part for path in part[name]] for part in parts]
-    if not val_folder:
-        split = _split_per_class(np.array([label for _, label in samples[0]]), val_share)
-        samples = [[samples[0][i] for i in index] for index in split]
+    train_folder = _sub_folder(folder, TRAIN_FOLDERS)
+    listed = None if train_folder and _has_folders(train_folder) else find_lists(folder)
+    if listed:
+        samples, names = listed
+    else:
+        samples, names = _class_folders(folder, train_folder or folder)
     if len(names) < 2:
         raise ValueError(f"data: {folder} must hold images of two or more classes, got only {names[0]!r}")
+    if len(samples) == 1:
+        split = _split_per_class(np.array([label for _, label in samples[0]]), val_share)
+        samples = [[samples[0][i] for i in index] for index in split]
     readers = [_FolderReader(part) for part in samples]
     return _Files(readers[0], readers[1], (len(samples[0]), len(samples[1])), names, folder)
+
+
+def _class_folders(folder: str, train_folder: str) -> tuple[list[list[tuple[str, int]]], tuple[str, ...]]:
+    """(path, label) of the training images and, where there is such a folder, of the validation images; class names."""
+    val_folder = _sub_folder(folder, VAL_FOLDERS) if train_folder != folder else None
+    parts = [_class_images(part) for part in (train_folder, val_folder) if part]
+    label_of = {name: label for label, name in enumerate(parts[0])}
+    unknown = ", ".join(sorted(set(parts[-1]) - set(label_of))[:5])
+    if unknown:
+        raise ValueError(f"data: {val_folder} must have the classes of {train_folder}, got also {unknown}")
+    return [[(path, label_of[name]) for name in part for path in part[name]] for part in parts], tuple(label_of)
+
+
+def _has_folders(folder: str) -> bool:
+    return any(entry.is_dir() for entry in os.scandir(folder))
 
 
 def _sub_folder(folder: str, names: Sequence[str]) -> str | None:
@@ -637,111 +792,126 @@ def _class_images(folder: str) -> dict[str, list[str]]:
 
     extensions = get_img_extensions(as_set=True)
     classes: dict[str, list[str]] = {}
-    loose = 0
+    loose, empty = 0, []
     for path, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # .git, __MACOSX, ...
         images = sorted(os.path.join(path, f) for f in files if os.path.splitext(f)[1].lower() in extensions)
         if path == folder:
             loose = len(images)
         elif images:
             classes[Path(path).relative_to(folder).as_posix()] = images
+        elif not folders:
+            empty.append(path)
     if not classes:
         wanted = "train/CLASS/image.jpg and val/CLASS/image.jpg, or CLASS/image.jpg"
         found = f"{loose} images outside any class folder" if loose else "no images"
         raise ValueError(f"data: {folder} must hold one folder per class ({wanted}), got {found}")
+    if empty:
+        raise ValueError(f"data: {empty[0]} must hold images, as every class folder, got none; fill it or remove it")
     return dict(sorted(classes.items()))
 
 
-def _timm_datasets(source: str, root: str | None, download: bool, seed: int, batch_size: int) -> tuple[Any, Any]:
+def _timm_datasets(named: _Named) -> tuple[Any, Any]:
     from timm.data import create_dataset
 
-    name = source.removeprefix("torch/")
-    if source.startswith("torch/") and name not in TORCHVISION_NAMES:
+    source, where = named.source, f"in {named.root or 'the current folder'}"
+    if source.startswith("torch/") and source.removeprefix("torch/") not in TORCHVISION_NAMES:
         raise ValueError(_unknown_source(source))
-    stream = source.startswith(("hfids/", "tfds/", "wds/"))
+    options = dict(named.reader)
+    train_split = options.pop("train_split", "train")
+    val_splits = [options.pop("val_split")] if "val_split" in options else VAL_SPLITS
+    options |= dict(root=named.root or ".", download=named.download)
+    if source.startswith(("hfids/", "tfds/", "wds/")):
+        options |= dict(batch_size=named.batch_size, seed=named.seed)
     try:
-        return tuple(
-            create_dataset(
-                source,
-                root=root or ".",
-                split=split,
-                is_training=split == "train",
-                download=download,
-                **(dict(batch_size=batch_size, seed=seed) if stream else {}),
-            )
-            for split in ("train", "validation")
-        )
+        train = create_dataset(source, split=train_split, is_training=True, **options)
+        for split in val_splits[:-1]:
+            with contextlib.suppress(Exception):
+                return train, create_dataset(source, split=split, **options)
+        return train, create_dataset(source, split=val_splits[-1], **options)
     except Exception as error:  # each reader raises its own kind, for a missing download, package or split
-        where = f"in {root or 'the current folder'} (data_root sets it, download fetches the set)"
-        message = f"data: {source!r} must be readable by timm's create_dataset {where}, got: {error}"
-        raise ValueError(message) from error
+        remedy = "data_root sets it, download fetches the set, reader names its parts"
+        message = f"data: {source!r} must be readable by timm's create_dataset {where} ({remedy}), got: {error}"
+        raise ValueError(" ".join(message.split())) from error
 
 
 def _class_names(dataset: Any, num_classes: int | None) -> tuple[str, ...]:
     if num_classes:
         return tuple(str(i) for i in range(num_classes))
-    if getattr(dataset, "classes", None):
-        return tuple(str(name) for name in dataset.classes)
+    # torchvision's name for them, and that of its INaturalist
+    classes = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", None)
+    if classes:
+        return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in classes)
     mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     return tuple(str(name) for name in mapping) if mapping else ()
 
 
-def _from_files(
-    files: _Files,
-    size: tuple[int, int],
-    batch_size: int,
-    seed: int,
-    workers: int,
-    augment: str,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    flip: bool | None,
-    crop_pct: float,
-) -> Data:
+def _from_files(files: _Files, how: _How, mean: Sequence[float] | None, std: Sequence[float] | None) -> Data:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
+    size = how.size
     mean = _channel_values("mean", mean or IMAGENET_DEFAULT_MEAN, 3)
     std = _channel_values("std", std or IMAGENET_DEFAULT_STD, 3)
-    common = dict(input_size=(3, *size), interpolation="bicubic", mean=mean, std=std, crop_pct=crop_pct)
-    mirrored = 0.5 if flip is None or flip else 0.0
-    moves = {
+    common = dict(input_size=(3, *size), interpolation="bicubic", mean=mean, std=std, crop_pct=how.crop_pct)
+    flip = files.flip if how.flip is None else how.flip
+    moves: dict[str, Any] = {
         "none": {},
-        "light": dict(color_jitter=None, hflip=mirrored, scale=(0.35, 1.0)),
+        "light": dict(color_jitter=None, scale=(0.35, 1.0)),
         "strong": dict(
-            auto_augment="rand-m9-mstd0.5-inc1",
-            color_jitter=0.4,
-            re_prob=0.25,
+            auto_augment=how.auto_augment or None,
+            color_jitter=how.color_jitter or None,
+            re_prob=how.re_prob,
             re_mode="pixel",
-            hflip=mirrored,
         ),
-    }[augment]
-    transforms = [create_transform(is_training=bool(moves), **moves, **common), create_transform(**common)]
-    loaders = []
+    }[how.augment]
+    moves = moves and moves | dict(is_training=True, hflip=0.5 if flip else 0.0)
+    try:
+        transforms = [create_transform(**moves, **common), create_transform(**common)]
+    except AssertionError as error:  # timm's way to refuse a policy
+        wanted = f"a policy that timm knows (rand-..., augmix-..., 3a, original, ...), got {how.auto_augment!r}"
+        raise ValueError(f"data: auto_augment must be {wanted}") from error
+    names, loaders = files.class_names, []
     for part, reader in enumerate((files.train, files.val)):
-        common = dict(batch_size=batch_size, workers=workers, train=part == 0, seed=seed, pin=torch.cuda.is_available())
+        options: dict[str, Any] = dict(batch_size=how.batch_size, workers=how.workers, train=part == 0, seed=how.seed)
+        options["pin"] = how.device.type == "cuda"
         if isinstance(reader, torch.utils.data.IterableDataset):
+            if how.repeats > 1:
+                raise ValueError(f"data: repeats must be 1 for the stream {files.name!r}, got {how.repeats}")
             reader.transform = transforms[part]
-            loaders.append(StreamLoader(reader, **common))
-        else:
-            loaders.append(FileLoader(SeededImages(reader, files.counts[part], transforms[part], seed), **common))
+            loaders.append(StreamLoader(reader, len(names), **options))
+            continue
+        dataset = SeededImages(reader, files.counts[part], transforms[part], len(names), how.seed)
+        loaders.append(FileLoader(dataset, **options, repeats=how.repeats if part == 0 else 1))
     counts = f"{files.counts[0]:,} training and {files.counts[1]:,} validation images"
-    text = f"{files.name}: {len(files.class_names)} classes, {counts}, read at {size[0]} x {size[1]}"
-    return Data(loaders[0], loaders[1], len(files.class_names), 3, size, mean, std, text, files.class_names)
+    text = f"{files.name}: {len(names)} classes, {counts}, read at {size[0]} x {size[1]}"
+    return Data(loaders[0], loaders[1], len(names), 3, size, mean, std, text, names)
 
 
-def _check(source: Any, batch_size: int, workers: int, augment: str, val_share: float, crop_pct: float) -> None:
+def _check(
+    source: Any,
+    batch_size: int,
+    workers: int,
+    augment: str,
+    val_share: float,
+    crop_pct: float,
+    color_jitter: float,
+    re_prob: float,
+    repeats: int,
+) -> None:
     if not str(source):
         raise ValueError("data: source must be a name or a path, got an empty string")
-    if batch_size < 1:
-        raise ValueError(f"data: batch_size must be 1 or more, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"data: workers must be 0 or more, got {workers}")
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("repeats", repeats, 1)):
+        if value < least:
+            raise ValueError(f"data: {name} must be {least} or more, got {value}")
     if augment not in AUGMENTS:
         raise ValueError(f"data: augment must be one of {', '.join(AUGMENTS)}, got {augment!r}")
     if not 0 < val_share < 1:
         raise ValueError(f"data: val_share must be between 0 and 1, got {val_share}")
     if not 0 < crop_pct <= 1:
         raise ValueError(f"data: crop_pct must be in (0, 1], got {crop_pct}")
+    for name, value in (("color_jitter", color_jitter), ("re_prob", re_prob)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"data: {name} must be in [0, 1], got {value}")
 
 
 def _image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
