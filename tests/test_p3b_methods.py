@@ -65,7 +65,7 @@ def test_a_run_meets_the_budget_with_hard_masks_that_shrink_exactly(method, unit
     run = finished(method, budget=unit, prune_ratio=0.5)
     values = run.gates.values
     assert set(values.tolist()) == {0.0, 1.0}
-    assert run.params == run.outside_params + int(run.gates.kept_cost().sum())
+    assert run.params == int(run.gates.total())
     total = float(run.full.sum()) + run.method.outside
     # one element of an attention's inner gate is the largest step there is, 1 / 16 of a quarter of the blocks
     assert abs(cost(run) + run.method.outside - 0.5 * total) < 0.02 * total
@@ -222,7 +222,7 @@ def test_vtp_shrinks_the_gates_that_the_loss_does_not_hold(monkeypatch):
     assert run.gates.values.min() > 0 and run.gates.values.max() < 1
     train(run, epochs=4)
     assert not run.gates.values.any()  # never below zero
-    assert run.params == run.outside_params
+    assert run.params == int(run.gates.outside())
 
 
 def test_vtp_learns_from_the_loss_alone_without_penalty():

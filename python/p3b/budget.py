@@ -145,22 +145,29 @@ def rounded(kept: Tensor, size: int, round_to: int) -> Tensor:
     return torch.where(kept == 0, 0, nearest.clamp(min(round_to, size), size))
 
 
-def prune_costs(gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, round_to: int = 1) -> Tensor:
+def prune_costs(
+    gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, round_to: int | tuple[int, int, int] = 1
+) -> Tensor:
     """Cost, float64 `[E + 1]`, after pruning the 0, 1, .. E lowest ranks, with the kept counts rounded to `round_to`.
 
     Arguments as of `prune_count`.
     """
+    steps = (round_to,) * 3 if isinstance(round_to, int) else round_to
     if sum(sizes) != len(gate_of_rank):
         raise ValueError(f"prune_count: sizes must add up to {len(gate_of_rank)} elements, got {sizes}")
     one_hot = torch.nn.functional.one_hot(gate_of_rank.long(), 3)
     pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long), one_hot.cumsum(0)))
     kept = torch.tensor(sizes) - pruned  # [E + 1, 3]
-    kept_in, kept_out, kept_inner = (rounded(kept[:, i], size, round_to) for i, size in enumerate(sizes))
+    kept_in, kept_out, kept_inner = (rounded(kept[:, i], sizes[i], steps[i]) for i in range(3))
     return cost(kept_in, kept_inner, kept_out)
 
 
 def prune_count(
-    gate_of_rank: Tensor, sizes: tuple[int, int, int], cost: Cost, target: float, round_to: int = 1
+    gate_of_rank: Tensor,
+    sizes: tuple[int, int, int],
+    cost: Cost,
+    target: float,
+    round_to: int | tuple[int, int, int] = 1,
 ) -> tuple[int, float]:
     """How many elements, from the lowest rank up, to prune so that the cost comes closest to `target`: exact,
     no search.
@@ -169,7 +176,8 @@ def prune_count(
     are as close.
 
     gate_of_rank: int `[E]`, the gate (0 in, 1 out, 2 inner) of each element in ascending order of its score.
-    sizes: elements of the gates (in, out, inner), adding up to E. round_to: what the counts are rounded to (`rounded`).
+    sizes: elements of the gates (in, out, inner), adding up to E. round_to: what the counts are rounded to (`rounded`),
+    one number or one for each gate.
     """
     error = (prune_costs(gate_of_rank, sizes, cost, round_to) - target).abs()
     pruned = int(error.argmin())

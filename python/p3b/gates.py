@@ -205,6 +205,10 @@ class SubBlock:
     def stop(self) -> int:
         return self.start + (sum(self.sizes) if self.embedding is None else self.sizes[2])
 
+    def steps(self, round_to: int) -> tuple[int, int, int]:
+        """What the kept counts of the gates in, out, inner are multiples of; heads are whole numbers as they are."""
+        return (round_to, round_to, 1 if (self.kind, self.units) == ("attn", "heads") else round_to)
+
     def slices(self) -> list[slice]:
         """Places of the gates in, out, inner in the flat tensors."""
         if self.embedding is not None:

@@ -123,12 +123,12 @@ def block_mask(
     best = (math.inf, elements, torch.arange(elements))
     for places in itertools.permutations(range(3)):
         order = torch.from_numpy(np.lexsort((torch.tensor(places)[gate].numpy(), ranks.numpy())))
-        pruned, error = budget.prune_count(gate[order], block.sizes, cost, target, round_to)
+        pruned, error = budget.prune_count(gate[order], block.sizes, cost, target, block.steps(round_to))
         if error < best[0]:
             best = (error, pruned, order)
     _, pruned, order = best
     if round_to > 1:
-        return _rounded_mask(gate, order, pruned, list(block.sizes), round_to)
+        return _rounded_mask(gate, order, pruned, list(block.sizes), list(block.steps(round_to)))
     if pruned in (0, elements):
         return torch.full((elements,), float(pruned == 0))
     mask = torch.empty(elements)
@@ -192,14 +192,15 @@ def global_masks(
     for block in blocks:  # each element saves what its sub-block costs less after it than before it
         here = position[block.start : block.stop]
         gate = torch.repeat_interleave(torch.arange(3), torch.tensor(block.sizes))[torch.from_numpy(here.argsort())]
-        costs = budget.prune_costs(gate, block.sizes, block.cost(unit), round_to)
+        costs = budget.prune_costs(gate, block.sizes, block.cost(unit), block.steps(round_to))
         saved[np.sort(here) + 1] = -np.diff(costs.numpy())
     cost = sum(block.full(unit) for block in blocks) - saved.cumsum()
     pruned = int(np.abs(cost - target).argmin())
     if round_to > 1:
         sizes = [size for block in blocks for size in block.sizes]
         gate = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        return _rounded_mask(gate, torch.from_numpy(order), pruned, sizes, round_to)
+        steps = [step for block in blocks for step in block.steps(round_to)]
+        return _rounded_mask(gate, torch.from_numpy(order), pruned, sizes, steps)
     if pruned in (0, len(order)):
         return torch.full((len(order),), float(pruned == 0))
     mask = torch.empty(len(order))
@@ -220,14 +221,14 @@ def _protect(order: np.ndarray, blocks: list[SubBlock], share: float) -> np.ndar
     return np.concatenate((order[~best[order]], order[best[order]]))
 
 
-def _rounded_mask(gate: Tensor, order: Tensor, pruned: int, sizes: list[int], round_to: int) -> Tensor:
+def _rounded_mask(gate: Tensor, order: Tensor, pruned: int, sizes: list[int], steps: list[int]) -> Tensor:
     """Hard mask `[E]` after pruning the `pruned` first of `order`, the count that each gate keeps rounded.
 
-    gate: of each element `[E]`; sizes: elements of the gates.
+    gate: of each element `[E]`; sizes: elements of the gates; steps: what their counts are multiples of.
     """
     kept = torch.bincount(gate[order[pruned:]], minlength=len(sizes))
     mask = torch.zeros(len(order))
-    for i, size in enumerate(sizes):
+    for i, (size, step) in enumerate(zip(sizes, steps, strict=True)):
         ranked = order[gate[order] == i]
-        mask[ranked[size - int(budget.rounded(kept[i], size, round_to)) :]] = 1.0
+        mask[ranked[size - int(budget.rounded(kept[i], size, step)) :]] = 1.0
     return mask
