@@ -4,6 +4,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ import torch
 from PIL import Image
 
 import p3b
+import p3b_ext
 from p3b.cli import Job, Progress, check_model_name, main
 from p3b.run import new_run_folder
+from p3b.state import load_state
 
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 SETTINGS = {
@@ -264,12 +269,15 @@ def test_what_fails_after_training_keeps_the_model(config, monkeypatch, tmp_path
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"p3b.cli.{part}", full)
-    error = run_fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
-    kept = next(path for path in tmp_path.iterdir() if path.name.startswith(".run."))
-    assert "No space left" in error and error.endswith(f"the trained model is in {kept}\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(f"p3b.cli.{part}", full)
+        error = run_fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
+    kept = tmp_path / "run.unfinished"
+    assert "No space left" in error and f"the trained model is in {kept}; p3b finetune --resume" in error
     assert main(["evaluate", str(kept)]) == 0 and "the run reported" not in capsys.readouterr().out
     assert json.loads((kept / "history.json").read_text())["epochs"]
+    assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
+    assert not kept.exists() and not {"run.json", "state.pt", ".lock"} & {p.name for p in (tmp_path / "run").iterdir()}
 
 
 @pytest.mark.parametrize("command", ["prune", "finetune"])
@@ -361,3 +369,67 @@ def test_progress_bar_shows_phase_epoch_loss_accuracy_and_parameters(capsys, mon
     shown = capsys.readouterr().err
     for part in ("prune", "100%", "epoch 1/1", "loss 0.250", "top-1 75.0 %", "2.000 M params"):
         assert part in shown
+
+
+def test_a_killed_run_goes_on_where_it_was(config, tmp_path, capsys):
+    """kill -9 while it warms up, prunes, fine-tunes; each time --resume; the numbers of the run that was left alone."""
+    arguments = config(final_epoch=4, finetune_epochs=3, sparse_epoch=3, start_epoch=1)
+    assert main(["prune", *map(str, arguments), "--output", str(tmp_path / "whole")]) == 0
+    output, folder = tmp_path / "run", tmp_path / "run.unfinished"
+    command = [sys.executable, "-m", "p3b", "prune"]
+    first = [*map(str, arguments), "--output", str(output)]
+    killed = []
+    for wanted in (1, 3, 6, None):  # epochs done when the run dies
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [*command, *(first if not killed else ["--resume", str(output)])],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        while wanted is not None and process.poll() is None:
+            state = load_state(folder)
+            done = 0 if state is None else state["epoch"] + (4 if state["phase"] == "finetune" else 0)
+            if done >= wanted:
+                process.kill()
+                killed.append(done)
+                break
+            time.sleep(0.002)
+        process.wait(timeout=120)
+        if wanted is None:
+            assert process.returncode == 0
+    assert killed and output.is_dir() and not folder.exists()
+    for name in ("history.json", "model.safetensors"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_resume_needs_a_run_that_is_not_done(config, tmp_path, capsys):
+    assert "must be an unfinished run" in fails(capsys, "prune", "--resume", tmp_path / "nothing")
+    folder = tmp_path / "run.unfinished"
+    folder.mkdir()
+    assert "got an unfinished run" in fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
+    settings = {"lr": 1e-3, "model": "vit_tiny_patch16_224", "data": "digits"}
+    (folder / "run.json").write_text(json.dumps({"command": "finetune", "settings": settings}))
+    assert "must be a run of p3b prune, got one of p3b finetune" in fails(capsys, "prune", "--resume", tmp_path / "run")
+    error = fails(capsys, "finetune", "--resume", tmp_path / "run", "--lr", "0.5")
+    assert "lr must be the run's 0.001, got 0.5" in error
+    assert "must be the run's own" in fails(capsys, "finetune", "--resume", tmp_path / "run", "--config", "digits")
+
+
+def test_tensorboard_has_every_epoch(config, tmp_path):
+    event = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert main(["prune", *config(tensorboard=True), "--output", str(tmp_path / "run")]) == 0
+    records = event.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    losses = [e["loss"] for e in history["epochs"] if e["phase"] == "prune"]
+    assert [point.value for point in records.Scalars("prune/loss")] == pytest.approx(losses)
+    assert "keep_ratio/blocks.0.attn" in records.Tags()["scalars"]
+
+
+def test_pruning_under_a_token_reduction(config, tmp_path):
+    settings = config(reduction="tome", reduction_settings={"r": 2})
+    assert main(["prune", *settings, "--output", str(tmp_path / "run")]) == 0
+    model = p3b.load(tmp_path / "run")
+    counts = p3b_ext.token_counts(model)
+    assert counts[0][1] == counts[0][0] - 2
+    rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]}
+    assert rows["pruned"]["macs"] < rows["dense"]["macs"]

@@ -7,6 +7,7 @@ so a folder can be read without the run that made it and without timm's registry
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import p3b_ext
 from p3b_ext.patch import patch
+from p3b_ext.reduced import RECORD
 
 from .architecture import build, describe
 from .files import write_atomically
@@ -68,7 +71,7 @@ def check(model: nn.Module) -> dict[str, Any]:
         whole = {"unsupported": str(error)}
     if "unsupported" in whole:
         raise NotImplementedError(f"save: {whole['unsupported']}")
-    description = {"model": whole, "kept": getattr(model, "p3b_kept", None)}
+    description = {"model": whole, "kept": getattr(model, "p3b_kept", None), "reduction": describe_reduction(model)}
     with torch.device("meta"):
         weights = {name: weight.to("meta") for name, weight in model.state_dict().items()}
         _load_weights(_skeleton(json.loads(json.dumps(description))), weights, "save")
@@ -84,8 +87,8 @@ def update_meta(folder: str | Path, **changes: Any) -> None:
 
 
 def load(folder: str | Path) -> VisionTransformer:
-    """Reads a model back from its folder, in eval mode on the CPU, with p3b_ext's attention
-    (`p3b_ext.unpatch` gives timm's back).
+    """Reads a model back from its folder, in eval mode on the CPU, with p3b_ext's attention and the token reduction
+    that it was trained under, if any (`p3b_ext.unpatch` gives timm's back).
 
     Raises ValueError, in one line, for a folder without a model and for files that are cut short or do not
     belong together.
@@ -103,7 +106,36 @@ def load(folder: str | Path) -> VisionTransformer:
     with torch.random.fork_rng([]):  # building draws fresh weights; the caller's generator stays where it was
         model = _skeleton(description)
     _load_weights(model, weights, "load")
-    return patch(model.eval())
+    return patch(model.eval(), _reduction(description.get("reduction")))
+
+
+def describe_reduction(model: nn.Module) -> dict[str, Any] | None:
+    """The token reduction that a model is patched with, as plain JSON; None where it keeps all tokens."""
+    record = getattr(model, RECORD, None)
+    if record is None or record.reduction is None:
+        return None
+    # JSON has no tuples, and ToMe's (r, inflection) is one where a list is something else
+    values = {
+        key: {"tuple": list(value)} if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(record.reduction).items()
+    }
+    return {"name": type(record.reduction).__name__, **values}
+
+
+def _reduction(description: dict[str, Any] | None) -> Any:
+    if description is None:
+        return None
+    kinds = {kind.__name__: kind for kind in (p3b_ext.ToMe, p3b_ext.PPT, p3b_ext.EViT, p3b_ext.TopK)}
+    try:
+        values = {
+            key: tuple(value["tuple"]) if isinstance(value, dict) else value
+            for key, value in description.items()
+            if key != "name"
+        }
+        return kinds[description["name"]](**values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"load: {DESCRIPTION} must describe a token reduction, got {problem}") from None
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:

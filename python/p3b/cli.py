@@ -42,10 +42,21 @@ import p3b_ext
 from . import checkpoint, reductions, train
 from .config import Config, recipes
 from .data import AUGMENTS, Data, check_files, create_data
+from .distributed import Processes, processes
 from .evaluate import evaluate, measure, tables
 from .report import write_report
-from .run import conditions, load_run, new_run_folder, save_measured, save_trained
+from .run import (
+    conditions,
+    load_run,
+    new_run_folder,
+    save_measured,
+    save_trained,
+    training_folder,
+    unfinished,
+    unfinished_run,
+)
 
+FREE_ON_RESUME = ("device", "workers")  # settings that change how a run is made and not what comes out
 # Errors that a user can cause and mend. Anything else is a defect of this software and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, train.Diverged)
 
@@ -84,6 +95,14 @@ class Job:
     """Fetch a data set that timm reads by name."""
     num_classes: int = 0
     """Number of classes, for streamed sets that do not say it; 0 asks the data."""
+    reduction: str = ""
+    """Token reduction that the model is pruned under and keeps: tome, ppt, evit or topk; nothing keeps all tokens."""
+    reduction_settings: dict = dataclasses.field(default_factory=dict)
+    """Its settings in place of the published ones, as JSON: {"r": 8, "blocks": [3, 6, 9], "prune_share": 0.5}."""
+    teacher: str = ""
+    """Folder of a run whose model fine-tuning asks too, with the weight --distill; prune makes its own by default."""
+    tensorboard: bool = False
+    """Write TensorBoard's records into the folder of the run."""
 
     def __post_init__(self) -> None:
         kinds = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict": dict, "list": list}
@@ -170,67 +189,103 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    job, config = _settings(options)
-    job.require("model", "data", "output")
-    _threads(options.threads)
-    with new_run_folder(job.output) as folder:
-        model, data, known = model_and_data(job, config)
-        check_files(data, print)
-        checkpoint.check(model)
-        dense = copy.deepcopy(model)
-        print(data.description)
-        with Progress() as progress:
-            result = train.prune(model, data.train, data.val, config, progress=progress)
-        settings = dataclasses.asdict(job) | config.to_dict()
-        save_trained(folder, model=result, data=data, history=result.history, settings=settings)
-        # A head that has never seen these classes has no accuracy worth a number.
-        unscored = () if known else ("dense",)
-        models = {"dense": dense, "pruned": result.model}
-        rows = measure(models, data.val, batch_size=job.batch_size, unscored=unscored)
-        save_measured(
-            folder,
-            saved_as="pruned",
-            data=data,
-            rows=rows,
-            batch_size=job.batch_size,
-            device=_device(config.device),
-            title=f"{job.model} pruned by block benefit",
-            command=options.command_line,
-        )
-    print(tables(rows))
-    print(f"\nwritten to {job.output}; next: p3b evaluate {job.output}")
+    _train(options, "prune")
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    job, config = _settings(options)
+    _train(options, "finetune")
+
+
+def _train(options: argparse.Namespace, command: str) -> None:
+    """`p3b prune` and `p3b finetune`: train in all processes, then save and measure in the first."""
+    job, config, resume = _settings(options, command)
     job.require("model", "data", "output")
     _threads(options.threads)
-    with new_run_folder(job.output) as folder:
-        model, data, _ = model_and_data(job, config)
-        check_files(data, print)
-        checkpoint.check(model)
-        print(data.description)
-        with Progress() as progress:
-            history = train.finetune(
-                model, data.train, data.val, config, epochs=config.finetune_epochs, progress=progress
+    settings = dataclasses.asdict(job) | config.to_dict()
+    with contextlib.ExitStack() as stack:
+        with processes(config.device) as (group, device):
+            config = dataclasses.replace(config, device=device)
+            say = print if group.first else (lambda *_: None)
+            if group.first:
+                folder = stack.enter_context(training_folder(job.output, command, settings, resume=resume))
+            group.wait()
+            if not group.first:
+                folder = unfinished(job.output)
+            model, data, known = model_and_data(job, config)
+            if group.first:
+                check_files(data, print)
+            checkpoint.check(model)
+            say(data.description)
+            mine = data.part(group.rank, group.world)
+            keywords: dict[str, Any] = dict(
+                progress=_progress(job, group, folder),
+                teacher=load_run(job.teacher)[0] if job.teacher else None,
+                state_dir=folder,
+                resume=resume,
             )
-        settings = dataclasses.asdict(job) | config.to_dict()
-        save_trained(folder, model=model, data=data, history=history, settings=settings)
-        rows = measure({"fine-tuned": model}, data.val, batch_size=job.batch_size)
+            if command == "prune":
+                # Weights are compared with what they were; a head that has never seen these classes has no accuracy.
+                models = {"dense": copy.deepcopy(model)}
+                unscored = () if known else ("dense",)
+                found = _reduction(job, model, data)
+                if found is not None:
+                    models["dense"] = p3b_ext.patch(models["dense"])
+                result = train.prune(model, mine.train, mine.val, config, reduction=found, **keywords)
+                trained, history, name = result, result.history, "pruned"
+                models[name] = result.model
+            else:
+                history = train.finetune(model, mine.train, mine.val, config, epochs=config.finetune_epochs, **keywords)
+                trained, name, unscored = model, "fine-tuned", ()
+                models = {name: model}
+        if not group.first:
+            return
+        save_trained(folder, model=trained, data=data, history=history, settings=settings)
+        rows = measure(models, data.val, batch_size=job.batch_size, unscored=unscored)
+        how = "by block benefit" if config.method.startswith("p3b") else f"by {config.method}"
         save_measured(
             folder,
-            saved_as="fine-tuned",
+            saved_as=name,
             data=data,
             rows=rows,
             batch_size=job.batch_size,
             device=_device(config.device),
-            title=f"{job.model} fine-tuned",
+            title=f"{job.model} pruned {how}" if command == "prune" else f"{job.model} fine-tuned",
             command=options.command_line,
         )
     print(tables(rows))
-    pruned = getattr(model, "p3b_kept", None) is not None  # which it cannot be twice
-    following = f"evaluate {job.output}" if pruned else f"prune --model {job.output} --data {job.data} ..."
+    whole = getattr(models[name], "p3b_kept", None) is None  # a model cannot be pruned twice
+    following = f"prune --model {job.output} --data {job.data} ..." if whole else f"evaluate {job.output}"
     print(f"\nwritten to {job.output}; next: p3b {following}")
+
+
+def _progress(job: Job, group: Processes, folder: Path) -> train.Progress:
+    """A bar, and TensorBoard's records where they are asked for; silence in all processes but the first."""
+    if not group.first:
+        return train.Silent()
+    if not job.tensorboard:
+        return Progress()
+    from .tensorboard import TensorBoard
+
+    return TensorBoard(folder / "tensorboard", Progress())
+
+
+def _reduction(job: Job, model: nn.Module, data: Data) -> Any:
+    """The token reduction that a job is to be trained under, its threshold calibrated; None where it names none."""
+    if not job.reduction:
+        if job.reduction_settings:
+            raise ValueError("config: reduction must be given where reduction_settings are, got nothing")
+        return None
+    given = dict(job.reduction_settings)
+    share = given.pop("prune_share", None)
+    known = sorted({key for keys in reductions.SETTINGS.values() for key in keys})
+    for key in given:
+        if key not in known:
+            raise ValueError(f"config: reduction_settings must be of prune_share, {', '.join(known)}, got {key}")
+    found = reductions.reduction(job.reduction, model, **given)
+    if not isinstance(found, p3b_ext.PPT):
+        return found
+    # a copy: the run patches its model itself
+    return reductions.apply(copy.deepcopy(model), found, data.train, prune_share=share)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -518,11 +573,21 @@ def _load_weights(model: nn.Module, path: str) -> None:
         raise ValueError(f"checkpoint: {path} must fit the model, got missing or unknown {amiss}")
 
 
-def _settings(options: argparse.Namespace) -> tuple[Job, Config]:
-    """Job and Config from the config file, if there is one, and the flags; flags win."""
-    given = _read_config(options.config) if options.config else {}
+def _settings(options: argparse.Namespace, command: str) -> tuple[Job, Config, bool]:
+    """Job and Config from the config file or the run to resume, if there is one, and the flags; flags win."""
     keys = {cls: [field.name for field in dataclasses.fields(cls)] for cls in (Job, Config)}
     known = keys[Job] + keys[Config]
+    given = _read_config(options.config) if options.config else {}
+    if options.resume:
+        if options.config:
+            raise ValueError(f"resume: settings must be the run's own, got --config {options.config}")
+        started, given = unfinished_run(options.resume)
+        if started != command:
+            raise ValueError(f"resume: {options.resume} must be a run of p3b {command}, got one of p3b {started}")
+        given["output"] = options.resume
+        for key in known:
+            if key in vars(options) and key not in FREE_ON_RESUME and getattr(options, key) != given.get(key):
+                raise ValueError(f"resume: {key} must be the run's {given.get(key)!r}, got {getattr(options, key)!r}")
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2)
@@ -530,7 +595,8 @@ def _settings(options: argparse.Namespace) -> tuple[Job, Config]:
             raise ValueError(f"config: key must be a known setting, got {key!r} in {options.config}{hint}")
     given |= {key: value for key, value in vars(options).items() if key in known}
     job = Job(**{key: value for key, value in given.items() if key in keys[Job]})
-    return job, Config.from_dict({key: value for key, value in given.items() if key in keys[Config]})
+    config = Config.from_dict({key: value for key, value in given.items() if key in keys[Config]})
+    return job, config, bool(options.resume)
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -642,6 +708,9 @@ def _parser() -> argparse.ArgumentParser:
         known = f", or a recipe ({', '.join(recipes())})" if recipes() else ""
         text = f"TOML or JSON file of the settings below (prune_ratio = 0.5){known}; flags win"
         sub.add_argument("--config", metavar="FILE", help=text)
+        sub.add_argument(
+            "--resume", metavar="DIR", help="go on with the unfinished run that was to be written to DIR, as it was set"
+        )
         _add_flags(sub, "what and where to", Job)
         _add_flags(sub, "how", Config)
 

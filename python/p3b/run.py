@@ -8,6 +8,7 @@ metrics.json (the table), report.md and its pictures.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import platform
 import shutil
@@ -23,9 +24,11 @@ from . import checkpoint
 from .data import Data
 from .evaluate import Row, metrics
 from .files import umask
-from .report import HISTORY, METRICS, write_json, write_report
+from .report import HISTORY, METRICS, read_json, write_json, write_report
+from .state import STATE
 
 CONFIG = "config.json"
+RUN, LOCK = "run.json", ".lock"  # of a run that is not done
 
 
 @contextlib.contextmanager
@@ -35,6 +38,83 @@ def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     When the block fails the folder is removed, unless it holds a whole model already: then it stays, and a note on the
     error says where. ValueError where `output` holds anything already.
     """
+    target = _free(output)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        staging.chmod(0o777 & ~umask())  # mkdtemp lets nobody else in
+        yield staging
+    except BaseException as error:
+        if (staging / checkpoint.DESCRIPTION).exists():
+            error.add_note(f"the trained model is in {staging}")
+        else:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _give_name(staging, target)
+
+
+@contextlib.contextmanager
+def training_folder(
+    output: str | os.PathLike[str], command: str, settings: Mapping[str, Any], *, resume: bool = False
+) -> Iterator[Path]:
+    """The folder `output.unfinished`, which takes the name `output` when the block ends well.
+
+    What is in it when the block fails, or the machine does, is what `resume` goes on with. It holds run.json (command
+    and settings) from the start and state.pt after each epoch. ValueError where `output` holds anything already, where
+    there is an unfinished run and `resume` is False or none and it is True, and where another process is at it.
+    """
+    target = _free(output)
+    folder = unfinished(target)
+    if resume:
+        unfinished_run(output)
+    elif folder.exists():
+        raise ValueError(
+            f"output: run must be a new one, got an unfinished run in {folder}; p3b {command} --resume {output} goes "
+            "on with it, and without that folder it starts anew"
+        )
+    folder.mkdir(exist_ok=resume)
+    with open(folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"output: {folder} must be free, got one that another process writes to") from None
+        if not resume:
+            write_json(folder / RUN, {"command": command, "settings": dict(settings)})
+        try:
+            yield folder
+        except BaseException as error:
+            if (folder / STATE).exists() or resume:
+                if (folder / checkpoint.DESCRIPTION).exists():
+                    error.add_note(f"the trained model is in {folder}")
+                error.add_note(f"p3b {command} --resume {output} goes on from the last whole epoch")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        for name in (STATE, RUN, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        _give_name(folder, target)
+
+
+def unfinished(target: str | os.PathLike[str]) -> Path:
+    """Where a run that will be called `target` lives until it is done."""
+    target = Path(target).expanduser().resolve()
+    return target.with_name(target.name + ".unfinished")
+
+
+def unfinished_run(output: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """Command and settings of an unfinished run; ValueError where there is none."""
+    path = unfinished(output) / RUN
+    if not path.exists():
+        done = Path(output).expanduser()
+        state = "one that is done" if (done / METRICS).exists() else "none of that name"
+        raise ValueError(f"resume: {output} must be an unfinished run (with a folder {path.parent.name}), got {state}")
+    run = read_json(path)
+    if not isinstance(run, dict) or not {"command", "settings"} <= run.keys():
+        raise ValueError(f"resume: {path} must hold command and settings, got something else")
+    return run["command"], run["settings"]
+
+
+def _free(output: str | os.PathLike[str]) -> Path:
+    """The path of a folder that may be made: new or empty, with its parents there. ValueError otherwise."""
     target = Path(output).expanduser()
     if target.is_symlink() and not target.exists():
         raise ValueError(f"output: folder must be new or empty, got {target}, a link to nothing")
@@ -47,22 +127,16 @@ def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         held = "a run" if (target / METRICS).exists() or (target / checkpoint.DESCRIPTION).exists() else "files"
         raise ValueError(f"output: folder must be new or empty, got {target}, which already holds {held}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        staging.chmod(0o777 & ~umask())  # mkdtemp lets nobody else in
-        yield staging
-    except BaseException as error:
-        if (staging / checkpoint.DESCRIPTION).exists():
-            error.add_note(f"the trained model is in {staging}")
-        else:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
+    return target
+
+
+def _give_name(folder: Path, target: Path) -> None:
     try:
         if target.exists():
             target.rmdir()
-        os.rename(staging, target)
+        os.rename(folder, target)
     except OSError as error:
-        raise OSError(f"output: {target} must be free, got {error}; the result is in {staging}") from error
+        raise OSError(f"output: {target} must be free, got {error}; the result is in {folder}") from error
 
 
 def save_trained(
@@ -73,6 +147,8 @@ def save_trained(
     `model` is the Result of a pruning run or a plain model.
     """
     meta = {"data": data.settings, "class_names": list(data.class_names), "top1": history["accuracy_final"]}
+    for name in (checkpoint.DESCRIPTION, checkpoint.WEIGHTS):  # of an attempt that was cut short here
+        (folder / name).unlink(missing_ok=True)
     checkpoint.save(model, folder, meta=meta)
     write_json(folder / CONFIG, dict(settings))
     write_json(folder / HISTORY, history)

@@ -27,7 +27,7 @@ from p3b_ext.patch import patch
 from . import budget
 from .config import Config
 from .distributed import Processes
-from .gates import Gates, outside_cost, sharpening
+from .gates import Gates, sharpening
 from .methods import create
 from .state import load_state, random_state, save_state, set_random_state
 from .step import REMEDY, Diverged, Meter, Step, autocast, groups
@@ -119,7 +119,7 @@ def prune(
     patch(model, reduction)
     try:
         if saved is None or saved["phase"] == "prune":
-            run = PruneRun(model, config, _steps_per_epoch(train_loader, config), group)
+            run = PruneRun(model, config, _steps_per_epoch(train_loader, config), group, reduction)
             first = 0
             if saved is not None:
                 run.load_state(saved["run"])
@@ -137,7 +137,6 @@ def prune(
                 progress.epoch(run.epoch(epoch, train_loader, val_loader, progress))
                 keep.save("prune", epoch + 1, run=run.state(), teacher=teachers.state())
             history = run.finish(train_loader, val_loader)
-            patch(model, reduction)
             tuning = None
             keep.save("finetune", 0, history=history, tuning=None, teacher=teachers.state(), **_small(model))
         else:
@@ -361,16 +360,20 @@ class PruneRun:
     decision."""
 
     def __init__(
-        self, model: VisionTransformer, config: Config, steps_per_epoch: int, processes: Processes | None = None
+        self,
+        model: VisionTransformer,
+        config: Config,
+        steps_per_epoch: int,
+        processes: Processes | None = None,
+        reduction: Any = None,
     ) -> None:
         self.model, self.config, self.steps_per_epoch = model, config, steps_per_epoch
-        self.processes = processes or Processes()
+        self.processes, self.reduction = processes or Processes(), reduction
         self.device = next(model.parameters()).device
         method = create(config.method)
         self.gates: Gates = method.attach(model)
         blocks = self.gates.blocks
         self.full = torch.tensor([block.full(config.budget) for block in blocks], dtype=torch.float64)
-        self.outside_params = int(outside_cost(model, blocks, "params"))
         self.count = 0  # optimizer steps so far
         self.start, self.sparse, self.final = (
             epoch * steps_per_epoch for epoch in (config.start_epoch, config.sparse_epoch, config.final_epoch)
@@ -382,7 +385,7 @@ class PruneRun:
         self.step = Step(
             model, _optimizer(model, config, config.lr), config, self.device, self, processes=self.processes
         )
-        self.params = self.outside_params + int(self.gates.kept_cost().sum())
+        self.params = int(self.gates.total())
         self.history: dict[str, Any] = {
             "method": config.method,
             "epochs": [],
@@ -405,7 +408,7 @@ class PruneRun:
         if self.count == self.start:
             batches = ((images.to(self.device), targets.to(self.device)) for images, targets in train_loader)
             self.method.begin(batches, self.step.criterion)
-            self.params = self.outside_params + int(self.gates.kept_cost().sum())
+            self.params = int(self.gates.total())
         self.model.train()
         for module in self.method.modules().values():
             module.train()
@@ -432,7 +435,7 @@ class PruneRun:
         tau = 0.0 if final else sharpening(self.count, self.sparse, self.final, config.tau_max)
         found = self.method.update(progress, tau, final)
         self.processes.spread([self.gates.values])
-        self.params = self.outside_params + int(self.gates.kept_cost().sum())
+        self.params = int(self.gates.total())
         self.history["updates"].append(
             {
                 "step": self.count,
@@ -451,6 +454,7 @@ class PruneRun:
         history, model = self.history, self.model
         history["accuracy_masked"] = _accuracy(model, val_loader, self.config, self.device, self.processes)
         shrink(model)
+        patch(model, self.reduction)
         history["accuracy_shrunk"] = history["accuracy_final"] = _accuracy(
             model, val_loader, self.config, self.device, self.processes
         )
