@@ -8,7 +8,7 @@ import vits
 
 import p3b
 import p3b_ext
-from p3b import Config, costs, reductions
+from p3b import Config, budget, costs, reductions
 from p3b.gates import attach, outside_cost
 from p3b.probes import Probes, Taps
 from p3b.surgery import shrink
@@ -225,6 +225,23 @@ def test_floors():
     least = reductions.LEAST_ATTENTION
     assert reductions.floors(model, 0.01).tolist() == [least, 0.01, 0.01, 0.01, least, 0.01]
     assert reductions.floors(model, 0.3).tolist() == [0.3] * 6
+
+
+def test_the_budget_is_met_above_floors_of_their_own():
+    weight = torch.tensor([300.0, 600, 300, 600])
+    importance = torch.tensor([3.0, 0.5, 0.0, -1.0])
+    floor = torch.tensor([0.0, 0.4, 0.2, 0.0])
+    for ratio in (0.2, 0.5, 0.7, 0.82):
+        keep = budget.keep_ratios(importance, weight, 0.0, ratio, floor)
+        assert (keep >= floor).all() and (keep <= 1).all()
+        assert float((keep * weight).sum()) == pytest.approx((1 - ratio) * 1800)
+    with pytest.raises(ValueError, match=r"at most 0\.8333 .* a floor of 0\.4\), got 0\.84"):
+        budget.keep_ratios(importance, weight, 0.0, 0.84, floor)
+    for same in (0.0, 0.3):
+        one = budget.keep_ratios(importance, weight, 100.0, 0.4, same)
+        assert torch.equal(
+            one, budget.keep_ratios(importance, weight, 100.0, 0.4, torch.full((4,), same, dtype=torch.float64))
+        )
 
 
 def test_an_attention_that_tells_tokens_apart_is_not_emptied():
