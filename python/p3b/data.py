@@ -151,18 +151,18 @@ def create_data(
     )
     how = _How(size, batch_size, seed, workers, torch.device(device), augment, auto_augment, color_jitter, re_prob,
                repeats, flip, crop_pct)  # fmt: skip
-    # A stream ends its epoch on a whole batch of each process.
-    named = _Named(source, root, download, dict(reader or {}), seed, max(1, batch_size // world))
+    named = _Named(source, root, download, dict(reader or {}), seed, batch_size)
     arrays = _array_source(source, val_share, named)
     if arrays is not None:
         arrays = _chosen(arrays, classes, train_images, num_classes)
         data = _from_arrays(arrays, how, mean, std, shift) if on_device else _from_files(arrays.files(), how, mean, std)
     else:
+        files = _file_source(source, val_share, named, num_classes)
         given = dict(classes=classes, train_images=train_images, shift=shift)
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"data: {name} must be left out for {source!r} (not an array set), got {value}")
-        data = _from_files(_file_source(source, val_share, named, num_classes), how, mean, std)
+        data = _from_files(files, how, mean, std)
     settings |= dict(mean=list(data.mean), std=list(data.std))
     data.settings.update(settings)
     return data if (rank, world) == (0, 1) else data.part(rank, world)
@@ -195,7 +195,7 @@ class _Named:
     download: bool
     reader: dict[str, Any]
     seed: int
-    batch_size: int  # of one process
+    batch_size: int
 
 
 class Loader:
@@ -582,11 +582,17 @@ class StreamLoader(Loader):
 
     def part(self, rank: int, world: int) -> Loader:
         """As `Loader.part`; for training timm's reader must know of the same processes."""
+        loader = super().part(rank, world)
         known = getattr(self.dataset.reader, "dist_num_replicas", 1)
         if self.train and world != known:
             remedy = "set torch.distributed up before the data"
             raise ValueError(f"data: world must be torch.distributed's {known} for a stream, got {world}; {remedy}")
-        return super().part(rank, world)
+        if self.train:
+            loader.dataset = copy.copy(self.dataset)
+            loader.dataset.reader = copy.copy(self.dataset.reader)
+            loader.dataset.reader.batch_size = self.batch_size // world  # it ends its epoch on a whole batch
+            loader.count = len(loader.dataset)
+        return loader
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
