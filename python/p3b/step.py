@@ -67,6 +67,8 @@ class Step:
         self.on_device = device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups)
         self.mixup = None
         if config.mixup or config.cutmix:
+            if not isinstance(getattr(model, "num_classes", None), int):
+                raise TypeError(f"train: model must know its num_classes to mix images, got {type(model).__name__}")
             self.mixup = Mixup(
                 mixup_alpha=config.mixup,
                 cutmix_alpha=config.cutmix,
@@ -81,6 +83,7 @@ class Step:
         measuring = run is not None and run.measuring
         if not self.checked:
             check_batch(self.model, batches[0])
+            self._check_mixing(*batches[0])
             self.checked = True
         for i, (images, targets) in enumerate(batches):
             images = images.to(self.device, non_blocking=True)
@@ -94,6 +97,14 @@ class Step:
             meter.add(loss, logits, targets)
         self._apply(measuring)
 
+    def _check_mixing(self, images: Tensor, targets: Tensor) -> None:
+        if self.mixup is None:
+            return
+        if targets.ndim == 2:
+            raise TypeError(f"train: labels must be int64 [B] to be mixed, got {list(targets.shape)} {targets.dtype}")
+        if len(images) % 2:
+            raise ValueError(f"train: batch must have an even number of images to be mixed, got {len(images)}")
+
     def _losses(self, images: Tensor, targets: Tensor, measuring: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The loss to go back from, and the model's logits and own loss."""
         config, run = self.config, self.run
@@ -101,8 +112,6 @@ class Step:
         if measuring:
             run.clean = None
         if self.mixup is not None:
-            if len(images) % 2:
-                raise ValueError(f"train: batch must have an even number of images to be mixed, got {len(images)}")
             if measuring and config.benefit_targets == "clean" and self.taps is not None:
                 run.clean = (self._clean_stream(images[:rows]), targets[:rows])
             # timm mixes in place; the loader's tensors are not ours

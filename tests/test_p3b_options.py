@@ -1,0 +1,222 @@
+"""The trainer's options: mixed precision, mixing, averaging, distillation, clean targets, torch.compile, torchrun."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_p3b_train import CLASSES, batches, config, prune, vit
+
+import p3b
+from p3b.step import FIRST_SCALE, GROW_AFTER, Meter, Step, distillation
+from p3b.train import PruneRun, _optimizer
+from p3b_ext.patch import patch
+
+pytestmark = pytest.mark.filterwarnings("ignore:importance")
+
+
+def step_of(**options):
+    settings = config(**options)
+    model = patch(vit())
+    return Step(model, _optimizer(model, settings, settings.lr), settings, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_mixed_precision_finds_what_full_precision_finds(amp):
+    exact, mixed = prune(), prune(amp=amp)
+    assert mixed.summary["skipped_steps"] == 0
+    assert mixed.summary["final_params"] == pytest.approx(exact.summary["final_params"], rel=0.02)
+    losses = [[e["loss"] for e in result.history["epochs"]] for result in (exact, mixed)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_float16_scores_are_those_of_the_plain_gradient():
+    def scores(amp):
+        run = PruneRun(patch(vit()), config(start_epoch=0, amp=amp), 6)
+        run.step([batches(1)[0]], Meter(run.device))
+        return run.gates.score_sum
+
+    assert torch.allclose(scores("float16"), scores("none"), rtol=0.1, atol=1e-7)
+
+
+def test_an_overflowing_float16_loss_halves_its_scale_and_leaves_everything_else():
+    step = step_of(amp="float16")
+    before = [p.detach().clone() for p in step.model.parameters()]
+    step.scale.fill_(2.0**127)
+    step([batches(1)[0]], Meter(step.device))
+    assert step.skipped == 1 and step.scale == 2.0**126
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+def test_the_float16_scale_grows_again():
+    step = step_of(amp="float16")
+    step.since_growth.fill_(GROW_AFTER - 1)
+    step([batches(1)[0]], Meter(step.device))
+    assert step.scale == 2 * FIRST_SCALE and step.since_growth == 0
+
+
+def test_mixing_changes_the_targets_and_not_the_loader():
+    data = batches()
+    kept = [images.clone() for images, _ in data]
+    mixed = prune(train=data, mixup=0.8, cutmix=1.0)
+    assert all(torch.equal(a, b) for a, (b, _) in zip(kept, data, strict=True))
+    plain = prune(train=data)
+    assert mixed.history["epochs"][-1]["loss"] > 1.2 * plain.history["epochs"][-1]["loss"]
+
+
+def test_an_odd_batch_cannot_be_mixed():
+    with pytest.raises(ValueError, match=r"^train: batch must have an even number of images to be mixed, got 3$"):
+        prune(train=batches(size=3), mixup=0.8)
+
+
+def test_soft_targets_cannot_be_mixed_again():
+    soft = [(images, torch.nn.functional.one_hot(labels, CLASSES).float()) for images, labels in batches()]
+    with pytest.raises(TypeError, match=r"labels must be int64 \[B\] to be mixed"):
+        prune(train=soft, mixup=0.8)
+
+
+def test_benefit_of_clean_targets():
+    smoothed, clean = (
+        prune(benefit_targets=targets, label_smoothing=0.3, final_epoch=3) for targets in ("train", "clean")
+    )
+    # probes learn the same; what is read off them is not: the loss of plain labels moves by more
+    sizes = [sum(abs(v) for v in r.history["updates"][0]["benefit"]["cls"].values()) for r in (smoothed, clean)]
+    assert sizes[1] > 1.1 * sizes[0]
+    assert smoothed.history["epochs"][0]["loss"] == clean.history["epochs"][0]["loss"]
+
+
+def test_benefit_of_images_before_they_were_mixed():
+    seen = []
+
+    run = PruneRun(patch(vit()), config(start_epoch=0, benefit_targets="clean", mixup=0.8), 6)
+    add = run.method.benefit.add
+    run.method.benefit.add = lambda losses: (seen.append(run.clean), add(losses))
+    images, labels = batches(1)[0]
+    run.step([(images, labels)], Meter(run.device))
+    stream, targets = seen[0]
+    assert len(stream) == 2 * len(run.model.blocks) + 1 and torch.equal(targets, labels)
+    with torch.no_grad():  # what the first block reads of the images as they are, before the step changed the weights
+        fresh = patch(vit())
+        first = fresh.patch_embed(images)
+    assert torch.allclose(stream[0][:, 1:], first + fresh.pos_embed[:, 1:], atol=1e-5)
+
+
+def test_the_average_of_the_weights_is_the_result():
+    model = vit()
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    p3b.finetune(model, batches(), batches(2, 1), config(ema=0.9999))
+    moved = max(float((v - start[k]).abs().max()) for k, v in model.state_dict().items())
+    other = vit()
+    p3b.finetune(other, batches(), batches(2, 1), config())
+    far = max(float((v - start[k]).abs().max()) for k, v in other.state_dict().items())
+    assert 0 < moved < 0.1 * far
+
+
+def test_the_best_epoch_is_the_result_when_asked_for():
+    model = vit()
+    settings = config(select="best", finetune_epochs=6, finetune_lr=0.05, schedule="constant")
+    history = p3b.finetune(model, batches(), batches(2, 1), settings)
+    accuracies = [e["val_accuracy"] for e in history["epochs"]]
+    assert history["accuracy_final"] == max(accuracies)
+    model.eval()
+    with torch.no_grad():
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches(2, 1))
+    assert 100 * right / 32 == pytest.approx(max(accuracies))
+
+
+def test_distillation_is_zero_for_equal_answers_and_pulls_towards_the_teacher():
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    assert distillation(logits, logits, 2.0).abs() < 1e-6
+    student, teacher = (torch.softmax(torch.tensor(row) / 2, 0) for row in ([1.0, 0.0], [0.0, 1.0]))
+    expected = 4 * (teacher * (teacher / student).log()).sum()
+    found = distillation(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 2.0)
+    assert found == pytest.approx(float(expected))
+
+
+def test_a_student_of_one_teacher_alone_answers_like_it():
+    teacher = vit()
+    with torch.no_grad():
+        teacher.head.bias[2] += 8.0  # sure of one class, whatever the labels say
+    model = vit()
+    settings = config(distill=1.0, finetune_epochs=4)
+    p3b.finetune(model, batches(), batches(2, 1), settings, teacher=teacher)
+    with torch.no_grad():
+        assert (model.eval()(batches(1)[0][0]).argmax(1) == 2).all()
+
+
+def test_pruning_distils_from_the_model_as_it_was():
+    result = prune(distill=0.5)
+    assert result.history["epochs"][-1]["loss"] > 0
+    with pytest.raises(ValueError, match="distill must have a teacher, or start_epoch 1"):
+        prune(distill=0.5, start_epoch=0)
+    with pytest.raises(ValueError, match="distill must have a teacher here"):
+        p3b.finetune(vit(), batches(), batches(), config(distill=0.5))
+
+
+def test_compiled_steps_are_the_same_steps(monkeypatch):
+    compiled = []
+    whole = torch.compile
+
+    def traced(model, **_):
+        compiled.append(model)
+        return whole(model, backend="aot_eager")  # traced and differentiated as for Inductor, without its minutes
+
+    monkeypatch.setattr(torch, "compile", traced)
+    short = dict(sparse_epoch=2, final_epoch=2, finetune_epochs=1, probe_every=2)
+    plain, fast = prune(**short), prune(compile=True, **short)
+    assert len(compiled) == 2  # under gates, and small
+    for a, b in zip(plain.history["updates"], fast.history["updates"], strict=True):
+        assert a["keep_ratio"] == pytest.approx(b["keep_ratio"], abs=0.05)
+    assert plain.history["updates"][0]["benefit"]["cls"] == pytest.approx(
+        fast.history["updates"][0]["benefit"]["cls"], abs=1e-3
+    )
+    assert [e["loss"] for e in fast.history["epochs"]] == pytest.approx(
+        [e["loss"] for e in plain.history["epochs"]], rel=1e-2
+    )
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_the_command_line_under_torchrun(tmp_path):
+    settings = {
+        "model": "vit_tiny_patch16_224",
+        "model_kwargs": {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3},
+        "pretrained": False,
+        "data": "digits",
+        "img_size": 8,
+        "classes": [5, 6],
+        "batch_size": 32,
+        "start_epoch": 0,
+        "sparse_epoch": 1,
+        "final_epoch": 2,
+        "finetune_epochs": 1,
+        "device": "cpu",
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+
+    def run(name, *start):
+        command = [*start, "-m", "p3b", "prune", "--config", "settings.json", "--output", name, "--threads", "1"]
+        found = subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert found.returncode == 0, found.stderr
+        return found.stdout, json.loads((tmp_path / name / "history.json").read_text())
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port))
+    alone, history = run("alone", sys.executable)
+    text, together = run("together", *several)
+    assert text.count("written to together") == 1 and text.count("pruned") == alone.count("pruned")
+    assert [u["keep_ratio"] for u in together["updates"]] == [u["keep_ratio"] for u in history["updates"]]
+    for mine, theirs in zip(history["epochs"], together["epochs"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert not (tmp_path / "together.unfinished").exists()
