@@ -72,7 +72,7 @@ class Stage:
     epochs: int = 0
     """Epochs of the source stage. (The target's follow from the trainer: final_epoch + finetune_epochs.)"""
     trainer: dict = field(default_factory=dict)
-    """Settings of p3b.Config for this stage alone."""
+    """[source.trainer]: all settings of p3b.Config for the source stage; [trainer] is not for it."""
 
 
 @dataclass
@@ -195,9 +195,9 @@ class Task:
         jobs = []
         before = None
         if self.source is not None:
-            settings = self.trainer | self.source.trainer | {"seed": int(self.source.trainer.get("seed", 0))}
-            stage = _resolved(self.source)
-            before = common | dict(stage=stage, config=settings, epochs=self.source.epochs)
+            Config.from_dict(self.source.trainer)
+            before = common | dict(stage=_resolved(self.source), config=self.source.trainer, epochs=self.source.epochs)
+            before["check"] = 0
             jobs.append(Job(SOURCE, None, None, 0, before))
         stage = _resolved(self.target)
         for seed in self.seeds:
@@ -299,9 +299,7 @@ def _owned(output: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"output: folder must be free, got {output}, which another p3b compare is filling"
-            ) from None
+            raise ValueError(f"output: folder must be free, got {output}, which another p3b compare fills") from None
         yield output
 
 
@@ -486,12 +484,12 @@ class _TimeLeft:
 
 
 def _rates(folder: Path, task: Task, jobs: Sequence[Job], data: Data) -> dict[str, Any]:
-    """Throughput, MACs and peak memory of every finished model: measured, unless the file knows exactly these."""
+    """Throughput, MACs and peak memory of every finished model: measured, unless the file has them all."""
     names = [job.name for job in jobs if job.name != SOURCE and (folder / "jobs" / job.name / DONE).exists()]
     path = folder / THROUGHPUT
     if path.exists():
         before = read_json(path)
-        if sorted(before["rows"]) == sorted(names):
+        if set(names) <= set(before["rows"]):
             return before
     if not names:
         return {"rows": {}, "conditions": ""}
@@ -647,7 +645,7 @@ def _end_with_parent() -> None:
 
 
 def _worker(path: Path, source: Path) -> int:
-    _end_with_parent()
+    """A job; returns the exit code. What goes wrong is written to error.txt, in one line."""
     try:
         _work(path, source)
     except Exception as error:  # whatever it is, the other jobs go on and the table says it
@@ -660,4 +658,5 @@ def _worker(path: Path, source: Path) -> int:
 
 
 if __name__ == "__main__":
+    _end_with_parent()
     sys.exit(_worker(Path(sys.argv[1]), Path(sys.argv[2])))
