@@ -84,22 +84,27 @@ def peak_memory(model: nn.Module, images: Tensor) -> int:
     kept = _bytes(model.parameters()) + _bytes(model.buffers()) + _bytes([images])
     with _eval_mode(model), torch.inference_mode():
         model(images)  # caches of the first call are not this model's cost
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-            torch.cuda.reset_peak_memory_stats(images.device)
-            before = torch.cuda.memory_allocated(images.device)
-            model(images)
-            return kept + torch.cuda.max_memory_allocated(images.device) - before
-        # Kineto greets and complains about missing GPUs on stderr unless told not to before its first use.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        with torch.autograd.profiler.profile(profile_memory=True) as profile:
-            model(images)
+        return kept + allocated_peak(lambda: model(images), images.device)
+
+
+def allocated_peak(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors that a call makes and that are alive at its worst moment, as `peak_memory` counts them."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    # Kineto greets and complains about missing GPUs on stderr unless told not to before its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         alive += event.nbytes()
         peak = max(peak, alive)
-    return kept + peak
+    return peak
 
 
 class _MacCounter(TorchDispatchMode):

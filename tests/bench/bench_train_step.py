@@ -2,7 +2,8 @@
 
 Run: python tests/bench/bench_train_step.py [--model deit_small_patch16_224] [--batch 8] [--threads 2] [--profile]
 The models' steps are interleaved and the median of each is printed in milliseconds, with its ratio to the patched
-plain step.
+plain step; beside it the MiB that a step holds at its worst moment, and those of weights and optimizer state, the probes'
+included.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import torch
 from timm.layers import set_fused_attn
 
 import p3b
+from p3b.costs import allocated_peak
 from p3b.step import Meter, Step
 from p3b.train import PruneRun, _optimizer
 from p3b_ext.patch import patch
@@ -70,8 +72,21 @@ def main() -> None:
     base = statistics.median(times["plain, patched"])
     print(f"{options.model}, batch {options.batch}, {size[0]}x{size[1]}, float32, {options.threads} threads")
     for name, values in times.items():
-        middle = statistics.median(values)
-        print(f"{name:32s} {middle:9.1f} ms   {middle / base:5.2f} x")
+        middle, step = statistics.median(values), steps[name]
+        peak = allocated_peak(lambda step=step: step([(images, labels)], meter), device) / 2**20
+        weights, state = held(step)
+        print(
+            f"{name:32s} {middle:9.1f} ms   {middle / base:5.2f} x   step {peak:7.1f} MiB   weights {weights:6.1f} MiB   "
+            f"optimizer {state:6.1f} MiB"
+        )
+
+
+def held(step: Step) -> tuple[float, float]:
+    """MiB of the weights and of the optimizers' state, of the method's too."""
+    optimizers = [step.optimizer, *(step.run.method.optimizers if step.run else [])]
+    weights = sum(p.nbytes for o in optimizers for group in o.param_groups for p in group["params"])
+    state = sum(t.nbytes for o in optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t))
+    return weights / 2**20, state / 2**20
 
 
 def profile(step: Step, images: torch.Tensor, labels: torch.Tensor, meter: Meter) -> None:
