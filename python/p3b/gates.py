@@ -481,6 +481,11 @@ class Gates:
 
     # measuring
 
+    def leaves(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The autograd leaves (in, out, inner) of every sub-block, for derivatives other than the first, which goes to
+        `grad`; in and out are one and the same where the embedding is gated."""
+        return [tuple(leaves) for leaves in self._leaves]
+
     def accumulate(self, finite: Tensor) -> None:
         """Adds this optimizer step's (m * g)^2 and g^2, unless the step's gradients were not finite, and
         clears the gradient.

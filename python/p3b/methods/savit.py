@@ -1,0 +1,181 @@
+"""SAViT: heads, hidden neurons and embedding channels, shared out by second-order cross terms (Zheng et al. 2022)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from p3b_ext import backend
+
+from .. import budget
+from ..gates import Gates, attach, embedding_cost
+from ..masks import MIN_SHARE
+from .base import Criterion, Method
+
+if TYPE_CHECKING:
+    from ..train import PruneRun
+
+TYPES = ("heads", "hidden", "embedding")
+
+
+class SAViT(Method):
+    """Removes heads, MLP hidden neurons and channels of the embedding, which the whole network shares, in one go at the
+    start epoch (SAViT: Structure-Aware Vision Transformer Pruning via Collaborative Optimization, NeurIPS 2022).
+
+    On a share of the training batches, in eval mode and float32, with all gates at 1, it measures the importance
+    `(m dL/dm)^2` of every element and the cross terms c, `[3, 3]`: the sum of the second derivatives of the loss by the
+    gates of two types, divided by the numbers of both types' elements. The pruned shares (a of the heads, b of the
+    hidden neurons, e of the embedding) minimise `sum_ij c_ij a_i a_j` among all that meet the budget. Inside a type one
+    threshold on the importance decides, over all layers; every layer keeps at least MIN_SHARE.
+
+    What differs from the published code: the budget in params or MACs is counted exactly, for all sizes; all numbers of
+    heads and embedding channels are tried (hidden neurons follow from the budget) instead of an evolution; one product
+    with the Hessian takes in all pairs of layers, not a random one; directions in which the loss is concave count as
+    flat, because the search would otherwise be paid for removing all it can.
+    """
+
+    SHARE = 0.1
+    """Of the training batches."""
+    BATCH = 32
+    """Images per measurement, as published: the importance is the square of a batch's mean."""
+    USES = 6
+    """How many elements an embedding channel counts as in each block, as published."""
+
+    @staticmethod
+    def attach(model: VisionTransformer) -> Gates:
+        return attach(model, units="heads", embedding=True)
+
+    def __init__(self, run: PruneRun) -> None:
+        super().__init__(run)
+        blocks = self.gates.blocks
+        self.places = {
+            "heads": [block.slices()[2] for block in blocks if block.kind == "attn"],
+            "hidden": [block.slices()[2] for block in blocks if block.kind == "mlp"],
+            "embedding": [self.gates.embedding],
+        }
+        self.record: dict[str, Any] = {}
+        # a budget that the share left to every layer exceeds must fail here, before anything is trained
+        self.search(torch.zeros_like(self.gates.values), torch.eye(3, dtype=torch.float64))
+
+    def begin(self, batches: Iterable[tuple[Tensor, Tensor]], criterion: Criterion) -> None:
+        training = self.model.training
+        self.model.eval()
+        count = max(1, round(self.SHARE * self.run.steps_per_epoch * self.config.accumulate))
+        importance, cross = self.measure(itertools.islice(batches, count), criterion)
+        self.run.processes.average([importance, cross])
+        self.model.train(training)
+        masks, shares = self.search(importance, cross)
+        self.record = {
+            "pruned_share": dict(zip(TYPES, shares, strict=True)),
+            "cross_terms": cross.tolist(),
+            **self.gates.put(masks),
+        }
+
+    def measure(self, batches: Iterable[tuple[Tensor, Tensor]], criterion: Criterion) -> tuple[Tensor, Tensor]:
+        """Importance `[G]` and cross terms `[3, 3]` (float64) at gates of 1."""
+        leaves = self.gates.leaves()
+        embedding = leaves[0][0]
+        inner = [inner for _, _, inner in leaves]
+        groups = [inner[::2], inner[1::2], [embedding]]  # by TYPES; attentions and MLPs take turns
+        flat = [embedding, *inner]  # in the order of the flat tensors
+        counts = torch.tensor([sum(leaf.numel() for leaf in group) for group in groups], dtype=torch.float64)
+        counts[2] *= self.USES * len(groups[0])
+        importance = torch.zeros_like(self.gates.values)
+        cross, parts = torch.zeros(3, 3, dtype=torch.float64, device=self.device), 0
+        # the fused attention has no second derivative
+        with torch.enable_grad(), torch.autocast(self.device.type, enabled=False), backend("reference"):
+            for images, targets in batches:
+                for some, labels in zip(images.split(self.BATCH), targets.split(self.BATCH), strict=True):
+                    loss = criterion(self.model(some), labels).mean()
+                    gradient = dict(zip(map(id, flat), torch.autograd.grad(loss, flat, create_graph=True), strict=True))
+                    importance += torch.cat([gradient[id(leaf)].detach() for leaf in flat]).square()
+                    for i, group in enumerate(groups):
+                        whole = sum(gradient[id(leaf)].sum() for leaf in group)
+                        rows = torch.autograd.grad(whole, flat, retain_graph=i < 2)
+                        row = dict(zip(map(id, flat), rows, strict=True))
+                        for j, other in enumerate(groups):
+                            cross[i, j] += sum(row[id(leaf)].sum() for leaf in other)
+                    parts += 1
+        if parts == 0:
+            raise ValueError("savit: train_loader must give at least one batch, got none")
+        return importance / parts, cross / parts / counts.outer(counts).to(self.device)
+
+    def search(self, importance: Tensor, cross: Tensor) -> tuple[Tensor, list[float]]:
+        """Masks `[G]` of the shares that meet the budget at the least sum of cross terms, and the shares pruned of each
+        of TYPES. ValueError, which names the smallest model possible, where there are none.
+        """
+        unit, importance = self.config.budget, importance.cpu()
+        steps = (1, self.config.round_to, self.config.round_to)
+        pools = [_Pool(self.places[name], importance, step) for name, step in zip(TYPES, steps, strict=True)]
+        heads, hidden, width = (pool.kept.sum(1).double() for pool in pools)
+        # at a given width, costs are linear in heads and neurons, so their sums over the layers are enough
+        a, e = heads[:, None], width[None]
+        attention, mlp = (block.cost(unit) for block in self.gates.blocks[:2])
+        layers = len(self.places["heads"])
+        rest = self.outside - (width[0] - e) * embedding_cost(self.model, unit)
+        rest = rest + layers * (e * (attention.in_ + attention.out + mlp.in_ + mlp.out) + attention.whole + mlp.whole)
+        rest = rest + a * (e * (attention.a_q + attention.q_o) + attention.inner)
+        price = e * (mlp.a_q + mlp.q_o) + mlp.inner
+        room = torch.floor((self.target(1.0) + self.outside - rest) / price + 1e-9)  # neurons that the budget leaves
+        b = torch.searchsorted(-hidden, -room)  # the fewest to prune, so the budget is used up
+        fits = (b < len(hidden)) & ((b > 0) | (room <= hidden[0]))
+        if not fits.any():
+            least, dense = float((rest + hidden[-1] * price).min()), float(self.full.sum()) + self.outside
+            raise ValueError(
+                f"savit: prune_ratio must be at most {1 - least / dense:.4f} (the smallest possible model keeps "
+                f"{least:,.0f} of {dense:,.0f}), got {self.config.prune_ratio}"
+            )
+        shares = torch.broadcast_tensors(
+            1 - a / a[0], 1 - hidden[b.clamp(max=len(hidden) - 1)] / hidden[0], 1 - e / width[0]
+        )
+        shares = torch.stack(shares)  # [3, heads pruned, channels pruned]
+        values, vectors = torch.linalg.eigh((cross + cross.T).cpu() / 2)
+        bowl = vectors @ values.clamp_min(0).diag() @ vectors.T
+        loss = torch.einsum("iae,ij,jae->ae", shares, bowl, shares).masked_fill(~fits, math.inf)
+        best = divmod(int(loss.argmin()), loss.shape[1])
+        masks = torch.ones_like(importance)
+        for pool, pruned in zip(pools, (best[0], int(b[best]), best[1]), strict=True):
+            pool.apply(masks, pruned)
+        return masks.to(self.device), shares[:, *best].tolist()
+
+    def stepped(self, finite: Tensor) -> None:
+        self.gates.grad.zero_()
+
+    def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
+        record, self.record = self.record, {}
+        return record or dict(self.gates.put(self.gates.values.clone()))
+
+    def state(self) -> dict[str, Any]:
+        return {"record": self.record}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.record = state["record"]
+
+
+class _Pool:
+    """The elements of one type, in the order in which they are pruned."""
+
+    def __init__(self, places: list[slice], importance: Tensor, step: int) -> None:
+        """places: of the layers' elements in importance `[G]`; step: what a layer's kept count is a multiple of."""
+        self.places = places
+        self.orders = [importance[place].argsort(stable=True) for place in places]
+        going = [order[: len(order) - math.ceil(MIN_SHARE * len(order))] for order in self.orders]
+        layer = torch.repeat_interleave(torch.arange(len(places)), torch.tensor([len(some) for some in going]))
+        score = torch.cat([importance[place][some] for place, some in zip(places, going, strict=True)])
+        counts = torch.nn.functional.one_hot(layer[score.argsort(stable=True)], len(places)).cumsum(0)
+        counts = torch.cat((torch.zeros(1, len(places), dtype=torch.long), counts))
+        sizes = [place.stop - place.start for place in places]
+        kept = [budget.rounded(size - counts[:, i], size, step) for i, size in enumerate(sizes)]
+        self.kept = torch.stack(kept, 1)
+        """[P + 1, layers], after pruning the 0, 1, .. P least important."""
+
+    def apply(self, masks: Tensor, pruned: int) -> None:
+        """Puts zeros into masks `[G]` for the `pruned` least important."""
+        for place, order, kept in zip(self.places, self.orders, self.kept[pruned].tolist(), strict=True):
+            masks[place][order[: len(order) - kept]] = 0.0
