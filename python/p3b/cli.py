@@ -615,6 +615,8 @@ def _read_config(path: str) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"config: {path} must hold keys and values, got a {type(values).__name__}")
+    if {"methods", "target"} & set(values):
+        raise ValueError(f"config: {path} must hold the settings of one run, got a comparison; p3b compare takes it")
     return values
 
 
@@ -760,7 +762,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         _compare,
         "compare pruning methods on one task, over ratios and seeds: the table and the plots",
-        "p3b compare fashion --source mnist.npz --data fashion_mnist.npz --output runs/fashion",
+        "p3b compare fashion-5k --source mnist.npz --data fashion_mnist.npz --output runs/fashion",
     )
     compare.add_argument("config", metavar="CONFIG", help="TOML file of a comparison, or the name of one that ships")
     compare.add_argument(

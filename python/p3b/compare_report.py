@@ -326,6 +326,10 @@ def _draw_accuracy(results: Mapping[str, Any], axis_of: str) -> Any:
             axis.axhline(mean, color="0.5", lw=1.2, ls="--", label=DENSE, zorder=1)
         else:
             axis.errorbar(line[axis_of]["mean"], mean, spread, color="0.4", marker="*", ms=11, capsize=2, label=DENSE)
+    if axis_of == "ratio":
+        ratios = sorted({100 * line["ratio"] for found in lines.values() for line in found})
+        axis.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+        axis.set_xlim(ratios[0] - 5, ratios[-1] + 5)
     axis.set_xlabel("parameters pruned (%)" if axis_of == "ratio" else "images per second", fontsize=9)
     axis.set_ylabel("top-1 on the test images (%)", fontsize=9)
     axis.grid(axis="y", color="0.92", lw=0.8)
