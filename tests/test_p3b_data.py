@@ -210,6 +210,28 @@ def test_policies_of_timm(folder):
         create_data(root, augment="strong", auto_augment="lots")
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "original", "v0", "augmix-m10-w3"])
+def test_policies_take_every_image(policy):
+    read = Deadly()
+    read.deadly = False
+    for index in range(2):
+        transform = create_data(
+            "digits", on_device=False, img_size=8, augment="strong", auto_augment=policy
+        ).train.dataset
+        dataset = SeededImages(read, 40, transform.transform, 2, seed=index)
+        assert not [item for item in (dataset[0, i, 0] for i in range(40)) if isinstance(item, str)]
+
+
+def test_an_image_that_the_transforms_refuse():
+    def refuse(image):
+        raise RuntimeError("too small")
+
+    read = Deadly()
+    read.describe = lambda index: f"photo {index}"
+    item = SeededImages(read, 2, refuse, 2, seed=0)[0, 1, 0]
+    assert item == "data: photo 1 must be an image that the transforms take, got: too small"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_batch_on_the_device_waits_for_nothing(npz):
     data = create_data(npz(), img_size=8, batch_size=6, augment="strong", device="cuda")

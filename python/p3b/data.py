@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -503,7 +504,10 @@ class SeededImages(torch.utils.data.Dataset):
         if not isinstance(label, (int, np.integer)) or not 0 <= label < self.num_classes:
             return f"data: label of {self.describe(index)} must be 0 to {self.num_classes - 1}, got {label!r}"
         with _seeded(_mix(self.seed, epoch, index, *([repeat] if repeat else []))):
-            return self.transform(image), int(label)
+            try:
+                return self.transform(image), int(label)
+            except Exception as error:
+                return f"data: {self.describe(index)} must be an image that the transforms take, got: {error}"
 
     def describe(self, index: int) -> str:
         describe = getattr(self.read, "describe", None)
@@ -876,6 +880,7 @@ def _from_files(files: _Files, how: _How, mean: Sequence[float] | None, std: Seq
     except AssertionError as error:  # timm's way to refuse a policy
         wanted = f"a policy that timm knows (rand-..., augmix-..., 3a, original, ...), got {how.auto_augment!r}"
         raise ValueError(f"data: auto_augment must be {wanted}") from error
+    _mend_posterize(transforms[0])
     names, loaders = files.class_names, []
     for part, reader in enumerate((files.train, files.val)):
         options: dict[str, Any] = dict(batch_size=how.batch_size, workers=how.workers, train=part == 0, seed=how.seed)
@@ -891,6 +896,21 @@ def _from_files(files: _Files, how: _How, mean: Sequence[float] | None, std: Seq
     counts = f"{files.counts[0]:,} training and {files.counts[1]:,} validation images"
     text = f"{files.name}: {len(names)} classes, {counts}, read at {size[0]} x {size[1]}"
     return Data(loaders[0], loaders[1], len(names), 3, size, mean, std, text, names)
+
+
+def _mend_posterize(transform: Any) -> None:
+    """Keeps one bit where a policy of timm's asks for none, one image in hundreds: Pillow 13 refuses a black picture."""
+    for step in transform.transforms:
+        ops = [*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))]
+        for op in ops:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    from PIL import ImageOps
+
+    return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
 
 def _check(
