@@ -9,10 +9,14 @@ struct Match {
   int64_t B, N, D, num_prefix, r;
 };
 
-inline Match check_match(const char* op, const Tensor& metric, int64_t r, int64_t num_prefix, const std::optional<Tensor>& source) {
-  check_dim(op, "metric", metric, 3);
+// metric [B,N,D], or with `heads` also [B,H,N,D]
+inline Match check_match(const char* op, const Tensor& metric, int64_t r, int64_t num_prefix, const std::optional<Tensor>& source,
+                         bool heads = false) {
+  const int64_t dim = heads && metric.dim() == 4 ? 4 : 3;
+  check_dim(op, "metric", metric, dim);
   check_floating(op, "metric", metric);
-  Match s{metric.size(0), metric.size(1), metric.size(2), num_prefix, r};
+  P3B_CHECK(dim == 3 || metric.size(1) > 0, op, ": metric must have at least one head, got shape ", shape(metric));
+  Match s{metric.size(0), metric.size(dim - 2), metric.size(dim - 1), num_prefix, r};
   P3B_CHECK(num_prefix >= 0 && num_prefix <= s.N, op, ": num_prefix must be between 0 and ", s.N, ", got ", num_prefix);
   if (source) {
     check_dtype(op, "source", *source, ScalarType::Bool);

@@ -20,8 +20,8 @@ ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FAMILIES = {
     "attention": ("masked_attention", "attention_columns"),
-    "select": ("topk_tokens", "prune_slots", "select_tokens"),
-    "merge": ("match_tokens", "merge_tokens", "unmerge_tokens"),
+    "select": ("topk_tokens", "prune_slots", "select_tokens", "keep_tokens"),
+    "merge": ("match_tokens", "match_or_prune", "merge_tokens", "unmerge_tokens"),
 }
 MAX_HEAD_DIM = 128  # of the cuda and triton attention kernels
 MAX_TOKENS = 4096  # of the cuda and triton ranking and matching kernels

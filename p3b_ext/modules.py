@@ -16,7 +16,7 @@ class AttentionOutput(NamedTuple):
 
     x: Tensor  # [B, N, C]
     aux: AttentionAux  # the side outputs asked for
-    metric: Tensor | None  # [B, N, D] keys averaged over heads, what ToMe compares
+    metric: Tensor | None  # [B, N, D] keys averaged over heads, what ToMe compares, or the keys [B, H, N, D]
 
 
 class Attention(timm.layers.Attention):
@@ -36,7 +36,7 @@ class Attention(timm.layers.Attention):
         *,
         token_size: Tensor | None = None,
         aux: Sequence[str] | None = None,
-        metric: bool = False,
+        metric: bool | str = False,
     ) -> Tensor | AttentionOutput:
         """x `[B, N, C]` -> `[B, N, dim_out]`.
 
@@ -44,7 +44,7 @@ class Attention(timm.layers.Attention):
             attn_mask, is_causal: as timm. Key masks, bool `[B, 1, 1, N]`, run fused.
             token_size: `[B, N]` > 0, adds log(size) to the logits (proportional attention).
             aux: names of side outputs of `masked_attention`, or () for none: the result is then an AttentionOutput.
-            metric: with `aux`, also the keys averaged over heads.
+            metric: with `aux`, also the keys averaged over heads; "heads": the keys as they are.
 
         Raises:
             NotImplementedError: token_size or aux together with a causal or full mask.
@@ -75,8 +75,8 @@ class Attention(timm.layers.Attention):
         x = self.proj_drop(self.proj(x))
         if aux is None:
             return x
-        keys = k.detach().mean(1) if metric else None
-        return AttentionOutput(x, side, keys)
+        keys = k.detach() if metric else None
+        return AttentionOutput(x, side, keys if metric in (False, "heads") else keys.mean(1))
 
     def _handed_over(self, q, k, v, attn_mask, is_causal, dropout, token_size, aux) -> tuple[Tensor, AttentionAux]:
         """Attention by PyTorch, for dropout and general masks; side outputs come from a fused pass without gradient."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from .backends import check_values, positive_finite
 from .ops.attention import AttentionAux
 from .ops.checks import check_device, check_int, check_number, check_shape, check_tensor
-from .ops.merge import match_tokens, merge_tokens, unmerge_tokens
+from .ops.merge import check_metric, choose_for, match_or_prune, match_tokens, merge_tokens, unmerge_tokens
 from .ops.select import ORDERS, prune_slots, select_tokens, topk_tokens
 from .reference import acc_dtype
 
@@ -160,7 +160,13 @@ def token_scores(aux: AttentionAux, method: str, num_prefix: int = 1) -> Tensor:
         ValueError: an unknown method, a side output that is missing, a class score without a class token, more prefix
             tokens than there are tokens. TypeError: aux is something else.
     """
-    op = "token_scores"
+    score = raw_scores("token_scores", aux, method, num_prefix)
+    total = score.sum(1, keepdim=True)
+    return torch.where(total == 0, 1 / max(score.shape[1], 1), score / total)
+
+
+def raw_scores(op: str, aux: AttentionAux, method: str, num_prefix: int) -> Tensor:
+    """`token_scores` without the division by their sum, which changes no order."""
     if not isinstance(aux, AttentionAux):
         raise TypeError(
             f"{op}: aux must be an AttentionAux, got {type(aux).__name__}; masked_attention(..., aux=...) gives one"
@@ -175,9 +181,7 @@ def token_scores(aux: AttentionAux, method: str, num_prefix: int = 1) -> Tensor:
     num_prefix = check_int(op, "num_prefix", num_prefix, 1 if method in CLASS_SCORES else 0, score.shape[1])
     if "value_norm" in needed:
         score = score * aux.value_norm
-    score = score[:, num_prefix:]
-    total = score.sum(1, keepdim=True)
-    return torch.where(total == 0, 1 / max(score.shape[1], 1), score / total)
+    return score[:, num_prefix:]
 
 
 def plan_prune(scores: Tensor, r: int, num_prefix: int = 1, order: str = "position") -> TokenPlan:
@@ -238,7 +242,7 @@ def plan_merge(
     tokens never merge and come out first, then unmerged sources, then destinations, each by position.
 
     Args:
-        metric: `[B, N, D]`, as published the keys averaged over heads.
+        metric: `[B, N, D]`, as published the keys averaged over heads; or those keys `[B, H, N, D]`.
         r: a larger r than there are pairs is lowered, as published: to (N - num_prefix) // 2 by default.
         source: which tokens may merge into the others. None: even positions. An int k: all but every k-th position
             (ToMe's every-k-th variant, which merges all of them: give a large r). "random": r tokens of each image,
@@ -250,8 +254,8 @@ def plan_merge(
         ValueError: r negative, NaN in metric, a source mask with too few. TypeError: r not an int.
     """
     op = "plan_merge"
-    check_tensor(op, "metric", metric, "B N D")
-    batch, n, _ = metric.shape
+    check_metric(op, metric)
+    batch, n = metric.shape[0], metric.shape[-2]
     r = check_int(op, "r", r, 0)
     num_prefix = check_int(op, "num_prefix", num_prefix, 0, n)
     free = n - num_prefix
@@ -292,7 +296,7 @@ def plan_ppt(
 
     Args:
         scores: `[B, N - num_prefix]`, as `token_scores` gives them.
-        metric: `[B, N, D]`.
+        metric: `[B, N, D]`, or the keys `[B, H, N, D]`, as in `plan_merge`.
         r: lowered to (N - num_prefix) // 2, as published.
         threshold: of `score_spread(scores, unit)`, a relative 1e-5 short of it counts (rounding); a number, or
             a tensor that broadcasts to `[B]`.
@@ -303,17 +307,26 @@ def plan_ppt(
         TypeError: r not an int, threshold not a number.
     """
     op = "plan_ppt"
-    check_tensor(op, "metric", metric, "B N D")
-    num_prefix = check_int(op, "num_prefix", num_prefix, 0, metric.shape[1])
+    check_metric(op, metric)
+    batch, n = metric.shape[0], metric.shape[-2]
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0, n)
     check_tensor(op, "scores", scores, "B N-num_prefix", metric)
-    check_shape(op, "scores", scores, (metric.shape[0], metric.shape[1] - num_prefix))
+    check_shape(op, "scores", scores, (batch, n - num_prefix))
     r = check_int(op, "r", r, 0)
     _check_threshold(op, threshold, scores)
     r = min(r, scores.shape[1] // 2)
+    if choose_for(op, metric) == "cuda" and unit in UNITS:
+        check_values(op, "scores", scores, lambda s: ~s.isnan(), "numbers, not NaN", backend="cuda")
+        check_values(op, "metric", metric, torch.isfinite, "finite, not NaN or infinite", backend="cuda")
+        number, each = (0.0, threshold) if isinstance(threshold, Tensor) else (float(threshold), None)
+        if each is not None:
+            each = each.to(scores.device, torch.float32).expand(batch)
+        slot = match_or_prune(metric, scores.float(), number, each, r, num_prefix, unit == "cv2")
+        return TokenPlan(slot, n - r)
     prune = score_spread(scores, unit) * (1 + SPREAD_ROUNDING) >= threshold
     pruned = prune_slots(scores, r, num_prefix, "score")
     merged = match_tokens(metric, r, num_prefix)
-    return TokenPlan(torch.where(prune[:, None], pruned, merged), metric.shape[1] - r)
+    return TokenPlan(torch.where(prune[:, None], pruned, merged), n - r)
 
 
 def _check_threshold(op: str, threshold: float | Tensor, scores: Tensor) -> None:

@@ -88,15 +88,17 @@ class ReducingBlock:
             aux=reduction.aux if role.reduces else (),
             metric=role.reduces and reduction.needs_metric,
         )
-        plan = None
-        if role.reduces:
-            plan = reduction.plan(role.block, role.depth, side.aux, side.metric, role.num_prefix)
         if role.trace:
+            plan = None
+            if role.reduces:
+                plan = reduction.plan(role.block, role.depth, side.aux, side.metric, role.num_prefix)
             slots = (*slots, _follow(slots, plan, x))
-        if plan is not None:
-            x, merged_size = plan.apply(x, size)
-            # Counts have no gradient; detached, the attention's backward need not look for one.
-            size = merged_size.detach() if reduction.merges else None
+            if plan is not None:
+                x, size = plan.apply(x, size)
+        elif role.reduces:
+            x, size = reduction.reduce(role.block, role.depth, x, size, side.aux, side.metric, role.num_prefix)
+        # Counts have no gradient; detached, the attention's backward need not look for one.
+        size = size.detach() if size is not None and reduction.merges else None
         x = _mlp_half(self, x)
         if not role.last:
             return Tokens(x, size, slots)

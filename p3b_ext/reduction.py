@@ -12,7 +12,19 @@ from numbers import Integral, Real
 from torch import Tensor
 
 from .ops.attention import AttentionAux
-from .plan import CLASS_SCORES, SCORES, UNITS, TokenPlan, plan_fuse, plan_merge, plan_ppt, plan_prune, token_scores
+from .ops.select import keep_tokens
+from .plan import (
+    CLASS_SCORES,
+    SCORES,
+    UNITS,
+    TokenPlan,
+    plan_fuse,
+    plan_merge,
+    plan_ppt,
+    plan_prune,
+    raw_scores,
+    token_scores,
+)
 
 PPT_THRESHOLD = 7e-5  # variance of "cls_value" scores, off the shelf (PPT)
 BLOCKS = (3, 6, 9)  # where PPT and EViT reduce a 12-block model
@@ -23,7 +35,7 @@ class Reduction:
 
     proportional = False  # later attention adds the log of the token sizes to its logits
     merges = False  # tokens come to stand for several patches, so that sizes must be kept
-    needs_metric = False  # plan reads the keys averaged over heads
+    needs_metric: bool | str = False  # plan reads the keys averaged over heads; "heads": the keys, for it to average
     aux: tuple[str, ...] = ()  # side outputs of the attention that plan reads
 
     def validate(self, depth: int, has_class_token: bool) -> None:
@@ -42,6 +54,20 @@ class Reduction:
         """The plan for one block that reduces."""
         raise NotImplementedError
 
+    def reduce(
+        self,
+        block: int,
+        depth: int,
+        x: Tensor,
+        size: Tensor | None,
+        aux: AttentionAux,
+        metric: Tensor | None,
+        num_prefix: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C] and its sizes [B, N] (None: 1 each) after the plan, for a block that nobody asks for the plan;
+        the sizes may be None where tokens do not merge."""
+        return self.plan(block, depth, aux, metric, num_prefix).apply(x, size)
+
 
 @dataclass(frozen=True)
 class ToMe(Reduction):
@@ -59,7 +85,7 @@ class ToMe(Reduction):
     source: int | str | None = None
 
     merges = True
-    needs_metric = True
+    needs_metric = "heads"
 
     def __post_init__(self) -> None:
         name = "ToMe"
@@ -128,7 +154,7 @@ class PPT(Reduction):
     unit: str = "variance"
 
     merges = True
-    needs_metric = True
+    needs_metric = "heads"
 
     def __post_init__(self) -> None:
         name = "PPT"
@@ -259,8 +285,25 @@ class TopK(_KeepBest):
         return num_prefix + self.keep(block, n - num_prefix) if block in self.blocks else n
 
     def plan(self, block: int, depth: int, aux: AttentionAux, metric: Tensor | None, num_prefix: int) -> TokenPlan:
-        scores = token_scores(aux, self.score, num_prefix)
+        scores = raw_scores("TopK", aux, self.score, num_prefix)
         return plan_prune(scores, scores.shape[1] - self.keep(block, scores.shape[1]), num_prefix)
+
+    def reduce(
+        self,
+        block: int,
+        depth: int,
+        x: Tensor,
+        size: Tensor | None,
+        aux: AttentionAux,
+        metric: Tensor | None,
+        num_prefix: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        if type(self).plan is not TopK.plan:  # a subclass that plans otherwise
+            return super().reduce(block, depth, x, size, aux, metric, num_prefix)
+        names = SCORES[self.score]
+        value_norm = aux.value_norm if "value_norm" in names else None
+        keep = self.keep(block, x.shape[1] - num_prefix)
+        return keep_tokens(x, getattr(aux, names[0]), value_norm, keep, num_prefix)[0], None
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def test_side_outputs(options):
     for name in names:
         torch.testing.assert_close(getattr(aux, name), getattr(expected, name))
     torch.testing.assert_close(metric, k.mean(1))
+    assert torch.equal(ours(x, mask, aux=(), metric="heads").metric.mean(1), ours(x, mask, aux=(), metric=True).metric)
     assert ours(x, aux=()).metric is None
 
 

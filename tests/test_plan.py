@@ -228,6 +228,16 @@ def test_scores_come_from_the_side_outputs():
         torch.testing.assert_close(token_scores(aux, method).sum(1), torch.ones(2))
 
 
+def test_keys_of_all_heads_are_averaged():
+    keys = torch.randn(3, 4, 21, 8)
+    scores = torch.rand(3, 20)
+    assert torch.equal(plan_merge(keys, 6).slot, plan_merge(keys.mean(1), 6).slot)
+    threshold = score_spread(scores).median().item()
+    assert torch.equal(plan_ppt(scores, keys, 6, threshold).slot, plan_ppt(scores, keys.mean(1), 6, threshold).slot)
+    with pytest.raises(ValueError, match="plan_merge: metric must have at least one head"):
+        plan_merge(keys[:, :0], 6)
+
+
 def test_gradients_reach_x_and_size(data):
     x, size = data["x"].double().requires_grad_(), data["size"].double().requires_grad_()
     plan = plan_merge(data["metric"], 5)

@@ -10,7 +10,7 @@ from vits import family, images, recorded, recorded_model, vit
 
 import p3b_ext.modules
 from p3b_ext.patch import patch, token_map
-from p3b_ext.plan import score_spread, token_scores
+from p3b_ext.plan import plan_prune, score_spread, token_scores
 from p3b_ext.reduction import PPT, EViT, ToMe, TopK
 from p3b_ext.tuning import at_cost, calibrate, count_macs, solve_r, token_counts
 
@@ -201,6 +201,21 @@ def test_evit_and_topk_in_a_model():
     final_sizes(patch(model, TopK(0.55, (0,)), trace=True), x)
     assert (token_map(model) >= 0).sum(1).tolist() == [1 + 36] * 3
     assert TopK(0.55, (0,)).keep(0, 100) == 55
+
+
+@pytest.mark.parametrize("score", ["cls_value", "entropy_value", "cls", "to_cls", "received"])
+def test_topk_is_the_same_with_and_without_a_plan(score):
+    reduction, x = TopK(0.6, (0,), score), torch.randn(2, 17, 12)
+    attention, norm = torch.rand(2, 3, 17), torch.rand(2, 17)
+    aux = p3b_ext.AttentionAux(None, attention, attention, norm, attention, attention)
+    want, _ = reduction.plan(0, 1, aux, None, 1).apply(x)
+    assert torch.equal(reduction.reduce(0, 1, x, None, aux, None, 1)[0], want)
+
+    class Nothing(TopK):
+        def plan(self, block, depth, aux, metric, num_prefix):
+            return plan_prune(aux.value_norm[:, 1:], 0)
+
+    assert torch.equal(Nothing(0.6, (0,)).reduce(0, 1, x, None, aux, None, 1)[0], x)
 
 
 def test_reductions_are_values():

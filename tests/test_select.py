@@ -7,7 +7,7 @@ from cases import acc
 
 import p3b_ext
 from p3b_ext import reference
-from p3b_ext.ops.select import prune_slots, select_tokens, topk_tokens
+from p3b_ext.ops.select import keep_tokens, prune_slots, select_tokens, topk_tokens
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -81,6 +81,27 @@ def test_ranking_is_the_reference(shape, dtype, order):
 def test_float64_scores_are_not_rounded():
     scores = torch.tensor([[1.0, 1.0 + 1e-12, 1.0 - 1e-12]], dtype=torch.float64)
     assert topk_tokens(scores, 3, 0, "score").tolist() == [[1, 0, 2]]
+
+
+@pytest.mark.parametrize("device,backend", DEVICE_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("order", ["position", "score"])
+@pytest.mark.parametrize("B,H,N,C,keep,num_prefix", [(2, 3, 50, 24, 20, 1), (1, 1, 9, 7, 0, 3), (0, 2, 5, 4, 2, 1)])
+def test_keep_is_score_rank_and_select(B, H, N, C, keep, num_prefix, order, dtype, device, backend):
+    if backend in ("cuda", "triton") and dtype == torch.float64:
+        pytest.skip("float64 is for the CPU")
+    x = torch.randn(B, N, C, dtype=torch.float64).to(dtype).to(device).requires_grad_()
+    attention = torch.rand(B, H, N, dtype=torch.float64).to(acc(dtype)).to(device)
+    norm = torch.rand(B, N, dtype=torch.float64).to(acc(dtype)).to(device)
+    for value_norm, scores in ((norm, attention.mean(1) * norm), (None, attention.mean(1))):
+        with p3b_ext.backend(backend):
+            wanted = topk_tokens(scores[:, num_prefix:], keep, num_prefix, order)
+            y, index = keep_tokens(x, attention, value_norm, keep, num_prefix, order)
+            (grad,) = torch.autograd.grad(y.float().square().sum(), x)
+            (want,) = torch.autograd.grad(select_tokens(x, wanted).float().square().sum(), x)
+        assert torch.equal(index, wanted) and not index.requires_grad
+        assert torch.equal(y, x.gather(1, wanted[..., None].expand(-1, -1, C)))
+        assert torch.equal(grad, want)
 
 
 def strided(x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -119,7 +119,9 @@ __device__ __forceinline__ void value_squares(const T* values, const float* gate
 }
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kWarps * 32, kD == 32 ? 4 : 3) forward_kernel(ForwardArguments a) {
+__global__ void __launch_bounds__(kWarps * 32, kD == 32    ? 4
+                                               : kD == 128 ? 2
+                                                           : 3) forward_kernel(ForwardArguments a) {
   P3B_SHARED(memory);
   constexpr int kTiles = row_tiles<kD>();
   const int lane = threadIdx.x % 32, warp = warp_number(), block = blockIdx.x % a.row_blocks;

@@ -117,7 +117,7 @@ __device__ __forceinline__ const float* head_of(const void* p, const Strides& s,
 }
 
 template <int kD>
-__global__ void __launch_bounds__(kThreads) float_forward_kernel(ForwardArguments a) {
+__global__ void __launch_bounds__(kThreads, 2) float_forward_kernel(ForwardArguments a) {
   using Tl = Tiling<kD>;
   P3B_SHARED(memory);
   float* queries = reinterpret_cast<float*>(memory);

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #ifdef P3B_CUDA_ON_CPU
 #include "cuda_on_cpu.h"
@@ -178,7 +181,8 @@ __device__ __forceinline__ void store16(T* p, const Pack16<T>& pack) {
 }
 
 // Sum and maximum over groups of `width` neighbouring lanes (a power of two); every lane gets the result.
-__device__ __forceinline__ float group_sum(float x, int width) {
+template <class T>
+__device__ __forceinline__ T group_sum(T x, int width) {
   for (int i = 1; i < width; i *= 2) x += __shfl_xor_sync(kAllLanes, x, i);
   return x;
 }
@@ -206,18 +210,35 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
   }
 }
 
+// Calls f once for each pair of a device and a kernel, from whichever thread comes first; again where it failed.
+template <class F>
+cudaError_t once_per_device(int device, const void* kernel, F f) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> done;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({device, kernel})) return cudaSuccess;
+  const cudaError_t error = f();
+  if (error == cudaSuccess) done.insert({device, kernel});
+  return error;
+}
+
 // One dimension of blocks, so that no limit but 2^31 - 1 exists. An empty grid is no launch and no error.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks < 0 || blocks > 0x7fffffff || threads < 1 || threads > 1024) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > static_cast<size_t>(shared_memory_limit())) return cudaErrorInvalidConfiguration;
+  const int limit = shared_memory_limit();
+  if (shared_bytes > static_cast<size_t>(limit)) return cudaErrorInvalidConfiguration;
 #ifdef P3B_CUDA_ON_CPU
   (void)stream;
   return launch_unchecked(blocks, threads, shared_bytes, [=] { kernel(arguments...); });
 #else
-  if (shared_bytes > (48 << 10)) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (shared_bytes > (48 << 10)) {  // the attribute is a ceiling, not a reservation; no stream sees the call, so a capture may
+    int device = 0;
+    cudaGetDevice(&device);
+    const void* key = reinterpret_cast<const void*>(kernel);
+    const cudaError_t error =
+        once_per_device(device, key, [&] { return cudaFuncSetAttribute(key, cudaFuncAttributeMaxDynamicSharedMemorySize, limit); });
     if (error != cudaSuccess) return error;
   }
   // clang-format off

@@ -1,13 +1,20 @@
 // Bipartite matching, merging by slot and its inverse: kernel -> launch -> op.
-#include "rows.cuh"
+#include "rank.cuh"
 
 namespace p3b::cuda {
 
 template <class T>
 struct MatchArguments {
-  RowsIn<T> metric;    // [B, N, D]
-  const bool* source;  // [B, N], or null: even positions
-  int* slot;           // [B, N]
+  const T* metric;           // [B, H, N, D], averaged over heads
+  int64_t batch, head, row;  // its strides in elements; contiguous channels
+  int H;
+  const bool* source;       // [B, N], or null: even positions
+  const float* scores;      // [B, N - num_prefix], or null: match every image
+  const float* thresholds;  // [B], or null: `threshold`. An image whose scores spread by as much drops its r lowest instead
+  float threshold;
+  bool relative;  // the spread is the variance over the squared mean
+  float* rows;    // [B, N, D] scratch: the averaged rows of norm 1
+  int* slot;      // [B, N]
   int64_t B;
   int N, D, num_prefix, r;
 };
@@ -32,57 +39,128 @@ constexpr int kMatchThreads = 256;
 constexpr int kTile = 64, kDepth = 32;  // 64 sources x 64 destinations, 32 channels at a time; 4 x 4 products a thread
 constexpr int kTileStride = kTile + 4;  // 16-byte rows, and the transposing stores miss each other's banks
 
+constexpr float kSpreadRounding = 1e-5f;  // short of the threshold by rounding counts, as in p3b_ext/plan.py
+
 struct MatchMemory {
-  float *norm, *best, *sources_tile, *destinations_tile;
+  float *best, *sources_tile, *destinations_tile, *sums;
   int *source, *destination, *partner;
-  uint32_t* merged;
+  uint32_t *merged, *keys;
   __device__ MatchMemory(unsigned char* memory, int N) {
     sources_tile = reinterpret_cast<float*>(memory);
     destinations_tile = sources_tile + kDepth * kTileStride;
-    norm = destinations_tile + kDepth * kTileStride;
-    best = norm + N;
+    sums = destinations_tile + kDepth * kTileStride;
+    best = sums + kRowWarps;
     source = reinterpret_cast<int*>(best + N);
     destination = source + N;
     partner = destination + N;
     merged = reinterpret_cast<uint32_t*>(partner + N);
+    keys = reinterpret_cast<uint32_t*>(best);  // an image is pruned or matched
   }
-  static size_t bytes(int N) { return 2 * kDepth * kTileStride * 4 + N * 20 + ceil_div(N, 32) * 4; }
+  static size_t bytes(int N) { return (2 * kDepth * kTileStride + kRowWarps) * 4 + static_cast<size_t>(N) * 16 + ceil_div(N, 32) * 4; }
 };
 
-// Normalised channels [d0, d0 + 32) of 64 tokens of `list`, channel-major; zeros beyond its end.
+// Sum over the block, in one order; every thread gets it. `sums` holds one number per warp.
+__device__ __forceinline__ float block_sum(float x, float* sums) {
+  x = group_sum(x, 32);
+  __syncthreads();  // the last sum has been read
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (unsigned w = 0; w < blockDim.x / 32; w++) x += sums[w];
+  return x;
+}
+
+// Whether an image's scores spread enough to drop tokens by them. All threads of the block agree.
 template <class T>
-__device__ __forceinline__ void load_match_tile(float* tile, const T* metric, int64_t stride, const int* list, const float* norm, int first,
-                                                int count, int d0, int D) {
+__device__ __forceinline__ bool prunes(const MatchArguments<T>& a, const float* scores, int64_t b, float* sums) {
+  const int S = a.N - a.num_prefix;
+  float sum = 0, squares = 0;
+  for (int i = threadIdx.x; i < S; i += blockDim.x) sum += scores[i];
+  const float mean = block_sum(sum, sums) / S;
+  for (int i = threadIdx.x; i < S; i += blockDim.x) squares = fmaf(scores[i] - mean, scores[i] - mean, squares);
+  float spread = block_sum(squares, sums) / max(S - 1, 1);
+  if (a.relative) spread /= mean * mean;
+  return spread * (1 + kSpreadRounding) >= (a.thresholds ? a.thresholds[b] : a.threshold);
+}
+
+// Slots of an image that drops its r lowest scores; the others come out by score.
+template <class T>
+__device__ __forceinline__ void prune_image(const MatchArguments<T>& a, const float* scores, uint32_t* keys, int* slot) {
+  const int S = a.N - a.num_prefix;
+  for (int i = threadIdx.x; i < S; i += blockDim.x) keys[i] = score_key(scores[i]);
+  for (int n = threadIdx.x; n < a.num_prefix; n += blockDim.x) slot[n] = n;
+  __syncthreads();
+  for (int first = threadIdx.x / 32 * kRowsInFlight; first < S; first += blockDim.x / 32 * kRowsInFlight) {
+    int row[kRowsInFlight];
+    rows_by_score(row, keys, S, S - a.r, first);
+#pragma unroll
+    for (int r = 0; r < kRowsInFlight; r++)
+      if (static_cast<int>(threadIdx.x % 32) == r && first + r < S) slot[a.num_prefix + first + r] = row[r] < 0 ? -1 : a.num_prefix + row[r];
+  }
+}
+
+// The rows of one image averaged over heads, rounded as such a mean is, over their 2-norm. A warp takes a row; where it
+// is short, groups of lanes take several heads of it at a time, 16 bytes a lane.
+template <class T, int kSize>
+__device__ __forceinline__ void normalise_rows(const MatchArguments<T>& a, const T* metric, float* rows) {
+  const int lane = threadIdx.x % 32, pieces = a.D / kSize;
+  int width = 1;
+  while (width < 32 && width < pieces) width *= 2;
+  const int group = lane / width, groups = 32 / width;
+  for (int n = threadIdx.x / 32; n < a.N; n += blockDim.x / 32) {
+    const T* from = metric + n * a.row;
+    float* to = rows + static_cast<int64_t>(n) * a.D;
+    float square = 0;
+    for (int p0 = 0; p0 < pieces; p0 += width) {
+      const int column = (p0 + lane % width) * kSize;
+      const bool inside = p0 + lane % width < pieces;
+      float sum[kSize] = {};
+#pragma unroll 4
+      for (int h = group; h < a.H; h += groups) {
+        if (!inside) continue;
+        const auto piece = Piece<T, kSize>::load(from + h * a.head + column);
+#pragma unroll
+        for (int i = 0; i < kSize; i++) sum[i] += to_float(piece.at[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kSize; i++) {
+        for (int x = width; x < 32; x *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], x);
+        const float mean = to_float(from_float<T>(sum[i] / a.H));
+        square = fmaf(mean, mean, square);
+        if (inside && group == 0) to[column + i] = mean;
+      }
+    }
+    const float norm = fmaxf(sqrtf(group_sum(square, width)), 1e-12f);
+    for (int p = lane % width; p < pieces && group == 0; p += width)  // each lane what it wrote itself
+#pragma unroll
+      for (int i = 0; i < kSize; i++) to[p * kSize + i] /= norm;
+  }
+}
+
+// Channels [d0, d0 + 32) of 64 tokens of `list`, channel-major; zeros beyond its end.
+__device__ __forceinline__ void load_match_tile(float* tile, const float* rows, const int* list, int first, int count, int d0, int D) {
   for (int i = threadIdx.x; i < kTile * kDepth; i += blockDim.x) {
     const int token = i / kDepth, d = i % kDepth;
-    float x = 0;
-    if (first + token < count && d0 + d < D) {
-      const int n = list[first + token];
-      x = to_float(metric[n * stride + d0 + d]) / norm[n];
-    }
-    tile[d * kTileStride + token] = x;
+    const bool inside = first + token < count && d0 + d < D;
+    tile[d * kTileStride + token] = inside ? rows[static_cast<int64_t>(list[first + token]) * D + d0 + d] : 0.f;
   }
 }
 
 // One block per image. Similarities live in registers only; float32 throughout, whatever the dtype of the metric, so
 // that the pairs are those of the float32 formula.
-template <class T>
+template <class T, int kSize>
 __global__ void __launch_bounds__(kMatchThreads) match_kernel(MatchArguments<T> a) {
   P3B_SHARED(memory);
   const MatchMemory s(memory, a.N);
   const int64_t b = blockIdx.x;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warps = blockDim.x / 32;
-  const T* metric = a.metric.data + b * a.metric.batch;
-
-  for (int n = warp; n < a.N; n += warps) {
-    float sum = 0;
-    for (int d = lane; d < a.D; d += 32) {
-      const float x = to_float(metric[n * a.metric.row + d]);
-      sum = fmaf(x, x, sum);
-    }
-    sum = group_sum(sum, 32);
-    if (lane == 0) s.norm[n] = fmaxf(sqrtf(sum), 1e-12f);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const T* metric = a.metric + b * a.batch;
+  float* rows = a.rows + b * a.N * a.D;
+  if (a.scores) {
+    const float* scores = a.scores + b * (a.N - a.num_prefix);
+    if (prunes(a, scores, b, s.sums)) return prune_image(a, scores, s.keys, a.slot + b * a.N);
   }
+  normalise_rows<T, kSize>(a, metric, rows);
   int num_sources = 0, num_destinations = 0;  // every warp counts, the first one writes the lists
   for (int n0 = a.num_prefix; n0 < a.N; n0 += 32) {
     const int n = n0 + lane;
@@ -110,8 +188,8 @@ __global__ void __launch_bounds__(kMatchThreads) match_kernel(MatchArguments<T> 
     for (int t0 = 0; t0 < num_destinations; t0 += kTile) {
       float dot[4][4] = {};
       for (int d0 = 0; d0 < a.D; d0 += kDepth) {
-        load_match_tile(s.sources_tile, metric, a.metric.row, s.source, s.norm, s0, num_sources, d0, a.D);
-        load_match_tile(s.destinations_tile, metric, a.metric.row, s.destination, s.norm, t0, num_destinations, d0, a.D);
+        load_match_tile(s.sources_tile, rows, s.source, s0, num_sources, d0, a.D);
+        load_match_tile(s.destinations_tile, rows, s.destination, t0, num_destinations, d0, a.D);
         __syncthreads();
 #pragma unroll 8
         for (int d = 0; d < kDepth; d++) {
@@ -246,7 +324,9 @@ __global__ void __launch_bounds__(kRowWarps * 32) merge_backward_kernel(MergeBac
 
 template <class T>
 cudaError_t match_tokens(const MatchArguments<T>& a, cudaStream_t stream) {
-  return launch(match_kernel<T>, a.N ? a.B : 0, kMatchThreads, MatchMemory::bytes(a.N), stream, a);
+  constexpr int kWide = 16 / sizeof(T);
+  const bool wide = a.D % kWide == 0 && fits16(a.metric, a.batch) && fits16(a.metric, a.head) && fits16(a.metric, a.row);
+  return launch(wide ? match_kernel<T, kWide> : match_kernel<T, 1>, a.N ? a.B : 0, kMatchThreads, MatchMemory::bytes(a.N), stream, a);
 }
 
 template <class T>
@@ -268,27 +348,64 @@ cudaError_t merge_backward(MergeBackwardArguments<T> a, cudaStream_t stream) {
 namespace p3b::cuda {
 namespace {
 
-Tensor match_op(Tensor metric_in, int64_t r, int64_t num_prefix, std::optional<Tensor> source_in) {
-  const char* op = "match_tokens";
-  const Match s = check_match(op, metric_in, r, num_prefix, source_in);
+// set(arguments) adds what one of the two ops has beyond the other.
+template <class F>
+Tensor match(const char* op, const Match& s, const Tensor& metric_in, F set) {
   const Tensor metric = with_contiguous_rows(metric_in);
-  const std::optional<Tensor> source = contiguous(source_in);
   const OnDevice device(metric);
-  Tensor slot = empty(metric, {s.B, s.N}, ScalarType::Int);
+  Tensor slot = empty(metric, {s.B, s.N}, ScalarType::Int), rows = empty(metric, {s.B, s.N, s.D}, ScalarType::Float);
   with_dtype(op, metric, [&](auto zero) {
     using T = decltype(zero);
+    const bool heads = metric.dim() == 4;
     MatchArguments<T> a{};
-    a.metric = {pointer<T>(metric), metric.stride(0), metric.stride(1)};
-    a.source = pointer<bool>(source);
+    a.metric = pointer<T>(metric);
+    a.batch = metric.stride(0);
+    a.head = heads ? metric.stride(1) : 0;
+    a.row = metric.stride(metric.dim() - 2);
+    a.H = heads ? to_int(op, "heads", metric.size(1)) : 1;
+    a.rows = pointer<float>(rows);
     a.slot = pointer<int>(slot);
     a.B = s.B;
     a.N = to_int(op, "tokens", s.N);
     a.D = to_int(op, "channels", s.D);
     a.num_prefix = static_cast<int>(s.num_prefix);
     a.r = static_cast<int>(s.r);
+    set(a);
     check_launch(op, match_tokens(a, device.stream));
   });
   return slot;
+}
+
+Tensor match_op(Tensor metric, int64_t r, int64_t num_prefix, std::optional<Tensor> source_in) {
+  const char* op = "match_tokens";
+  const Match s = check_match(op, metric, r, num_prefix, source_in, true);
+  const std::optional<Tensor> source = contiguous(source_in);
+  return match(op, s, metric, [&](auto& a) { a.source = pointer<bool>(source); });
+}
+
+Tensor match_or_prune_op(Tensor metric, Tensor scores_in, double threshold, std::optional<Tensor> thresholds_in, int64_t r, int64_t num_prefix,
+                         bool relative) {
+  const char* op = "match_or_prune";
+  const Match s = check_match(op, metric, r, num_prefix, std::nullopt, true);
+  check_dim(op, "scores", scores_in, 2);
+  check_dtype(op, "scores", scores_in, ScalarType::Float);
+  check_size(op, "scores", scores_in, 0, s.B);
+  check_size(op, "scores", scores_in, 1, s.N - num_prefix);
+  check_same_device(op, "scores", scores_in, metric);
+  if (thresholds_in) {
+    check_dim(op, "thresholds", *thresholds_in, 1);
+    check_dtype(op, "thresholds", *thresholds_in, ScalarType::Float);
+    check_size(op, "thresholds", *thresholds_in, 0, s.B);
+    check_same_device(op, "thresholds", *thresholds_in, metric);
+  }
+  const Tensor scores = torch::stable::contiguous(scores_in);
+  const std::optional<Tensor> thresholds = contiguous(thresholds_in);
+  return match(op, s, metric, [&](auto& a) {
+    a.scores = pointer<float>(scores);
+    a.thresholds = pointer<float>(thresholds);
+    a.threshold = static_cast<float>(threshold);
+    a.relative = relative;
+  });
 }
 
 std::tuple<Tensor, Tensor> merge_op(Tensor x_in, Tensor slot_in, int64_t num_out, std::optional<Tensor> size_in, std::optional<Tensor> weight_in,
@@ -417,6 +534,7 @@ Tensor unmerge_backward_op(Tensor grad_in, Tensor slot_in, int64_t num_out) {
 
 STABLE_TORCH_LIBRARY_IMPL(p3b_ext, CUDA, m) {
   m.impl("match_tokens", TORCH_BOX(&match_op));
+  m.impl("match_or_prune", TORCH_BOX(&match_or_prune_op));
   m.impl("merge_tokens", TORCH_BOX(&merge_op));
   m.impl("merge_tokens_backward", TORCH_BOX(&merge_backward_op));
   m.impl("unmerge_tokens", TORCH_BOX(&unmerge_op));

@@ -25,7 +25,8 @@ def match_tokens(metric: Tensor, r: int, num_prefix: int = 1, source: Tensor | N
     `metric`; the r best pairs merge. Rows come out as prefix, unmerged sources, destinations, each by position.
 
     Args:
-        metric: `[B, N, D]`, as published the mean of the keys over heads.
+        metric: `[B, N, D]`, as published the mean of the keys over heads; or the keys `[B, H, N, D]`, which the CUDA
+            backend averages in the same launch.
         r: pairs to merge, 0 to (N - num_prefix) // 2 (with `source`: to the number of sources of every image).
         num_prefix: class, distillation and register tokens in front; never merged.
         source: bool `[B, N]`, tokens that may merge into the others. Default: even positions.
@@ -37,11 +38,13 @@ def match_tokens(metric: Tensor, r: int, num_prefix: int = 1, source: Tensor | N
         ValueError: shapes; NaN or infinity in metric (on a GPU only with P3B_EXT_CHECK=1). TypeError: dtypes.
     """
     op = "match_tokens"
-    check_tensor(op, "metric", metric, "B N D")
-    batch, n, _ = metric.shape
+    check_metric(op, metric)
+    batch, n = metric.shape[0], metric.shape[-2]
     num_prefix = check_int(op, "num_prefix", num_prefix, 0, n)
     r = check_int(op, "r", r, 0, (n - num_prefix) // 2 if source is None else n)
-    backend = backends.choose(op, metric, "merge")
+    backend = choose_for(op, metric)
+    if metric.dim() == 4 and backend != "cuda":
+        metric = metric.mean(1)
     backends.check_values(op, "metric", metric, torch.isfinite, "finite, not NaN or infinite", backend=backend)
     if source is not None:
         check_bool(op, "source", source, (batch, n), metric)
@@ -59,6 +62,28 @@ def match_tokens(metric: Tensor, r: int, num_prefix: int = 1, source: Tensor | N
             backend=backend,
         )
     return _run(backend, "match_tokens", metric.detach(), r, num_prefix, source)
+
+
+def check_metric(op: str, metric: Tensor) -> None:
+    """metric must be [B, N, D], or [B, H, N, D] with at least one head."""
+    heads = isinstance(metric, Tensor) and metric.dim() == 4
+    check_tensor(op, "metric", metric, "B H N D" if heads else "B N D")
+    if heads and not metric.shape[1]:
+        raise ValueError(f"{op}: metric must have at least one head, got shape {list(metric.shape)}")
+
+
+def choose_for(op: str, metric: Tensor) -> str:
+    """The backend that matches tokens by metric [B, N, D] or [B, H, N, D]."""
+    return backends.choose(op, metric[:, 0] if metric.dim() == 4 else metric, "merge")
+
+
+def match_or_prune(
+    metric: Tensor, scores: Tensor, threshold: float, thresholds: Tensor | None, r: int, num_prefix: int, relative: bool
+) -> Tensor:
+    """`plan_ppt`'s slots in one launch of the CUDA backend; arguments as checked there, scores and thresholds
+    float32."""
+    args = (metric.detach(), scores.detach(), threshold, thresholds, r, num_prefix, relative)
+    return _run("cuda", "match_or_prune", *args)
 
 
 def merge_tokens(
@@ -159,7 +184,11 @@ def _run(backend: str, op: str, *args):
 
 
 def fake_match(metric, r, num_prefix, source):
-    return metric.new_empty((metric.shape[0], metric.shape[1]), dtype=torch.int32)
+    return metric.new_empty((metric.shape[0], metric.shape[-2]), dtype=torch.int32)
+
+
+def fake_match_or_prune(metric, scores, threshold, thresholds, r, num_prefix, relative):
+    return fake_match(metric, r, num_prefix, None)
 
 
 def fake_merge(x, slot, num_out, size, weight, normalize):
@@ -236,6 +265,8 @@ def register(namespace: str) -> None:
 
 if backends._C is not None:
     torch.library.register_fake("p3b_ext::match_tokens", fake_match)
+    if hasattr(torch.ops.p3b_ext, "match_or_prune"):
+        torch.library.register_fake("p3b_ext::match_or_prune", fake_match_or_prune)
     torch.library.register_fake("p3b_ext::merge_tokens", fake_merge)
     torch.library.register_fake("p3b_ext::merge_tokens_backward", fake_merge_backward)
     torch.library.register_fake("p3b_ext::unmerge_tokens", fake_unmerge)

@@ -1,11 +1,12 @@
-"""Token selection: ranking by score and gathering rows; public functions, fakes, gradients."""
+"""Token selection: scoring, ranking and gathering rows; public functions, fakes, gradients."""
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..reference import acc_dtype
 from ..transforms import call, register_gradient
-from .checks import check_dense, check_device, check_int, check_tensor, second_derivative
+from .checks import check_dense, check_device, check_int, check_shape, check_tensor, second_derivative
 
 ORDERS = ("position", "score")
 
@@ -76,6 +77,44 @@ def select_tokens(x: Tensor, index: Tensor) -> Tensor:
     return _run(backend, "select_tokens", x, index)
 
 
+def keep_tokens(
+    x: Tensor, attention: Tensor, value_norm: Tensor | None, keep: int, num_prefix: int = 1, order: str = "position"
+) -> tuple[Tensor, Tensor]:
+    """The rows of the prefix tokens and of the `keep` tokens with the highest scores, and their positions.
+
+    Equivalent to `index = topk_tokens(scores, keep, num_prefix, order); select_tokens(x, index), index` with
+    `scores = (attention.mean(1) * value_norm)[:, num_prefix:]`; on the CUDA backend one launch.
+
+    Args:
+        x: `[B, N, C]`. Differentiable.
+        attention: `[B, H, N]`, a side output of `masked_attention`, in its dtype.
+        value_norm: `[B, N]`, another one, or None.
+        keep, num_prefix, order, errors: as `topk_tokens`.
+
+    Returns:
+        `[B, num_prefix + keep, C]` and int64 `[B, num_prefix + keep]`.
+    """
+    op = "keep_tokens"
+    check_tensor(op, "x", x, "B N C")
+    check_tensor(op, "attention", attention, "B H N", x)
+    check_shape(op, "attention", attention, (x.shape[0], attention.shape[1], x.shape[1]))
+    if value_norm is not None:
+        check_tensor(op, "value_norm", value_norm, "B N", x)
+        check_shape(op, "value_norm", value_norm, (x.shape[0], x.shape[1]))
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0, x.shape[1])
+    keep = check_int(op, "keep", keep, 0, x.shape[1] - num_prefix)
+    fused = attention.dtype == acc_dtype(x.dtype) and (value_norm is None or value_norm.dtype == attention.dtype)
+    if fused and backends.choose(op, x, "select") == "cuda" and attention.shape[1]:
+        if order not in ORDERS:
+            raise ValueError(f"{op}: order must be one of {', '.join(ORDERS)}, got {order!r}")
+        backends.check_values(op, "attention", attention, lambda s: ~s.isnan(), "numbers, not NaN", backend="cuda")
+        attention, norm = attention.detach(), None if value_norm is None else value_norm.detach()
+        return _run("cuda", op, x, attention, norm, keep, num_prefix, order == "score")
+    scores = attention.mean(1) if value_norm is None else attention.mean(1) * value_norm
+    index = topk_tokens(scores[:, num_prefix:], keep, num_prefix, order)
+    return select_tokens(x, index), index
+
+
 def _check_scores(op, scores, count_name, count, num_prefix, order) -> tuple[str, int, int, bool]:
     check_tensor(op, "scores", scores, "B N-num_prefix")
     num_prefix = check_int(op, "num_prefix", num_prefix, 0)
@@ -106,6 +145,11 @@ def fake_select(x, index):
     return x.new_empty((x.shape[0], index.shape[1], x.shape[2]))
 
 
+def fake_keep(x, attention, value_norm, keep, num_prefix, by_score):
+    rows = (x.shape[0], num_prefix + keep)
+    return x.new_empty((*rows, x.shape[2])), x.new_empty(rows, dtype=torch.int64)
+
+
 def fake_select_backward(grad, index, num_tokens):
     return grad.new_empty((grad.shape[0], num_tokens, grad.shape[2]))
 
@@ -127,6 +171,18 @@ def register(namespace: str) -> None:
 
     register_gradient(namespace, "select_tokens", backward, setup_context)
     register_gradient(namespace, "select_tokens_backward", second_derivative("select_tokens"))
+    if namespace != "p3b_ext" or not hasattr(torch.ops.p3b_ext, "keep_tokens"):
+        return
+
+    def keep_context(ctx, inputs, output):
+        ctx.num_tokens = inputs[0].shape[1]
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    def keep_backward(ctx, grad, _):
+        return backward(ctx, grad)[0], None, None, None, None, None
+
+    register_gradient(namespace, "keep_tokens", keep_backward, keep_context)
 
 
 if backends._C is not None:
@@ -134,6 +190,8 @@ if backends._C is not None:
     torch.library.register_fake("p3b_ext::prune_slots", fake_prune_slots)
     torch.library.register_fake("p3b_ext::select_tokens", fake_select)
     torch.library.register_fake("p3b_ext::select_tokens_backward", fake_select_backward)
+    if hasattr(torch.ops.p3b_ext, "keep_tokens"):
+        torch.library.register_fake("p3b_ext::keep_tokens", fake_keep)
     register("p3b_ext")
 if not backends.UNAVAILABLE["triton"]:
     from ..kernels import select as _kernels  # noqa: F401  (defines the ops)

@@ -34,35 +34,67 @@ static std::vector<int> match(const std::vector<double>& x, const std::vector<ch
   return slot;
 }
 
+// The slots of an image that drops its r lowest scores, and whether p3b_ext/plan.py would.
+static std::vector<int> prune(const std::vector<float>& scores, int N, int P, int r) {
+  std::vector<int> order(N - P), slot(N, -1);
+  for (int i = 0; i < N - P; i++) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return scores[i] > scores[j]; });
+  for (int n = 0; n < P; n++) slot[n] = n;
+  for (int i = 0; i < N - P - r; i++) slot[P + order[i]] = P + i;
+  return slot;
+}
+
+struct Matching {
+  int B, N, D, P, r;
+  bool masked = false, ties = false;
+  int H = 1, pad = 5;  // heads to average; elements between rows
+  int policy = 0;      // 1 variance, 2 over the squared mean; every other image is pruned. 3: a threshold for each image
+};
+
 template <class T>
-static void matches(const char* type, int B, int N, int D, int P, int r, bool masked, bool ties, unsigned seed) {
+static void matches(const char* type, const Matching& m, unsigned seed) {
+  const int B = m.B, N = m.N, D = m.D, P = m.P, r = m.r, S = N - P;
   Random random(seed);
-  const int64_t row = D + 5, batch = N * row;
+  const int64_t row = D + m.pad, head = N * row, batch = m.H * head;
   std::vector<T> metric(B * batch);
   for (auto& v : metric) v = from_float<T>(random.normal());
-  if (ties)  // tokens of three kinds only
+  if (m.ties)  // tokens of three kinds only
     for (int i = 0; i < B * N; i++)
       for (int d = 0; d < D; d++) metric[i * row + d] = from_float<T>(i % 7 % 3 == d % 3 ? 1.f : 0.f);
   std::vector<char> source(B * N);
   for (auto& s : source) s = random.below(3) == 0;
-  if (masked)
+  if (m.masked)
     for (int b = 0; b < B; b++)
       for (int i = 0; i < r; i++) source[b * N + P + i] = 1;
+  std::vector<float> scores(B * S), thresholds(B, 0.5f), rows(size_t(B) * N * D, NAN);
+  for (int i = 0; i < B * S; i++) scores[i] = 1 + float(random.below(9)) * (i / S % 2 ? 1.f : 0.01f);  // image 1 spreads
+  if (m.policy == 3)
+    for (int b = 0; b < B; b++) thresholds[b] = b % 2 ? 1e9f : 0.f;  // the other way round
   std::vector<int> slot(B * N, -7);
-  MatchArguments<T> a{{metric.data(), batch, row}, masked ? reinterpret_cast<const bool*>(source.data()) : nullptr,
-                      slot.data(), B, N, D, P, r};
+  MatchArguments<T> a{};
+  a.metric = metric.data(), a.batch = batch, a.head = head, a.row = row, a.H = m.H;
+  a.source = m.masked ? reinterpret_cast<const bool*>(source.data()) : nullptr;
+  a.scores = m.policy ? scores.data() : nullptr;
+  a.thresholds = m.policy == 3 ? thresholds.data() : nullptr;
+  a.threshold = m.policy == 2 ? 0.1f : 0.5f, a.relative = m.policy == 2;
+  a.rows = rows.data(), a.slot = slot.data(), a.B = B, a.N = N, a.D = D, a.num_prefix = P, a.r = r;
   check_true("match launch", match_tokens(a, nullptr) == cudaSuccess);
   for (int b = 0; b < B; b++) {
     std::vector<double> x(N * D);
     for (int n = 0; n < N; n++) {
       double norm = 0;
-      for (int d = 0; d < D; d++) norm += std::pow(to_float(metric[b * batch + n * row + d]), 2);
-      for (int d = 0; d < D; d++) x[n * D + d] = to_float(metric[b * batch + n * row + d]) / std::max(std::sqrt(norm), 1e-12);
+      for (int d = 0; d < D; d++) {
+        for (int h = 0; h < m.H; h++) x[n * D + d] += to_float(metric[b * batch + h * head + n * row + d]);
+        x[n * D + d] = to_float(from_float<T>(float(x[n * D + d] / m.H)));
+        norm += x[n * D + d] * x[n * D + d];
+      }
+      for (int d = 0; d < D; d++) x[n * D + d] /= std::max(std::sqrt(norm), 1e-12);
     }
     const std::vector<char> mask(source.begin() + b * N, source.begin() + (b + 1) * N);
-    const auto want = match(x, masked ? &mask : nullptr, N, D, P, r);
-    for (int n = 0; n < N; n++)
-      check_close(std::string(type) + " match N" + std::to_string(N) + " token " + std::to_string(n), slot[b * N + n], want[n], 0);
+    const bool pruned = m.policy && (m.policy == 3 ? b % 2 == 0 : b % 2 == 1);
+    const auto want = pruned ? prune({scores.begin() + b * S, scores.begin() + (b + 1) * S}, N, P, r)
+                             : match(x, m.masked ? &mask : nullptr, N, D, P, r);
+    for (int n = 0; n < N; n++) check_close(type, " match", slot[b * N + n], want[n], 0);
   }
 }
 
@@ -130,18 +162,24 @@ static void merges(const char* type, int B, int N, int M, int C, int pad, int we
 template <class T>
 static void all(const char* type, bool small, double eps) {
   unsigned seed = 1;
-  matches<T>(type, 2, 17, 24, 1, 4, false, false, seed++);
-  matches<T>(type, 1, 50, 64, 2, 24, false, false, seed++);
-  matches<T>(type, 1, 33, 7, 0, 16, false, true, seed++);
-  matches<T>(type, 1, 40, 40, 1, 9, true, false, seed++);
-  matches<T>(type, 1, 1, 8, 1, 0, false, false, seed++);
+  matches<T>(type, {2, 17, 24, 1, 4}, seed++);
+  matches<T>(type, {1, 50, 64, 2, 24}, seed++);
+  matches<T>(type, {.B = 1, .N = 33, .D = 7, .P = 0, .r = 16, .ties = true}, seed++);
+  matches<T>(type, {.B = 1, .N = 40, .D = 40, .P = 1, .r = 9, .masked = true, .pad = 8}, seed++);
+  matches<T>(type, {1, 1, 8, 1, 0}, seed++);
+  matches<T>(type, {0, 9, 8, 1, 2}, seed++);
+  matches<T>(type, {.B = 2, .N = 21, .D = 16, .P = 1, .r = 6, .H = 3, .pad = 0}, seed++);
+  matches<T>(type, {.B = 2, .N = 19, .D = 13, .P = 1, .r = 9, .H = 5, .pad = 0, .policy = 1}, seed++);
+  matches<T>(type, {.B = 2, .N = 24, .D = 32, .P = 2, .r = 7, .H = 6, .pad = 0, .policy = 2}, seed++);
   merges<T>(type, 2, 17, 13, 24, 0, 1, true, eps, seed++);
   merges<T>(type, 1, 9, 5, 7, 0, 3, true, eps, seed++);
   merges<T>(type, 1, 9, 5, 8, 3, 2, false, eps, seed++);
   merges<T>(type, 1, 40, 3, 16, 0, 0, true, eps, seed++);
   if (small) return;
-  matches<T>(type, 2, 197, 64, 1, 16, false, false, seed++);
-  matches<T>(type, 1, 300, 40, 1, 149, false, true, seed++);
+  matches<T>(type, {2, 197, 64, 1, 16}, seed++);
+  matches<T>(type, {.B = 1, .N = 300, .D = 40, .P = 1, .r = 149, .ties = true}, seed++);
+  matches<T>(type, {.B = 3, .N = 197, .D = 64, .P = 1, .r = 50, .H = 6, .pad = 0, .policy = 3}, seed++);
+  matches<T>(type, {.B = 1, .N = 70, .D = 300, .P = 1, .r = 20, .H = 2, .pad = 0}, seed++);
   merges<T>(type, 2, 197, 181, 384, 0, 1, true, eps, seed++);
   merges<T>(type, 1, 70, 50, 300, 0, 3, true, eps, seed++);
 }

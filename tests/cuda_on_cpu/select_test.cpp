@@ -42,6 +42,45 @@ static void ranks(const char* type, int B, int S, int P, int keep, bool by_score
   }
 }
 
+// Scores from attention and value norms, ranks, and moves rows, in one launch.
+template <class T>
+static void keeps(const char* type, int B, int H, int S, int P, int keep, int C, int pad, bool by_score, bool factor, unsigned seed) {
+  Random random(seed);
+  const int N = P + S, M = P + keep;
+  const int64_t row = C + pad, batch = N * row;
+  std::vector<float> attention(size_t(B) * H * N), norm(size_t(B) * N);
+  for (auto& v : attention) v = float(random.below(9)) / 8;  // ties
+  for (auto& v : norm) v = float(1 + random.below(3));
+  if (S) attention[P + S / 2] = NAN;
+  std::vector<T> x(B * batch), y(size_t(B) * M * C, from_float<T>(NAN));
+  for (auto& v : x) v = from_float<T>(random.normal());
+  std::vector<int64_t> index(B * M, -7);
+  RankArguments<float, T> a{};
+  a.scores = {attention.data() + P, int64_t(H) * N, N, H, factor ? norm.data() + P : nullptr, N};
+  a.index = index.data(), a.x = {x.data(), batch, row}, a.y = y.data();
+  a.B = B, a.num_scores = S, a.P = P, a.keep = keep, a.C = C, a.by_score = by_score;
+  check_true("keep launch", keep_tokens(a, nullptr) == cudaSuccess);
+  for (int b = 0; b < B; b++) {
+    std::vector<float> score(S);
+    std::vector<int> order(S);
+    for (int i = 0; i < S; i++) {
+      order[i] = i;
+      for (int h = 0; h < H; h++) score[i] += attention[(size_t(b) * H + h) * N + P + i];
+      score[i] = score[i] / H * (factor ? norm[b * N + P + i] : 1.f);
+    }
+    auto value = [&](int i) { return std::make_pair(score[i] == score[i], score[i] == score[i] ? score[i] : 0.f); };
+    std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return value(i) > value(j); });
+    order.resize(keep);
+    if (!by_score) std::sort(order.begin(), order.end());
+    for (int m = 0; m < M; m++) {
+      const int n = m < P ? m : P + order[m - P];
+      check_close(type, " kept position", double(index[b * M + m]), n, 0);
+      for (int c = 0; c < C; c++)
+        check_close(type, " kept row", to_float(y[(size_t(b) * M + m) * C + c]), to_float(x[b * batch + n * row + c]), 0);
+    }
+  }
+}
+
 template <class T>
 static void gathers(const char* type, int B, int N, int M, int C, int pad, unsigned seed) {
   Random random(seed);
@@ -73,9 +112,16 @@ static void all(const char* type, bool small) {
     ranks<T>(type, 1, 7, 0, 0, by_score, seed++);
     ranks<T>(type, 1, 33, 2, 33, by_score, seed++);
     ranks<T>(type, 1, 0, 1, 0, by_score, seed++);
+    ranks<T>(type, 0, 5, 1, 2, by_score, seed++);
+    ranks<T>(type, 1, 1, 0, 1, by_score, seed++);
+    keeps<T>(type, 2, 3, 49, 1, 34, 24, 0, by_score, true, seed++);
+    keeps<T>(type, 1, 1, 35, 6, 20, 7, 2, by_score, false, seed++);
+    keeps<T>(type, 1, 2, 1, 0, 0, 8, 0, by_score, false, seed++);
+    keeps<T>(type, 1, 2, 0, 2, 0, 16, 8, by_score, true, seed++);
     if (small) continue;
     ranks<T>(type, 2, 196, 1, 138, by_score, seed++);
-    ranks<T>(type, 1, 1024, 1, 500, by_score, seed++);
+    ranks<T>(type, 1, 300, 1, 150, by_score, seed++);
+    keeps<T>(type, 2, 6, 196, 1, 138, 384, 0, by_score, true, seed++);
   }
   gathers<T>(type, 2, 17, 12, 24, 0, seed++);
   gathers<T>(type, 1, 5, 9, 7, 0, seed++);
@@ -86,6 +132,10 @@ static void all(const char* type, bool small) {
 int main(int argc, char** argv) {
   const bool small = argc > 1 && std::string(argv[1]) == "small";
   all<float>("float32", small);
+  if (!small && argc == 1) {  // the longest images, once
+    ranks<float>("float32", 1, 4095, 1, 2000, false, 98);
+    keeps<float>("float32", 1, 1, 4096, 0, 3000, 8, 8, true, false, 99);
+  }
   all<__half>("float16", small);
   all<__nv_bfloat16>("bfloat16", small);
   return finish("select_test");

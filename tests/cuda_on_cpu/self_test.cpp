@@ -3,6 +3,9 @@
 #include "common.cuh"
 #include "testing.h"
 
+#include <atomic>
+#include <thread>
+
 using namespace p3b::cuda;
 
 __global__ void sum_kernel(const float* x, float* out, int n, bool plant_missing_barrier) {
@@ -144,6 +147,19 @@ static void neighbours(bool plant) {
   for (int i = 0; i < 32; i++) check_close("neighbour", out[i], i ? i - 1 : 0, 0);
 }
 
+// Threads that launch the same kernels: the first for each device and kernel makes the call, and again after an error.
+static void once() {
+  std::vector<std::atomic<int>> calls(6);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 8; t++)
+    threads.emplace_back([&] {
+      for (int i = 0; i < 600; i++)
+        once_per_device(i % 2, &calls[i % 6], [&] { return calls[i % 6]++ || i % 6 ? cudaSuccess : cudaErrorUnknown; });
+    });
+  for (auto& t : threads) t.join();
+  for (int i = 0; i < 6; i++) check_close("once per device and kernel", calls[i], i ? 1 : 2, 0);
+}
+
 int main(int argc, char** argv) {
   const std::string plant = argc > 1 ? argv[1] : "";
   if (plant == "missing_barrier") sums(true);
@@ -167,6 +183,7 @@ int main(int argc, char** argv) {
     launch(quad_kernel, 1, 32, 0, nullptr, quad.data());
     for (int t = 0; t < 32; t++)
       for (int i = 0; i < 4; i++) check_close("quad_transpose", quad[t * 4 + i], (t / 4 * 4 + i) * 4 + t % 4, 0);
+    once();
     auto nothing = [](auto kernel, int64_t blocks, int threads, size_t bytes) {
       return launch(kernel, blocks, threads, bytes, nullptr);
     };
