@@ -899,7 +899,7 @@ def _from_files(files: _Files, how: _How, mean: Sequence[float] | None, std: Seq
 
 
 def _mend_posterize(transform: Any) -> None:
-    """Keeps one bit where a policy of timm's asks for none, one image in hundreds: Pillow 13 refuses a black picture."""
+    """Keeps one bit where a policy of timm's asks for none, at one image in hundreds: Pillow 13 refuses to."""
     for step in transform.transforms:
         ops = [*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))]
         for op in ops:
