@@ -16,9 +16,12 @@ test: setup $(VENV)/.oldest  ## everything that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	P3B_OLD_TORCH=$(abspath $(VENV))/torch-$(OLD_TORCH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --durations=12
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/test_patch.py tests/test_modules.py tests/test_p3b_surgery.py -n 2
+	PYTHON=$(abspath $(BIN))/python tests/fuzz/run.sh 3000 1 || [ $$? = 77 ]  # 77: no AddressSanitizer here, as it said
 
-bench: setup  ## kernel microbenchmarks, as tables
-	$(BIN)/python -m pytest tests/bench --benchmark-only -o python_files="bench_*.py" -o addopts="--import-mode=importlib -q"
+bench: setup  ## kernel microbenchmarks; a page of tables: python tests/bench/table.py build/bench.json
+	@mkdir -p build
+	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-max-time=0.3 --benchmark-json=build/bench.json -o python_files="bench_*.py" -o addopts="--import-mode=importlib -q"
+	$(BIN)/python tests/bench/table.py build/bench.json
 
 fuzz: setup  ## random calls under AddressSanitizer and UndefinedBehaviorSanitizer: make fuzz CALLS=100000 SEED=0
 	PYTHON=$(abspath $(BIN))/python tests/fuzz/run.sh $(or $(CALLS),100000) $(SEED)

@@ -1,15 +1,15 @@
 """Masked attention on the CPU beside PyTorch: forward, forward + backward, side outputs, sizes and gates.
 
-`python tests/bench/bench_attention.py` prints markdown tables of paired timings; `make bench` runs the cases below
-under pytest-benchmark. FLOP: 4 B H N^2 D forward, 14 B H N^2 D forward + backward. Bytes: q, k, v read once, out
-written once (backward: those and grad_out again, and three gradients). Roofline: torch.mm of two 1024 x 1024 float32
-matrices, timed in turns with the rest.
+`make bench` runs the cases below under pytest-benchmark; `python tests/bench/bench_attention.py` prints tables of
+paired timings without it, one part at a time. FLOP: 4 B H N^2 D forward, 14 B H N^2 D forward + backward. Bytes: q, k,
+v read once, out written once (backward: those and grad_out again, and three gradients). Roofline: torch.mm of two
+1024 x 1024 float32 matrices, timed in turns with the rest. Extras (side outputs, sizes, gates) are timed through
+p3b_ext.masked_attention.
 """
 
 import argparse
-import math
+import functools
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import p3b_ext
 from p3b_ext.ops.attention import packed_attention
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python tests/bench/...` and pytest's importlib mode alike
@@ -47,6 +48,12 @@ def joined(out: Tensor) -> Tensor:
 
 def fused(qkv: Tensor, **options) -> Tensor:
     out = packed_attention(qkv, **options)
+    return joined(out[0] if isinstance(out, tuple) else out)
+
+
+def public(qkv: Tensor, **options) -> Tensor:
+    """The public function on three views of qkv, side outputs and all."""
+    out = p3b_ext.masked_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), **options)
     return joined(out[0] if isinstance(out, tuple) else out)
 
 
@@ -159,12 +166,13 @@ def extra_functions(qkv: Tensor) -> dict[str, Callable[[], object]]:
     gate = torch.rand(H, D)
     mask = torch.ones(B, N, dtype=torch.bool)
     return {
-        "plain": forward_only(fused, qkv),
-        "plain, again": forward_only(fused, qkv),
-        "four side outputs": forward_only(fused, qkv, aux=AUX),
-        "token sizes": forward_only(fused, qkv, token_size=size),
-        "gate [H, D]": forward_only(fused, qkv, channel_gate=gate),
-        "key mask, all kept": forward_only(fused, qkv, key_mask=mask),
+        "plain": forward_only(public, qkv),
+        "plain, again": forward_only(public, qkv),
+        "four side outputs": forward_only(public, qkv, aux=AUX),
+        **{f"only {name}": forward_only(public, qkv, aux=(name,)) for name in AUX},
+        "token sizes": forward_only(public, qkv, token_size=size),
+        "gate [H, D]": forward_only(public, qkv, channel_gate=gate),
+        "key mask, all kept": forward_only(public, qkv, key_mask=mask),
         "SDPA flash": forward_only(FUNCTIONS["SDPA flash"], qkv),
         "SDPA + class row": forward_only(sdpa_with_class_row, qkv),
         "SDPA + entropy by a second SDPA": forward_only(sdpa_with_entropy, qkv),
@@ -173,20 +181,12 @@ def extra_functions(qkv: Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
-def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """Median and its 95 % interval by order statistics."""
-    values = sorted(values)
-    n, half = len(values), 0.98 * math.sqrt(len(values))
-    return statistics.median(values), values[max(0, int(n / 2 - half))], values[min(n - 1, int(n / 2 + half))]
-
-
 def extras(case: tuple[int, int, int], dtype: str, turns: int, clock: Callable) -> list[list]:
     qkv, _ = inputs(*case, DTYPES[dtype])
     found = paired(extra_functions(qkv), 0, least_turns=turns, clock=clock)
-    plain = found["plain"].turns
     rows = []
     for name, timing in found.items():
-        ratio, low, high = median_interval([t / p for t, p in zip(timing.turns, plain, strict=True)])
+        ratio, low, high = timing.times_as_long_as(found["plain"])
         fastest = timing.fastest / found["plain"].fastest
         rows.append(
             [name_of(case), dtype, name, timing.ms, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}", f"{fastest:.3f}"]
@@ -259,34 +259,72 @@ def main() -> None:
         print("\n" + table(MEMORY_HEADER, memory_table()))
 
 
+@functools.cache
+def compared(case: tuple[int, int, int], dtype: str, backward: bool) -> dict[str, Timing]:
+    """Every function and the matrix product by turns."""
+    return paired({**calls(case, dtype, backward), "mm": matmul()}, 2.0, least_turns=7)
+
+
+def calls(case: tuple[int, int, int], dtype: str, backward: bool) -> dict[str, Callable[[], object]]:
+    qkv, grad = inputs(*case, DTYPES[dtype])
+    if backward:
+        return {name: with_backward(function, qkv, grad) for name, function in FUNCTIONS.items()}
+    return {name: forward_only(function, qkv) for name, function in FUNCTIONS.items()}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "B{}-H{}-N{}".format(*c))
-@pytest.mark.parametrize("name", FUNCTIONS)
 def test_attention(benchmark, name, case, dtype, backward):
-    qkv, grad = inputs(*case, DTYPES[dtype])
-    run, rest = (with_backward, (grad,)) if backward else (forward_only, ())
-    functions = {n: run(f, qkv, *rest) for n, f in FUNCTIONS.items()}
     benchmark.group = f"attention, {name_of(case)}, {dtype}, {'forward + backward' if backward else 'forward'}"
-    benchmark(functions[name])
-    found = paired({**functions, "mm": matmul()}, 0.5, least_turns=5)
-    seconds = found[name].ms / 1e3
-    benchmark.extra_info["GFLOP/s"] = flops(*case, backward) / seconds / 1e9
-    benchmark.extra_info["GB/s"] = traffic(*case, DTYPES[dtype], backward) / seconds / 1e9
-    benchmark.extra_info["GFLOP/s of mm"] = 2 * 1024**3 / found["mm"].ms / 1e6
+    benchmark(calls(case, dtype, backward)[name])
+    found = compared(case, dtype, backward)
+    seconds, peak = found[name].ms / 1e3, 2 * 1024**3 / found["mm"].ms / 1e6
+    rate = flops(*case, backward) / seconds / 1e9
+    benchmark.extra_info["function"] = name
     benchmark.extra_info["times best of PyTorch"] = found[name].times_faster_than(found[best_baseline(found)])
+    benchmark.extra_info["GFLOP/s"] = rate
+    benchmark.extra_info["% of mm's GFLOP/s"] = 100 * rate / peak
+    benchmark.extra_info["GB/s"] = traffic(*case, DTYPES[dtype], backward) / seconds / 1e9
     benchmark.extra_info["machine"] = machine()
+
+
+@functools.cache
+def compared_extras(dtype: str) -> dict[str, Timing]:
+    return paired(extra_functions(inputs(*CASES[0], DTYPES[dtype])[0]), 0, least_turns=200)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", list(extra_functions(torch.zeros(1, 2, 3, 1, D))))
 def test_extras(benchmark, name, dtype):
     qkv, _ = inputs(*CASES[0], DTYPES[dtype])
-    functions = extra_functions(qkv)
-    benchmark.group = f"attention and what else it can answer, {name_of(CASES[0])}, {dtype}"
-    benchmark(functions[name])
-    found = paired({"plain": functions["plain"], "this": functions[name]}, 0.5)
-    benchmark.extra_info["times the plain call"] = found["plain"].times_faster_than(found["this"])
+    benchmark.group = f"extras of attention, {name_of(CASES[0])}, {dtype}, forward"
+    benchmark(extra_functions(qkv)[name])
+    found = compared_extras(dtype)
+    ratio, low, high = found[name].times_as_long_as(found["plain"])
+    benchmark.extra_info["function"] = name
+    benchmark.extra_info["times the plain call"] = f"{ratio:.3f}"
+    benchmark.extra_info["95 % interval, 200 turns"] = f"{low:.3f} to {high:.3f}"
+    benchmark.extra_info["fastest to fastest"] = f"{found[name].fastest / found['plain'].fastest:.3f}"
+    benchmark.extra_info["machine"] = machine()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "B{}-H{}-N{}".format(*c))
+def test_half(benchmark, case, dtype, backward):
+    """A half-precision call beside the same call in float32."""
+    half, full = (calls(case, d, backward)["p3b_ext"] for d in (dtype, "float32"))
+    benchmark.group = (
+        f"half precision beside float32, {name_of(case)}, {'forward + backward' if backward else 'forward'}"
+    )
+    benchmark(half)
+    found = paired({"half": half, "float32": full}, 1.0)
+    ratio, low, high = found["half"].times_as_long_as(found["float32"])
+    benchmark.extra_info["function"] = dtype
+    benchmark.extra_info["times float32's time"] = f"{ratio:.3f}"
+    benchmark.extra_info["95 % interval"] = f"{low:.3f} to {high:.3f}"
     benchmark.extra_info["machine"] = machine()
 
 

@@ -9,7 +9,9 @@ MALLOC_TRIM_THRESHOLD_ keep the memory.
 """
 
 import argparse
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from torch import Tensor
 import p3b_ext  # noqa: F401  (loads the ops)
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python tests/bench/...` and pytest's importlib mode alike
-from timing import machine, paired, table
+from timing import Timing, machine, paired, table
 
 CASES = [(batch, 197, channels, 16) for batch in (8, 64) for channels in (384, 768)]  # B, N, C, r
 HEAD_CHANNELS = 64
@@ -128,28 +130,60 @@ def main() -> None:
     print(machine(), "\n", table(HEADER, rows), sep="\n")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"B{c[0]}-N{c[1]}-C{c[2]}-r{c[3]}")
-@pytest.mark.parametrize("function", [tome, fused])
-def test_match_and_merge(benchmark, function, case, dtype):
+def functions(case: tuple[int, int, int, int], dtype: str) -> dict[str, Callable[[], object]]:
+    """What is compared, and copies of the output as the floor of the time."""
     B, N, C, r = case
     x, metric, size = inputs(B, N, C, DTYPES[dtype])
-    benchmark.group = f"match + merge, B{B}-N{N}-C{C}-r{r}, {dtype}"
+    slot = ops.match_tokens(metric, r, 1, None)
+    y, _ = fused(x, metric, size, r)
+    target = torch.empty_like(y)
+    compiled = compiled_tome()
+    return {
+        "ToMe in PyTorch": lambda: tome(x, metric, size, r),
+        "ToMe, torch.compile": lambda: compiled(x, metric, size, r),
+        "p3b_ext match + merge": lambda: fused(x, metric, size, r),
+        "p3b_ext match": lambda: ops.match_tokens(metric, r, 1, None),
+        "p3b_ext merge": lambda: ops.merge_tokens(x, slot, N - r, size, None, True),
+        "copy of y, memory mapped": lambda: target.copy_(y),
+        "copy of y, fresh memory": lambda: y.clone(),
+    }
+
+
+@functools.cache
+def compiled_tome() -> Callable:
+    return torch.compile(tome, dynamic=False)
+
+
+@functools.cache
+def compared(case: tuple[int, int, int, int], dtype: str) -> dict[str, Timing]:
     with torch.no_grad():
-        benchmark(function, x, metric, size, r)
-        y, _ = fused(x, metric, size, r)
-        target = torch.empty_like(y)
-        found = paired(
-            {
-                "tome": lambda: tome(x, metric, size, r),
-                "this": lambda: function(x, metric, size, r),
-                "copy": lambda: target.copy_(y),
-            },
-            0.5,
-        )
-    benchmark.extra_info["GB/s"] = traffic(x, metric, r) / found["this"].ms / 1e6
-    benchmark.extra_info["times ToMe in PyTorch"] = found["this"].times_faster_than(found["tome"])
-    benchmark.extra_info["times the copy's time"] = found["copy"].times_faster_than(found["this"])
+        return paired(functions(case, dtype), 2.0)
+
+
+NAMES = ["ToMe in PyTorch", "ToMe, torch.compile", "p3b_ext match + merge", "p3b_ext match", "p3b_ext merge"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"B{c[0]}-N{c[1]}-C{c[2]}-r{c[3]}")
+def test_match_and_merge(benchmark, name, case, dtype):
+    B, N, C, r = case
+    x, metric, _ = inputs(B, N, C, DTYPES[dtype])
+    benchmark.group = f"match + merge, B{B} N{N} C{C} r{r}, {dtype}"
+    with torch.no_grad():
+        benchmark(functions(case, dtype)[name])
+    found = compared(case, dtype)
+    this, mapped = found[name], found["copy of y, memory mapped"]
+    bytes_ = metric.nbytes + 4 * B * N if name == "p3b_ext match" else traffic(x, metric, r)
+    bandwidth = 2 * x[:, r:].numel() * x.element_size() / mapped.ms / 1e6
+    benchmark.extra_info["function"] = name
+    benchmark.extra_info["times ToMe in PyTorch"] = this.times_faster_than(found["ToMe in PyTorch"])
+    benchmark.extra_info["times ToMe compiled"] = this.times_faster_than(found["ToMe, torch.compile"])
+    benchmark.extra_info["GB/s"] = bytes_ / this.ms / 1e6
+    benchmark.extra_info["copy's GB/s"] = bandwidth
+    benchmark.extra_info["times a copy of y"] = this.times_as_long_as(mapped)[0]
+    benchmark.extra_info["times a fresh copy"] = this.times_as_long_as(found["copy of y, fresh memory"])[0]
+    benchmark.extra_info["page faults"] = this.faults
     benchmark.extra_info["machine"] = machine()
 
 

@@ -3,6 +3,7 @@
 Ratios are medians of the ratios inside a turn; times are medians over turns.
 """
 
+import math
 import platform
 import resource
 import statistics
@@ -28,6 +29,12 @@ class Timing:
 
     def times_faster_than(self, other: "Timing") -> float:
         return statistics.median(b / a for a, b in zip(self.turns, other.turns, strict=True))
+
+    def times_as_long_as(self, other: "Timing") -> tuple[float, float, float]:
+        """Median of the paired ratios and its 95 % interval, by order statistics."""
+        ratios = sorted(a / b for a, b in zip(self.turns, other.turns, strict=True))
+        n, half = len(ratios), 0.98 * math.sqrt(len(ratios))
+        return statistics.median(ratios), ratios[max(0, int(n / 2 - half))], ratios[min(n - 1, int(n / 2 + half))]
 
 
 def paired(

@@ -1,25 +1,31 @@
 #!/bin/sh
 # Random calls of every CPU op under AddressSanitizer and UndefinedBehaviorSanitizer, each compared with the float64 reference.
-# Usage: tests/fuzz/run.sh [CALLS] [SEED]; PYTHON and CXX choose the interpreter and the compiler (GCC).
+# Usage: tests/fuzz/run.sh [CALLS] [SEED]; PYTHON and CXX choose the interpreter and the compiler (GCC), BUILD the folder (build/fuzz), so that two
+# runs need not share one. Exit status 77: the compiler has no AddressSanitizer that can be preloaded.
 set -eu
 cd "$(dirname "$0")/../.."
 calls=${1:-2000}
 seed=${2:-$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}
 python=${PYTHON:-python3}
-cxx=${CXX:-c++}
-build=build/fuzz
+export CXX=${CXX:-c++}
+build=${BUILD:-build/fuzz}
+sanitizer=$("$CXX" -print-file-name=libasan.so 2>/dev/null || true)
 
+if [ ! -e "$sanitizer" ]; then
+  echo "fuzz: SKIPPED: $CXX has no libasan.so; install GCC's (libasan8, libgcc-12-dev) or set CXX" >&2
+  exit 77
+fi
 echo "fuzz: $calls calls, seed $seed (again: tests/fuzz/run.sh $calls $seed)"
 mkdir -p "$build"
 P3B_EXT_CUDA=0 P3B_EXT_SANITIZE=1 "$python" setup.py -q build_ext --build-lib "$build/lib" --build-temp "$build/temp" >"$build/build.log" 2>&1 || {
   cat "$build/build.log"
   exit 1
 }
-LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)" \
+LD_PRELOAD="$sanitizer $("$CXX" -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:handle_segv=1 UBSAN_OPTIONS=print_stacktrace=1 \
   "$python" tests/fuzz/fuzz.py --library "$build/lib" --calls "$calls" --seed "$seed"
 
-# The block shapes of AVX-512 through an emulated vector type. Without UBSan: it makes GCC take minutes over the unrolled tiles.
-[ "$build/wide_kernels" -nt csrc/cpu/attention_kernels.h ] && [ "$build/wide_kernels" -nt tests/fuzz/wide_kernels.cpp ] ||
-  "$cxx" -std=c++20 -O1 -w -Wno-psabi -fsanitize=address tests/fuzz/wide_kernels.cpp -o "$build/wide_kernels"
+# The kernels of AVX-512 over emulated intrinsics. Without UBSan: it makes GCC take minutes over the unrolled tiles.
+newest=$(ls -t csrc/cpu/*.h csrc/cpu/*.cpp tests/fuzz/*.cpp tests/fuzz/avx512_on_cpu/*.h "$build/wide_kernels" 2>/dev/null | head -n 1)
+[ "$newest" = "$build/wide_kernels" ] || tests/fuzz/wide_kernels.sh "$build/wide_kernels" -fsanitize=address
 "$build/wide_kernels" $((calls / 40 + 10)) "$seed"

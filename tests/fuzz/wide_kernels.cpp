@@ -1,6 +1,5 @@
-// The block shapes of AVX-512 on any machine: the kernels of csrc/cpu/attention_kernels.h over a 16-lane vector type that the compiler emulates,
-// once with floats and once with pairs of bfloat16, against the same kernels in float64. Only the intrinsics of csrc/cpu/simd_avx512.h stay
-// untested. Usage: wide_kernels [CASES] [SEED]; exit status 1 and a line on the first wrong value.
+// The kernels of AVX-512 on any machine: attention and merging, compiled over emulated intrinsics (avx512_on_cpu/immintrin.h; wide_kernels.sh
+// builds), against the portable kernels in float64. Usage: wide_kernels [CASES] [SEED]; exit status 1 and a line on the first wrong value.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,40 +8,13 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cpu/attention_portable.cpp"
+#include "../../csrc/cpu/attention_args.h"
+#include "../../csrc/cpu/merge_kernels.h"
+#include "../../csrc/cpu/simd.h"
 
 using namespace p3b;
 
 namespace {
-
-struct Wide : Generic<float, 16, 12> {
-  static R load_bits(const void* p) { return load(static_cast<const float*>(p)); }
-  static R set_bits(const void* p) {
-    float x;
-    memcpy(&x, p, sizeof x);
-    R r;
-    for (int i = 0; i < W; i++) r[i] = x;
-    return r;
-  }
-  static R pairs(R low, R high) {
-    R r;
-    for (int i = 0; i < W; i++) {
-      BFloat16 a, b;
-      narrow(low[i], &a);
-      narrow(high[i], &b);
-      r[i] = float_of(uint32_t(b.bits) << 16 | a.bits);
-    }
-    return r;
-  }
-  static R dot_pairs(R c, R a, R b) {
-    for (int i = 0; i < W; i++) {
-      const uint32_t x = bits_of(a[i]), y = bits_of(b[i]);
-      c[i] += float_of(x & 0xffff0000) * float_of(y & 0xffff0000);
-      c[i] += float_of(x << 16) * float_of(y << 16);
-    }
-    return c;
-  }
-};
 
 struct Shapes {
   int64_t B, H, N, D, chunks;
@@ -156,6 +128,83 @@ void check(const char* name, const AttentionKernels& kernels, const Shapes& s, c
   compare("grad_size", sum_parts(got.size_partial, heads, s.chunks, s.N), sum_parts(wanted.size_partial, heads, s.chunks, s.N), tolerance, s, name);
 }
 
+// Matching and the sums of rows. Rows [N, C] are multiples of a few directions, so that the best partner is often shared: ties.
+template <class T>
+void check_rows(const char* name, RowType type, int64_t N, int64_t C, std::mt19937& random, double rounding) {
+  const RowKernels &kernels = kRowKernelsAvx512[int(type)], &portable = kRowKernelsPortable[int(RowType::kFloat64)];
+  const auto fail = [&](const char* what, int64_t at, double x, double y) {
+    printf("%s: %s[%d] is %g, must be %g: N %d C %d\n", name, what, int(at), x, y, int(N), int(C));
+    exit(1);
+  };
+  std::normal_distribution<float> normal;
+  const int64_t stride = C + int64_t(random() % 3);
+  std::vector<T> x(size_t(N * stride + C)), g(static_cast<size_t>(C));
+  for (T& v : x) narrow(normal(random), &v);
+  for (T& v : g) narrow(normal(random), &v);
+  for (int64_t n = 0; n + 2 < N; n += 3) std::copy_n(&x[size_t(n * stride)], C, &x[size_t((n + 2) * stride)]);  // equal rows: ties
+  std::vector<double> exact, exact_g;
+  for (const T& v : x) exact.push_back(widen(v));
+  for (const T& v : g) exact_g.push_back(widen(v));
+
+  std::vector<int32_t> sources, destinations, rows;
+  for (int64_t n = 0; n < N; n++) (random() % 2 ? sources : destinations).push_back(int32_t(n));
+  const int64_t S = int64_t(sources.size()), D = int64_t(destinations.size());
+  const auto match = [&](const RowKernels& k, const void* data, void* best, int32_t* partner) {
+    std::vector<char> memory(size_t(k.match_scratch(C, S, D)) + 64, char(0xff));
+    void* scratch = memory.data() + 64 - reinterpret_cast<uintptr_t>(memory.data()) % 64;
+    return k.match(data, stride, C, sources.data(), S, destinations.data(), D, best, partner, scratch);
+  };
+  std::vector<float> best(static_cast<size_t>(S));
+  std::vector<double> wanted(static_cast<size_t>(S));
+  std::vector<int32_t> partner(static_cast<size_t>(S)), wanted_partner(static_cast<size_t>(S));
+  if (match(kernels, x.data(), best.data(), partner.data()) != -1) fail("match", 0, 0, -1);
+  match(portable, exact.data(), wanted.data(), wanted_partner.data());
+  for (int64_t i = 0; i < S && D > 0; i++) {
+    if (!(std::fabs(best[size_t(i)] - wanted[size_t(i)]) <= 2e-6)) fail("best", i, best[size_t(i)], wanted[size_t(i)]);
+    if (partner[size_t(i)] == wanted_partner[size_t(i)]) continue;
+    // Another partner only where it is as good up to rounding, and never the later of two equal rows.
+    const T *a = &x[size_t(destinations[size_t(partner[size_t(i)])] * stride)],
+            *b = &x[size_t(destinations[size_t(wanted_partner[size_t(i)])] * stride)];
+    if (memcmp(a, b, size_t(C) * sizeof(T)) == 0) fail("partner", i, partner[size_t(i)], wanted_partner[size_t(i)]);
+  }
+  const int64_t at = int64_t(random() % uint64_t(N));
+  const T kept = x[size_t(at * stride + C / 2)];
+  narrow(float(at % 2 ? __builtin_inf() : __builtin_nan("")), &x[size_t(at * stride + C / 2)]);
+  const int64_t bad = match(kernels, x.data(), best.data(), partner.data());
+  if (bad != at) fail("row that is not finite", 0, double(bad), double(at));
+  std::vector<T> y(static_cast<size_t>(C));
+  const int32_t row = int32_t(at);
+  kernels.weighted_sum(y.data(), x.data(), stride, &row, nullptr, 1, C);
+  if (std::isfinite(widen(y[size_t(C / 2)])))
+    fail("weighted_sum of a row that is not finite", C / 2, widen(y[size_t(C / 2)]), at % 2 ? __builtin_inf() : __builtin_nan(""));
+  x[size_t(at * stride + C / 2)] = kept;
+
+  std::vector<float> coeff;
+  std::vector<double> exact_coeff;
+  for (int64_t i = 0; i < 1 + int64_t(random() % 4); i++) {
+    rows.push_back(int32_t(random() % uint64_t(N)));
+    coeff.push_back(std::fabs(normal(random)));
+    exact_coeff.push_back(coeff.back());
+  }
+  std::vector<double> exact_y(static_cast<size_t>(C));
+  kernels.weighted_sum(y.data(), x.data(), stride, &row, coeff.data(), 1, C);
+  for (int64_t c = 0; c < C; c++) {  // one product, rounded once more: exactly as in simd.h
+    T once;
+    narrow(float(widen(x[size_t(at * stride + c)])) * coeff[0], &once);
+    if (widen(y[size_t(c)]) != widen(once)) fail("product", c, widen(y[size_t(c)]), widen(once));
+  }
+  for (const bool weighted : {false, true}) {
+    kernels.weighted_sum(y.data(), x.data(), stride, rows.data(), weighted ? coeff.data() : nullptr, int64_t(rows.size()), C);
+    portable.weighted_sum(exact_y.data(), exact.data(), stride, rows.data(), weighted ? exact_coeff.data() : nullptr, int64_t(rows.size()), C);
+    for (size_t c = 0; c < y.size(); c++)
+      if (!(std::fabs(widen(y[c]) - exact_y[c]) <= rounding * (1 + std::fabs(exact_y[c])))) fail("weighted_sum", int64_t(c), widen(y[c]), exact_y[c]);
+    for (size_t c = 0; c < y.size(); c++) exact_y[c] = widen(y[c]);
+    const double dot = kernels.dot_difference(g.data(), &x[size_t(at * stride)], weighted ? y.data() : nullptr, C);
+    const double exact_dot = portable.dot_difference(exact_g.data(), &exact[size_t(at * stride)], weighted ? exact_y.data() : nullptr, C);
+    if (!(std::fabs(dot - exact_dot) <= 2e-6 * double(C + 20))) fail("dot_difference", weighted, dot, exact_dot);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -169,10 +218,15 @@ int main(int argc, char** argv) {
     s.chunks = random() % 2 ? 1 : up_to(3);
     std::vector<float> values(size_t(s.B * s.N * s.H * s.D * 4 + 2 * s.B * s.N + s.H * s.D));
     for (float& x : values) x = normal(random);
-    check<float>("wide float", Table<Single<Wide>, float>::kernels, s, values, 2e-5, 2e-5);
-    check<Half>("wide float16", Table<Single<Wide>, Half>::kernels, s, values, 2e-3, 2e-5);
+    check<float>("avx512 float32", *attention_avx512(Storage::kFloat), s, values, 2e-5, 2e-5);
+    check<Half>("avx512 float16", *attention_avx512(Storage::kHalf), s, values, 2e-3, 2e-5);
+    check<BFloat16>("avx512 bfloat16", *attention_avx512(Storage::kBFloat16), s, values, 2e-2, 2e-5);
     // With a gate the gated inputs are rounded too; lse and entropy then see 2^-9 of the logits.
-    check<BFloat16>("wide bfloat16 pairs", Table<Paired<Wide>, BFloat16>::kernels, s, values, s.gate ? 4e-2 : 2e-2, s.gate ? 4e-2 : 2e-5);
+    check<BFloat16>("avx512_bf16 bfloat16", *attention_avx512_bf16(Storage::kBFloat16), s, values, s.gate ? 4e-2 : 2e-2, s.gate ? 4e-2 : 2e-5);
+    const int64_t N = up_to(120), C = number % 2 ? up_to(200) : 64;
+    check_rows<float>("avx512 float32", RowType::kFloat32, N, C, random, 1e-6);
+    check_rows<Half>("avx512 float16", RowType::kFloat16, N, C, random, 1e-3);
+    check_rows<BFloat16>("avx512 bfloat16", RowType::kBFloat16, N, C, random, 8e-3);
   }
-  printf("%d cases of every wide kernel\n", cases);
+  printf("%d cases of every AVX-512 kernel\n", cases);
 }

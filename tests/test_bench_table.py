@@ -1,0 +1,52 @@
+"""The page of tables that tests/bench/table.py writes from pytest-benchmark's JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).parent / "bench"
+
+PAGE = """\
+# Kernel benchmarks
+
+Written by `python tests/bench/table.py {path}` from the JSON of `make bench`; do not edit.
+2026-11-21; AMD EPYC, avx2, 2 threads, torch 2.15.0.
+
+ms: median and fastest call on its own. Ratios and all that stands behind them: medians over calls that took
+turns with what they are compared with.
+
+## Attention
+
+| case | function | ms | fastest ms | times best of PyTorch | GFLOP/s | % of mm's GFLOP/s | GB/s |
+|---|---|---|---|---|---|---|---|
+| B8 H6 N50, float32, forward | p3b_ext | 0.417 | 0.402 | 1.24 | 73.7 | 61.2 | 5.89 |
+| B8 H6 N50, float32, forward | SDPA flash | 0.52 | 0.488 | 1 | 59.1 | 49.1 | 4.73 |
+
+## Extras of attention
+
+| case | function | ms | fastest ms | times the plain call | 95 % interval, 200 turns |
+|---|---|---|---|---|---|
+| B8 H6 N197, float32, forward | token sizes | 1235 | 1230 | 1.012 | 1.008 to 1.015 |
+"""
+
+
+def run(path):
+    return subprocess.run([sys.executable, BENCH / "table.py", path], capture_output=True, text=True)
+
+
+def test_page_of_a_recorded_report():
+    path = BENCH / "recorded.json"
+    done = run(path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == PAGE.format(path=path)
+
+
+def test_what_is_no_report(tmp_path):
+    for text in ("not JSON", json.dumps({"benchmarks": []})):
+        path = tmp_path / "bench.json"
+        path.write_text(text)
+        done = run(path)
+        assert done.returncode == 1 and done.stderr.startswith(f"table: {path} must be the JSON of pytest-benchmark"), (
+            done
+        )
