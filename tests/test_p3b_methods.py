@@ -313,6 +313,25 @@ def test_global_masks_save_the_best_of_every_gate():
     assert global_masks(gates.blocks, given, full).all()
 
 
+def test_global_masks_save_more_where_asked():
+    gates = gated()
+    given = scores(gates)
+    full = sum(block.full("params") for block in gates.blocks)
+    shares = torch.tensor([0.05, 0.05, 0.5, 0.05, 0.05, 0.05], dtype=torch.float64)
+    given.score[gates.blocks[2].start : gates.blocks[2].stop] *= 1e-3
+    mask = global_masks(gates.blocks, given, 0.3 * full, min_share=shares)
+    assert counts(gates.blocks[2], mask) == [24, 24, 8]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_sub_block_falls_below_its_floor(method):
+    run = start(method, floor=0.3, prune_ratio=0.55)
+    run.gates.score_sum.copy_(torch.rand(len(run.gates.values), generator=torch.Generator().manual_seed(0)) ** 8)
+    run.gates.score_sum[: run.gates.blocks[0].stop] = 0.0
+    run.update(final=True)
+    assert (run.gates.kept_cost() / run.full).min() > 0.28
+
+
 def test_global_masks_are_soft_around_the_threshold():
     gates = gated()
     given = scores(gates)

@@ -176,14 +176,14 @@ def global_masks(
     tau: float = 0.0,
     *,
     unit: str = "params",
-    min_share: float = MIN_SHARE,
+    min_share: float | Tensor = MIN_SHARE,
     round_to: int = 1,
 ) -> Tensor:
     """Masks `[G]` that prune the lowest scores of the whole model until all sub-blocks together cost `target`.
 
-    `argmin_p |cost after pruning the p lowest - target|`: exact, one cumulative sum. min_share: of every gate, the best
-    go last, against the collapse of a layer. tau: width of the soft mask, over all elements. round_to: as in
-    `block_mask`.
+    `argmin_p |cost after pruning the p lowest - target|`: exact, one cumulative sum. tau: width of the soft mask, over
+    all elements. min_share: of every gate (one for all, or `[S]`), the best go last, against the collapse of a layer.
+    round_to: as in `block_mask`.
     """
     order = _protect(scores.order(), blocks, min_share)
     position = np.empty(len(order), dtype=np.int64)
@@ -209,15 +209,17 @@ def global_masks(
     return mask
 
 
-def _protect(order: np.ndarray, blocks: list[SubBlock], share: float) -> np.ndarray:
-    """The order (indices of the blocks' elements, the lowest first) with the best `share` of every gate moved to its
-    end."""
+def _protect(order: np.ndarray, blocks: list[SubBlock], share: float | Tensor) -> np.ndarray:
+    """The order (indices of the blocks' elements, the lowest first) with the best `share`, one or `[S]`, of every gate
+    moved to its end."""
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
     best = np.zeros(len(order), dtype=bool)
-    for place in (place for block in blocks for place in block.slices()):
-        here = np.arange(place.start, place.stop) - blocks[0].start
-        best[here[position[here].argsort()][math.floor((1 - share) * len(here)) :]] = True
+    shares = torch.as_tensor(share, dtype=torch.float64).expand(len(blocks)).tolist()
+    for block, least in zip(blocks, shares, strict=True):
+        for place in block.slices():
+            here = np.arange(place.start, place.stop) - blocks[0].start
+            best[here[position[here].argsort()][math.floor((1 - least) * len(here)) :]] = True
     return np.concatenate((order[~best[order]], order[best[order]]))
 
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..masks import ratio_masks
-from .base import Method
 from .ranking import awake
+from .uniform import Uniform
 
 if TYPE_CHECKING:
     from ..train import PruneRun
 
 
-class RandomOrder(Method):
+class RandomOrder(Uniform):
     """The same keep ratio for all sub-blocks, the order inside each gate drawn once from the run's seed.
 
     The order stays for the whole run: an element that is pruned stays pruned, and training recovers from it as well as
@@ -30,7 +30,7 @@ class RandomOrder(Method):
         masks = ratio_masks(
             self.gates.blocks,
             self.scores,
-            torch.full_like(self.full, self.target(progress) / float(self.full.sum())),
+            1 - (1 - self.goal) * progress,
             tau,
             scales=self.config.gate_scales,
             unit=self.config.budget,

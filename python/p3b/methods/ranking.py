@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from .base import Method
 class GlobalRanking(Method):
     """Prunes the elements with the lowest scores of the whole model, at every update as many as the budget then asks.
 
-    A subclass gives the scores. The best MIN_SHARE of every gate go last, which keeps layers from collapse;
-    `Config.floor` raises that share, so that no sub-block falls below it.
+    A subclass gives the scores. The best MIN_SHARE of every gate go last, which keeps layers from collapse; a floor
+    under a sub-block's keep ratio raises that share.
     """
 
     soft = False
@@ -38,7 +37,8 @@ class GlobalRanking(Method):
             self.target(progress),
             tau,
             unit=self.config.budget,
-            min_share=max(MIN_SHARE, math.sqrt(self.config.floor)),  # costs are products of two gates' counts
+            # what a sub-block costs is a product of two gates' counts
+            min_share=torch.as_tensor(self.floor, dtype=torch.float64).sqrt().clamp_min(MIN_SHARE),
             round_to=self.config.round_to if final else 1,
         )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import budget
 from .base import Method
+
+if TYPE_CHECKING:
+    from ..train import PruneRun
 
 
 class Uniform(Method):
@@ -15,10 +19,15 @@ class Uniform(Method):
     What P3B gains over it is what block benefit is worth.
     """
 
+    def __init__(self, run: PruneRun) -> None:
+        super().__init__(run)
+        alike = torch.ones_like(self.full)
+        self.goal = budget.keep_ratios(alike, self.full, self.outside, self.config.prune_ratio, self.floor)
+
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
         config = self.config
         change = self.gates.update(
-            torch.full_like(self.full, self.target(progress) / float(self.full.sum())),
+            1 - (1 - self.goal) * progress,
             tau,
             scales=config.gate_scales,
             unit=config.budget,
