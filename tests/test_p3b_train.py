@@ -419,23 +419,8 @@ def test_settings_go_through_a_dictionary():
     assert Config.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
-@pytest.mark.parametrize("name", p3b.recipes())
-def test_recipes_parse_and_run_two_steps(name):
-    recipe = Config.from_file(name)
-    short = {
-        "start_epoch": 0,
-        "sparse_epoch": 1,
-        "final_epoch": 1,
-        "finetune_epochs": 1,
-        "updates_per_epoch": 1,
-    }
-    quick = Config.from_dict(recipe.to_dict() | short | {"prune_ratio": 0.3})
-    result = p3b.prune(vit(), batches(2 * quick.accumulate), batches(1), quick)
-    assert len(result.history["epochs"]) == 2
-
-
 def test_recipe_that_does_not_exist(tmp_path):
-    with pytest.raises(ValueError, match="recipe must be a TOML file or one of digits, fashion, paper, got 'nothing'"):
+    with pytest.raises(ValueError, match=r"recipe must be a TOML file or one of .*paper.*, got 'nothing'"):
         Config.from_file("nothing")
     broken = tmp_path / "broken.toml"
     broken.write_text("lr = = 1")

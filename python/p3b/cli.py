@@ -40,7 +40,7 @@ from torch import nn
 import p3b_ext
 
 from . import checkpoint, reductions, train
-from .config import Config, recipes
+from .config import Config, read_recipe, recipes
 from .data import AUGMENTS, Data, check_files, create_data
 from .distributed import Processes, processes
 from .evaluate import evaluate, measure, tables
@@ -84,7 +84,19 @@ class Job:
     workers: int = 0
     """Processes that decode image files."""
     augment: str = "light"
-    """Augmentation of training images: none, light or strong (strong needs image files)."""
+    """Augmentation of training images: none, light (crop or shift, flip) or strong (RandAugment, random erasing)."""
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """Policy of strong augmentation, by timm's name; nothing leaves it out."""
+    color_jitter: float = 0.4
+    """Strength of colour jitter in strong augmentation (timm jitters only where auto_augment is empty)."""
+    re_prob: float = 0.25
+    """Probability of random erasing in strong augmentation."""
+    repeats: int = 1
+    """Repeated augmentation: how often each image of an epoch is drawn in a row; the epoch stays as long as it is."""
+    on_device: bool = True
+    """Keep an array set on the device and augment there in batches; no: timm's transforms and workers, as for files."""
+    crop_pct: float = 0.875
+    """Share of the resized image file that validation looks at (a centre crop, as 224 of 256 pixels)."""
     classes: list = dataclasses.field(default_factory=list)
     """Keep only these labels of an array set, as JSON: [5, 6, 7, 8, 9]."""
     val_share: float = 0.2
@@ -93,8 +105,10 @@ class Job:
     """Folder of the data sets that timm reads by name."""
     download: bool = False
     """Fetch a data set that timm reads by name."""
+    reader: dict = dataclasses.field(default_factory=dict)
+    """More for timm's create_dataset, as JSON: {"target_key": "fine_label", "val_split": "test"}."""
     num_classes: int = 0
-    """Number of classes, for streamed sets that do not say it; 0 asks the data."""
+    """Number of classes, for sets that do not say it; 0 asks the data."""
     reduction: str = ""
     """Token reduction that the model is pruned under and keeps: tome, ppt, evit or topk; nothing keeps all tokens."""
     reduction_settings: dict = dataclasses.field(default_factory=dict)
@@ -455,10 +469,17 @@ def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
         workers=job.workers,
         device=device,
         augment=job.augment,
+        auto_augment=job.auto_augment,
+        color_jitter=job.color_jitter,
+        re_prob=job.re_prob,
+        repeats=job.repeats,
+        on_device=job.on_device,
+        crop_pct=job.crop_pct,
         classes=job.classes or None,
         val_share=job.val_share,
         root=job.data_root or None,
         download=job.download,
+        reader=job.reader,
         num_classes=job.num_classes or None,
     )
     if os.path.isdir(job.model):
@@ -601,7 +622,7 @@ def _settings(options: argparse.Namespace, command: str) -> tuple[Job, Config, b
 
 def _read_config(path: str) -> dict[str, Any]:
     if path in recipes():
-        return Config.from_file(path).to_dict()
+        return read_recipe(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -239,12 +239,14 @@ class Config:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Config:
-        """A Config from a TOML file of plain keys, or from a shipped recipe by its name (see `recipes()`)."""
+        """A Config from a TOML file of plain keys, or from a shipped recipe by its name (see `recipes()`).
+
+        What a recipe says of model and data is for the command line; it is left out here.
+        """
         file = Path(path)
         if not file.is_file():
-            file = Path(__file__).parent / "recipes" / f"{path}.toml"
-        if not file.is_file():
-            raise ValueError(f"config: recipe must be a TOML file or one of {', '.join(recipes())}, got {str(path)!r}")
+            known = {field.name for field in dataclasses.fields(cls)}
+            return cls.from_dict({key: value for key, value in read_recipe(path).items() if key in known})
         try:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -256,6 +258,16 @@ class Config:
         return dataclasses.asdict(self)
 
 
+RECIPES = Path(__file__).parent / "recipes"
+
+
 def recipes() -> list[str]:
     """Names of the recipes that ship with p3b."""
-    return sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.toml"))
+    return sorted(file.stem for file in RECIPES.glob("*.toml"))
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """The keys of a shipped recipe: settings of a run, and of its model and data (`p3b prune --help` explains each)."""
+    if str(name) not in recipes():
+        raise ValueError(f"config: recipe must be a TOML file or one of {', '.join(recipes())}, got {str(name)!r}")
+    return tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
