@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `p3b demo | prune | finetune | evaluate | report | bench | visualize`.
+"""The command line: `p3b demo | prune | finetune | evaluate | report | bench | visualize | export`.
 
 Settings come from flags or from a TOML or JSON file (`--config`) with the same keys; flags win. Both end up
 in the same two dataclasses, `Job` (what to train on and where to) and `Config` (how), which check them. A
@@ -407,17 +407,9 @@ def _visualize(options: argparse.Namespace) -> None:
 
     _threads(options.threads)
     device = _device(options.device)
-    model, mean, std = _traced_model(options)
-    blocks = [_number("blocks", text, int) for text in _listed(options.blocks)] or None
-    found = reductions.reduction(
-        options.reduction,
-        model,
-        r=options.r,
-        keep_rate=options.keep_rate,
-        blocks=blocks,
-        score=options.score,
-        threshold=options.threshold,
-    )
+    model, meta = _model_and_meta(options)
+    mean, std = meta["data"]["mean"], meta["data"]["std"]
+    found = _reduction(options, model)
     with new_run_folder(options.output) as folder, _steps("visualize") as step:
         pictures = []
         for path in options.images:
@@ -437,25 +429,75 @@ def _visualize(options: argparse.Namespace) -> None:
     print(f"written to {options.output}: {', '.join(names)}")
 
 
-def _traced_model(options: argparse.Namespace) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
-    """The model of a run or of timm, and the mean and standard deviation of the colours that it expects."""
+def _reduction(options: argparse.Namespace, model: nn.Module) -> Any:
+    """The token reduction that --reduction and the flags beside it ask for."""
+    return reductions.reduction(
+        options.reduction,
+        model,
+        r=options.r,
+        keep_rate=options.keep_rate,
+        blocks=[_number("blocks", text, int) for text in _listed(options.blocks)] or None,
+        score=options.score,
+        threshold=options.threshold,
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .bench import calibration_batches
+    from .export import DTYPES, export, summary
+
+    _threads(options.threads)
+    for flag in ("r", "keep_rate", "blocks", "score", "threshold", "prune_share"):
+        if not options.reduction and getattr(options, flag) not in (None, ""):
+            raise ValueError(f"{flag}: flag must go with --reduction, got {getattr(options, flag)} without")
+    model, meta = _model_and_meta(options)
+    settings, data = meta["data"], None
+    if options.data:
+        given = {} if options.data == "run" else dict(source=options.data, root=options.data_root)
+        if not (given or "source" in settings):
+            raise ValueError(f"data: source must be images for a timm model, got {options.data!r}")
+        data = create_data(**(settings | given), workers=options.workers)
+    if options.reduction:
+        found = _reduction(options, model)
+        if data is None and isinstance(found, p3b_ext.PPT) and (options.prune_share or found.threshold is None):
+            raise ValueError("data: images must be given for a threshold to be found on, or --threshold, got neither")
+        reductions.apply(model, found, calibration_batches(data) if data else (), prune_share=options.prune_share)
+    known = {key: meta[key] for key in ("model", "class_names", "top1") if key in meta}
+    known |= {"mean": list(settings["mean"]), "std": list(settings["std"]), "interpolation": "bicubic"}
+    if "source" not in settings or os.path.isdir(settings["source"]):  # arrays are resized whole
+        known["crop_pct"] = settings["crop_pct"]
+    with _steps("export") as step:
+        found = export(
+            model,
+            options.output,
+            format=options.format,
+            batch=options.batch,
+            dtype=DTYPES[options.dtype],
+            images=None if data is None else (images for images, _ in data.val),
+            meta=known,
+            step=lambda text: step(text, 4),
+        )
+    print(summary(Path(options.output), found))
+
+
+def _model_and_meta(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a run folder or of timm, and what is known about it: "data" (settings), "class_names", ..."""
     import timm
 
     if os.path.isdir(options.model):
         for name in ("checkpoint", "img_size"):
             if getattr(options, name):
                 raise ValueError(f"{name}: flag must be left out for the folder of a run, got {getattr(options, name)}")
-        model, meta = load_run(options.model)
-        return model, meta["data"]["mean"], meta["data"]["std"]
+        return load_run(options.model)
     check_model_name(options.model)
     normal = timm.get_pretrained_cfg(options.model)
-    job = Job(model=options.model, pretrained=options.pretrained, checkpoint=options.checkpoint)
     size = options.img_size or normal.input_size[1:]
-    return (
-        create_model(job, SimpleNamespace(num_classes=normal.num_classes, in_chans=3, img_size=size)),
-        normal.mean,
-        normal.std,
-    )
+    job = Job(model=options.model, pretrained=options.pretrained, checkpoint=options.checkpoint)
+    model = create_model(job, SimpleNamespace(num_classes=normal.num_classes, in_chans=3, img_size=size))
+    subset = timm.data.infer_imagenet_subset(model)
+    names = timm.data.ImageNetInfo(subset).label_descriptions() if subset else []
+    data = {"img_size": size, "mean": normal.mean, "std": normal.std, "crop_pct": normal.crop_pct}
+    return model, {"model": options.model, "class_names": names, "data": data}
 
 
 def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
@@ -811,26 +853,55 @@ def _parser() -> argparse.ArgumentParser:
     visualize.add_argument(
         "--reduction", default="tome", metavar="NAME", help="tome, ppt, evit or topk (default: tome)"
     )
-    visualize.add_argument("--r", type=int, metavar="N", help="tokens to lose in a block (tome, ppt)")
-    visualize.add_argument(
-        "--keep-rate", type=float, metavar="X", help="share of the tokens that stay in a block (evit, topk)"
+
+    export = command(
+        "export",
+        _export,
+        "write a model as one ONNX or .pt2 file that needs neither p3b nor timm, and check it in other runtimes",
+        "p3b export runs/photos --reduction tome --output photos.onnx",
     )
-    visualize.add_argument("--blocks", default="", metavar="LIST", help="blocks that lose tokens, as 3,6,9")
-    visualize.add_argument(
-        "--score", metavar="NAME", help="what ranks tokens (ppt, topk): cls_value, entropy_value, cls, ..."
+    export.add_argument("model", metavar="FOLDER|MODEL", help="folder of a run, or a timm name")
+    export.add_argument("--output", required=True, metavar="FILE", help="new file, ending in .onnx or .pt2")
+    export.add_argument("--format", choices=("onnx", "pt2"), help="default: by the ending of the file")
+    sizes = export.add_mutually_exclusive_group()
+    sizes.add_argument("--batch", type=int, metavar="N", help="the one number of images that the file takes")
+    sizes.add_argument("--dynamic-batch", action="store_true", help="the file takes any number of images (default)")
+    export.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and images"
     )
-    visualize.add_argument(
-        "--threshold", type=float, metavar="X", help="variance of scores from which on ppt prunes an image"
+    export.add_argument("--data", metavar="SOURCE", help="images to check the file on as well; run: the run's own")
+    export.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")
+    export.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode image files")
+    export.add_argument(
+        "--reduction", default="", metavar="NAME", help="lose tokens on the way: tome, ppt, evit or topk"
     )
-    visualize.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="timm's weights")
-    visualize.add_argument("--checkpoint", default="", metavar="FILE", help="these weights for a timm model instead")
-    visualize.add_argument("--img-size", type=int, default=0, metavar="N", help="edge in pixels, for a timm name")
-    for sub in (bench, visualize):
+    for sub in (visualize, export):
+        _add_reduction_flags(sub)
+    for sub in (bench, visualize, export):
         sub.add_argument(
             "--prune-share", type=float, metavar="X", help="find ppt's threshold so that it prunes this share"
         )
+    for sub in (bench, visualize):
         sub.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:1, ...")
     return parser
+
+
+def _add_reduction_flags(parser: argparse.ArgumentParser) -> None:
+    """The settings of --reduction, and where a timm model comes from."""
+    parser.add_argument("--r", type=int, metavar="N", help="tokens to lose in a block (tome, ppt)")
+    parser.add_argument(
+        "--keep-rate", type=float, metavar="X", help="share of the tokens that stay in a block (evit, topk)"
+    )
+    parser.add_argument("--blocks", default="", metavar="LIST", help="blocks that lose tokens, as 3,6,9")
+    parser.add_argument(
+        "--score", metavar="NAME", help="what ranks tokens (ppt, topk): cls_value, entropy_value, cls, ..."
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="X", help="variance of scores from which on ppt prunes an image"
+    )
+    parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="timm's weights")
+    parser.add_argument("--checkpoint", default="", metavar="FILE", help="these weights for a timm model instead")
+    parser.add_argument("--img-size", type=int, default=0, metavar="N", help="edge in pixels, for a timm name")
 
 
 class Progress:

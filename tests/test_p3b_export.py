@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""Files that run without this software: `.pt2` and ONNX of whole, pruned and token-reduced models, and their checks."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from vits import family, images
+
+from p3b import checkpoint, cli, export
+from p3b.architecture import describe
+from p3b.cli import main
+from p3b.surgery import cut
+from p3b_ext import PPT, EViT, ToMe, TopK, patch
+
+missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+needs_onnx = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+SMALL = {"img_size": 32, "embed_dim": 24, "depth": 2}
+REDUCTIONS = {
+    "dense": None,
+    "tome": ToMe(3),
+    "tome every third": ToMe(3, source=3),
+    "ppt": PPT(r=3, blocks=(0, 1), threshold=2e-3),
+    "evit": EViT(keep_rate=0.6, blocks=(0, 1)),
+    "topk by entropy": TopK(keep_rate=0.6, blocks=(0,), score="entropy_value"),
+}
+RUNTIME = {"pt2": "torch.export", "onnx": "onnxruntime"}
+ONNX_RUNTIMES = [name for name in export.READERS["onnx"] if importlib.util.find_spec(name) is not None]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pruned(name="deit", **options):
+    """A model whose halves keep some channels, one half nothing but a constant."""
+    model = family(name, **(SMALL | options))
+    generator = torch.Generator().manual_seed(0)
+
+    def some(width, count):
+        return torch.randperm(width, generator=generator)[:count].sort().values.tolist()
+
+    width = model.embed_dim
+    kept = {
+        f"blocks.{i}.{half}": {"in": some(width, 15), "out": some(width, 11), "inner": some(inner, inner // 2)}
+        for i, block in enumerate(model.blocks)
+        for half, inner in (("attn", block.attn.head_dim), ("mlp", block.mlp.fc1.out_features))
+    }
+    kept["blocks.1.mlp"]["inner"] = []
+    cut(model, kept)
+    return patch(model)
+
+
+def small(reduction=None, name="deit", **options):
+    return patch(family(name, **(SMALL | options)), reduction)
+
+
+def pixels(batch, seed=3):
+    return images(batch, 32, seed)
+
+
+@pytest.mark.parametrize("name", ["dense", "ppt", "evit"])
+def test_pt2_holds_pytorchs_operators_and_takes_any_batch(name, tmp_path):
+    model = small(REDUCTIONS[name])
+    found = export.export(model, tmp_path / "model.pt2")
+    assert found["checks"]["torch.export"]["random"]["relative"] < 1e-4
+    program = torch.export.load(tmp_path / "model.pt2")
+    used = export.operators(program)
+    assert "aten.linear.default" in used and all(each.startswith("aten.") for each in used)
+    assert "aten.logsumexp.default" not in used and "aten.scaled_dot_product_attention.default" in used
+    assert not any("stack_trace" in node.meta for node in program.graph.nodes)
+    module = program.module()
+    with torch.no_grad():
+        for batch in (1, 2, 7):
+            torch.testing.assert_close(module(pixels(batch)), model(pixels(batch)), atol=1e-4, rtol=1e-4)
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["dense", "tome", "tome every third", "ppt", "topk by entropy"])
+def test_onnx_takes_any_batch_in_standard_operators(name, tmp_path):
+    import onnx
+
+    model, path = small(REDUCTIONS[name]), tmp_path / "model.onnx"
+    found = export.export(model, path)
+    proto = onnx.load(path)
+    assert {node.domain for node in proto.graph.node} <= {"", "ai.onnx"} and not proto.functions
+    assert not any(node.metadata_props or node.doc_string for node in proto.graph.node)  # paths of source files
+    shapes = [
+        [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*proto.graph.input, *proto.graph.output)
+    ]
+    assert shapes == [["batch", 3, 32, 32], ["batch", 10]]
+    for runtime in ONNX_RUNTIMES:
+        assert found["checks"][runtime]["random"]["relative"] < 1e-4
+        run = export.READERS["onnx"][runtime](path, 1)
+        with torch.no_grad():
+            for batch in (1, 3):
+                torch.testing.assert_close(run(pixels(batch)), model(pixels(batch)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("distilled", "pt2"),
+        ("registers_dinov2", "pt2"),
+        pytest.param("gap_final_norm", "onnx", marks=needs_onnx),
+        pytest.param("qk_norm_scale_norm", "onnx", marks=needs_onnx),
+    ],
+)
+def test_families(name, format, tmp_path):
+    checks = export.export(small(ToMe(3), name), tmp_path / f"model.{format}", batch=2)["checks"]
+    assert checks[RUNTIME[format]]["random"]["relative"] < 1e-4
+
+
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=needs_onnx)])
+def test_pruned_models(format, tmp_path):
+    model = patch(pruned(), REDUCTIONS["ppt"] if format == "onnx" else None)
+    checks = export.export(model, tmp_path / f"model.{format}")["checks"]
+    assert checks[RUNTIME[format]]["random"]["relative"] < 1e-4
+
+
+@needs_onnx
+def test_ties_go_to_the_lower_index_in_every_runtime(tmp_path):
+    class Sort(torch.nn.Module):
+        def forward(self, x):
+            orders = [x.argsort(dim=-1, descending=down, stable=True) for down in (False, True)]
+            orders += [(x > 0).to(torch.int32).argsort(dim=-1, descending=down, stable=True) for down in (False, True)]
+            return torch.stack(orders, 1).to(x.dtype)
+
+    x = torch.randint(-2, 3, (3, 50), generator=torch.Generator().manual_seed(0)).float()
+    x[0, ::3] = -torch.inf
+    program = torch.export.export(Sort(), (x,))
+    proto, path = export.to_onnx(program), tmp_path / "sort.onnx"
+    path.write_bytes(proto.SerializeToString())
+    for runtime in ONNX_RUNTIMES:
+        assert torch.equal(export.READERS["onnx"][runtime](path, 1)(x), Sort()(x)), runtime
+
+
+def test_half_precision(tmp_path):
+    found = export.export(small(), tmp_path / "model.pt2", dtype=torch.bfloat16)
+    assert "bfloat16" in found["input"]
+    with torch.no_grad():
+        assert export.pt2_run(tmp_path / "model.pt2", 1)(pixels(2).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=needs_onnx)])
+def test_the_file_describes_itself(format, tmp_path):
+    model, path = small(ToMe(3)), tmp_path / f"model.{format}"
+    meta = {"class_names": ["été", "b"], "mean": [0.5] * 3, "std": [0.25] * 3}
+    found = export.export(model, path, batch=2, images=[pixels(5), pixels(2)], meta=meta)
+    assert found == export.read_metadata(path)
+    assert {key: found[key] for key in meta} == meta
+    assert found["size"] == [3, 32, 32] and found["input"].startswith("images [2, 3, 32, 32], float32")
+    assert found["reduction"]["name"] == "ToMe" and found["reduction"]["r"] == 3
+    assert found["tokens_after_block"] == [14, 11]
+    assert found["params"] == sum(p.numel() for p in model.parameters())
+    runtime = RUNTIME[format]
+    assert found["checks"][runtime]["data"]["images"] == 6  # 7 make three batches of 2
+    text = export.summary(path, found)
+    assert f"{runtime}: largest difference of a logit" in text and "6 data images" in text
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    def wrong(path, threads, dtype):
+        run = export.pt2_run(path, threads, dtype)
+        return lambda x: run(x) + 0.1
+
+    monkeypatch.setitem(export.READERS["pt2"], "torch.export", wrong)
+    with pytest.raises(ValueError, match=r"export: torch\.export must give the model's logits within 0\.001"):
+        export.export(small(), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_onnx
+def test_a_runtime_that_cannot_read_the_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        export, "READERS", {"onnx": {"onnxruntime": export.onnxruntime_run, "no_such_runtime": export.onnxruntime_run}}
+    )
+    found = export.export(small(), tmp_path / "model.onnx", dtype=torch.bfloat16)["checks"]
+    assert "bfloat16" in found["onnxruntime"]["not_checked"]
+    assert "not installed" in found["no_such_runtime"]["not_checked"]
+    assert "not checked" in export.summary(tmp_path / "model.onnx", export.read_metadata(tmp_path / "model.onnx"))
+
+
+def test_bad_input(tmp_path, monkeypatch):
+    model, path = small(), tmp_path / "model.pt2"
+    for batch in (0, -1, True, 2.0):
+        with pytest.raises(ValueError, match="export: batch must be 1 or more"):
+            export.export(model, path, batch=batch)
+    with pytest.raises(ValueError, match="export: dtype must be one of float32"):
+        export.export(model, path, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"output: file must end in \.onnx or \.pt2"):
+        export.export(model, tmp_path / "model.bin")
+    with pytest.raises(ValueError, match=r"output: file must end in \.onnx for format onnx"):
+        export.export(model, path, format="onnx")
+    with pytest.raises(ValueError, match="export: meta must be plain JSON values"):
+        export.export(model, path, meta={"mean": torch.ones(3)})
+    with pytest.raises(ValueError, match="export: images must fill a batch of 4, got fewer"):
+        export.export(model, path, batch=4, images=[pixels(2)])
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="output: file must be new"):
+        export.export(model, path)
+    assert path.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"export: onnx must be installed, got none; pip install 'p3b_ext\[export\]'"):
+        export.export(model, tmp_path / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder of a pruned model of two classes on an array set."""
+    folder = tmp_path_factory.mktemp("export")
+    rng = np.random.default_rng(0)
+    labels = np.arange(16) % 2
+    arrays = rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "two.npz", x_train=arrays, y_train=labels, x_test=arrays, y_test=labels)
+    data = {"source": str(folder / "two.npz"), "img_size": [32, 32], "batch_size": 8, "crop_pct": 0.875}
+    data |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    model = pruned(num_classes=2)
+    model.p3b_description = describe(family("deit", **SMALL, num_classes=2))
+    checkpoint.save(model, folder / "run", meta={"data": data, "class_names": ["hen", "owl"], "top1": 50.0})
+    return folder / "run"
+
+
+def test_the_command_writes_a_runs_model(run, tmp_path, capsys):
+    path = tmp_path / "new" / "two.pt2"
+    flags = ["--reduction", "ppt", "--blocks", "0", "--prune-share", "0.5", "--data", "run", "--output", path]
+    assert main([str(each) for each in ["export", run, *flags]]) == 0
+    out = capsys.readouterr().out
+    assert "same first class" in out and "(16 data images)" in out and f"written to {path}" in out
+    found = export.read_metadata(path)
+    assert found["class_names"] == ["hen", "owl"] and found["mean"] == [0.5] * 3 and found["reduction"]["name"] == "PPT"
+    assert "crop_pct" not in found  # arrays are resized whole
+    assert json.dumps(found["reduction"]["threshold"])
+
+
+def test_the_command_names_mistakes(run, tmp_path, capsys):
+    def fails(*flags):
+        assert main([str(each) for each in ["export", *flags]]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("p3b export: ") and error.count("\n") == 1
+        return error
+
+    path = tmp_path / "model.pt2"
+    assert "flag must go with --reduction" in fails(run, "--r", 3, "--output", path)
+    assert "batch must be 1 or more" in fails(run, "--batch", 0, "--output", path)
+    assert "not allowed with" in fails(run, "--batch", 2, "--dynamic-batch", "--output", path)
+    assert "images must be given" in fails(run, "--reduction", "ppt", "--prune-share", 0.5, "--output", path)
+    assert "name must be one of" in fails(run, "--reduction", "tomme", "--output", path)
+    assert "name must be one that timm knows" in fails("no_such_model", "--output", path)
+    flags = ["vit_tiny_patch16_224", "--no-pretrained", "--data", "run", "--output", path]
+    assert "source must be images" in fails(*flags)
+    assert not path.exists()
+
+
+def test_what_is_known_about_a_timm_model():
+    flags = ["export", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--output", "tiny.onnx"]
+    model, meta = cli._model_and_meta(cli._parser().parse_args(flags))
+    assert model.patch_embed.img_size == (32, 32)
+    assert len(meta["class_names"]) == 1000 and meta["class_names"][0].startswith("tench")
+    assert meta["data"]["mean"] == (0.5,) * 3 and meta["data"]["crop_pct"] == 0.9
