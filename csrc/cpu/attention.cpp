@@ -202,12 +202,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const char* op, const
 
   if (aux & kValueNorm) {
     A* norm = static_cast<A*>(value_norm.data_ptr());
-    for (int64_t b = 0; b < s.B; b++)
-      for (int64_t n = 0; n < s.N; n++) {
-        A sum = 0;
-        for (int64_t h = 0; h < s.H; h++) sum += squares[static_cast<size_t>((b * s.H + h) * s.N + n)];
-        norm[b * s.N + n] = std::sqrt(sum);
-      }
+    std::fill(norm, norm + s.B * s.N, A(0));
+    for (int64_t head = 0; head < s.B * s.H; head++) {
+      A* row = norm + head / s.H * s.N;
+      for (int64_t n = 0; n < s.N; n++) row[n] += squares[static_cast<size_t>(head * s.N + n)];
+    }
+    for (int64_t i = 0; i < s.B * s.N; i++) norm[i] = std::sqrt(norm[i]);
   }
   return {out, lse, cls_attention, entropy, value_norm};
 }
