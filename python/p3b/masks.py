@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From scores to masks: ranks inside a gate, a sub-block or the whole model, and how many of the lowest to prune.
 
 Pure functions on the host. Elements lie in flat tensors `[G]` in the order of the sub-blocks' `slices()`.

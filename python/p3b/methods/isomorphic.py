@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Isomorphic: scores are compared only between structures of the same kind (Fang et al., ECCV 2024)."""
 
 from __future__ import annotations

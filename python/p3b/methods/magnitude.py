@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Magnitude: elements with small weights go first, L1 and L2."""
 
 from __future__ import annotations

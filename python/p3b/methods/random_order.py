@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Random: what any method has to beat."""
 
 from __future__ import annotations

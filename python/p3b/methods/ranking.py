@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the methods share that compare elements over the whole model."""
 
 from __future__ import annotations

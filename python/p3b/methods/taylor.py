@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Global Taylor: elements whose removal would change the loss least go first (Molchanov et al. 2019)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Uniform: every sub-block keeps the same share; P3B without its measure of blocks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """VTP: the gates themselves are learned under an l1 penalty (Zhu et al. 2021, Vision Transformer Pruning)."""
 
 from __future__ import annotations
