@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Files that run without this software: `.pt2` and ONNX of whole, pruned and token-reduced models, and their checks."""
 
+import functools
 import importlib.util
 import json
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from vits import family, images
 
-from p3b import checkpoint, cli, export
+from p3b import checkpoint, cli, costs, export
 from p3b.architecture import describe
 from p3b.cli import main
+from p3b.costs import Deployed
 from p3b.surgery import cut
 from p3b_ext import PPT, EViT, ToMe, TopK, patch
 
@@ -258,6 +260,60 @@ def test_the_command_names_mistakes(run, tmp_path, capsys):
     flags = ["vit_tiny_patch16_224", "--no-pretrained", "--data", "run", "--output", path]
     assert "source must be images" in fails(*flags)
     assert not path.exists()
+
+
+@needs_onnx
+def test_bench_runs_the_models_in_other_runtimes(run, tmp_path, capsys):
+    out = tmp_path / "bench"
+    flags = "--runtimes onnxruntime --reductions topk --data run --batch-size 6 --repeats 1 --device cpu --threads 1"
+    assert main(["bench", str(run), *flags.split(), "--output", str(out)]) == 0
+    assert "onnxruntime 1" in capsys.readouterr().out  # its version
+    rows = {row["name"]: row for row in json.loads((out / "bench.json").read_text())["rows"]}
+    assert len(rows) == 8
+    for name in ("pruned", "pruned + TopK 0.70"):
+        elsewhere = rows[f"{name} + onnxruntime"]
+        assert elsewhere["peak_memory"] is None and elsewhere["images_per_second"] > 0
+        assert [elsewhere[key] for key in ("top1", "params", "macs")] == [
+            rows[name][key] for key in ("top1", "params", "macs")
+        ]
+    assert rows["dense + onnxruntime"]["top1"] is None
+    assert "| pruned + onnxruntime" in (out / "bench.md").read_text() and (out / "bench.png").stat().st_size > 0
+
+
+def test_bench_names_runtimes_that_it_cannot_have(run, capsys, monkeypatch):
+    def fails(*flags):
+        assert main(["bench", str(run), "--device", "cpu", *flags]) == 2
+        return capsys.readouterr().err
+
+    assert "names must be of onnxruntime, openvino, compile, got 'tensorrt'" in fails("--runtimes", "tensorrt")
+    error = fails("--runtimes", "onnxruntime", "--dtype", "bfloat16")
+    assert "dtype must be float32 for onnxruntime, got bfloat16" in error
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "openvino must be installed, got none; pip install 'p3b_ext[openvino]'" in fails("--runtimes", "openvino")
+
+
+def test_another_runtime_takes_batches_of_one_size():
+    sizes = []
+
+    def run(x):
+        sizes.append(len(x))
+        return x.flatten(1).sum(1, keepdim=True)
+
+    model = small()
+    x = pixels(10)
+    torch.testing.assert_close(Deployed(model, run, 4)(x), x.flatten(1).sum(1, keepdim=True))
+    assert sizes == [4, 4, 4]
+    assert costs.count_params(Deployed(model, run, 4)) == costs.count_params(model)
+    assert costs.count_macs(Deployed(model, run, 4), x.shape[1:]) == costs.count_macs(model, x.shape[1:]) > 0
+
+
+def test_torch_compile_is_a_runtime(monkeypatch):
+    # inductor takes half a minute to make C++ of it
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model = small(depth=1)
+    deployed = export.deploy(model, ["compile"], pixels(2))["compile"]
+    with torch.inference_mode():
+        torch.testing.assert_close(deployed(pixels(3)), model(pixels(3)), atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_known_about_a_timm_model():

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import p3b_ext
 
-from . import reductions
+from . import export, reductions
 from .architecture import build
 from .data import Data, create_data
-from .evaluate import Row, measure, metrics, tables
+from .evaluate import Row, first_images, measure, metrics, tables
 from .files import write_atomically
 from .report import new_figure, write_json
 from .run import load_run
@@ -44,6 +44,8 @@ class Comparison:
     """Row name -> the reduction of that row, with its settings."""
     tokens: dict[str, list[int]]
     """Row name -> tokens behind each block."""
+    runtimes: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Row name -> the row that it repeats in another runtime."""
 
 
 def compare(
@@ -57,6 +59,7 @@ def compare(
     prune_share: float | None = None,
     calibration: Sequence[Tensor] | None = None,
     unscored: Sequence[str] = (),
+    runtimes: Sequence[str] = (),
     step: Callable[[str, int], None] | None = None,
 ) -> Comparison:
     """Every model as timm runs it and with p3b_ext's attention, and the last one with each token reduction.
@@ -64,7 +67,9 @@ def compare(
     names: of `reductions.NAMES`; "dense" adds nothing. macs_ratios: bring each reduction to these shares of its model's
     multiplications, in place of the published settings. loader: (images, labels) batches; prune_share and calibration:
     share of images that PPT prunes, and batches to find its threshold on (default: the first batch of the loader).
-    unscored: models whose accuracy means nothing. step: called with what is being done and the number of steps in all.
+    unscored: models whose accuracy means nothing. runtimes: of `export.RUNTIMES`; every model, and every reduction
+    (except by "compile"), runs in these as well: the same batch, as many threads, in turn with the others. step: called
+    with what is being done and the number of steps in all.
     The models share their weights.
     """
     if calibration is None:
@@ -84,12 +89,22 @@ def compare(
             found[title] = reductions.apply(twins[title], chosen, calibration, prune_share=prune_share)
             if base_name in unscored:
                 unscored.append(title)
-    every = {**models, **twins}
-    total = len(every) + 3 + repeats
-    report = None if step is None else lambda text: step(text, total)
+    every: dict[str, nn.Module] = {**models, **twins}
+    repeated = {name: every[name] for name in (*models, *found)} if runtimes else {}
+    total = len(every) + len(repeated) * (1 + len(runtimes)) + 3 + repeats
+    report = (lambda text: None) if step is None else lambda text: step(text, total)
+    elsewhere = {}
+    images = first_images(loader, batch_size, base)
+    for name, model in repeated.items():
+        report(f"deploy {name}")
+        wanted = [runtime for runtime in runtimes if runtime != "compile" or name in models]
+        for runtime, deployed in export.deploy(model, wanted, images).items():
+            title = f"{name} + {'torch.compile' if runtime == 'compile' else runtime}"
+            every[title], elsewhere[title] = deployed, name
+    unscored = [*unscored, *(title for title, name in elsewhere.items() if name in unscored)]
     rows = measure(every, loader, batch_size=batch_size, repeats=repeats, unscored=unscored, step=report)
     tokens = {name: [after for _, after in p3b_ext.token_counts(twins[name])] for name in found}
-    return Comparison(rows, found, tokens)
+    return Comparison(rows, found, tokens, elsewhere)
 
 
 def models_and_data(
@@ -171,19 +186,21 @@ def draw(found: Comparison) -> Any:
     families: dict[str, list[Row]] = {}
     for row in found.rows:
         if not scored or row.top1 is not None:
-            kind = row.name.split(" + ")[0]
-            if row.name in found.reductions:
-                kind = type(found.reductions[row.name]).__name__
+            kind = _kind(found, row.name)
             families.setdefault(kind, []).append(row)
     below = itertools.cycle((False, True))  # so that fewer labels of neighbours cover each other
     for kind, rows in families.items():
-        color, marker = STYLES[kind]
+        base, _, runtime = kind.partition(" + ")
+        color, marker = STYLES[base]
         rows = sorted(rows, key=lambda row: row.macs)
         points = [(row.images_per_second, row.top1 if scored else row.macs / 1e9) for row in rows]
-        line = ":" if kind in (DENSE, "pruned") else "-"
-        axis.plot(*zip(*points, strict=True), color=color, marker=marker, ms=7, lw=1.2, ls=line, label=kind)
+        line = ":" if base in (DENSE, "pruned") else "-"
+        fill = "white" if runtime else color  # hollow: another runtime, named beside the point
+        label = None if runtime else kind
+        axis.plot(*zip(*points, strict=True), color=color, marker=marker, mfc=fill, ms=7, lw=1.2, ls=line, label=label)
         for row, point in zip(rows, points, strict=True):
-            text = row.name.removeprefix("pruned + ") if row.name in found.reductions else row.name
+            reduced = found.runtimes.get(row.name, row.name) in found.reductions
+            text = row.name.removeprefix("pruned + ") if reduced else row.name
             offset = (6, -11 if next(below) else 5)
             axis.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=7, color=color)
     axis.margins(x=0.16, y=0.12)
@@ -191,6 +208,14 @@ def draw(found: Comparison) -> Any:
     axis.set_ylabel("top-1 (%)" if scored else "GMACs of one image", fontsize=9)
     axis.legend(fontsize=8, frameon=False)
     return figure
+
+
+def _kind(found: Comparison, name: str) -> str:
+    """What rows of one line in the plot have in common: the model or reduction, and the runtime."""
+    if name in found.runtimes:
+        base = found.runtimes[name]
+        return f"{_kind(found, base)} + {name.removeprefix(base + ' + ')}"
+    return type(found.reductions[name]).__name__ if name in found.reductions else name.split(" + ")[0]
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -320,12 +321,15 @@ def _report(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     from . import bench
+    from .export import check_runtimes
 
     _threads(options.threads)
     device, dtype = _device(options.device), bench.DTYPES[options.dtype]
     for name in ("batch_size", "repeats"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}: number must be 1 or more, got {getattr(options, name)}")
+    runtimes = _listed(options.runtimes)
+    check_runtimes(runtimes, device, dtype)
     models, data, unscored = bench.models_and_data(
         options.model,
         options.data,
@@ -358,9 +362,12 @@ def _bench(options: argparse.Namespace) -> None:
             prune_share=options.prune_share,
             calibration=calibration,
             unscored=unscored,
+            runtimes=runtimes,
             step=step,
         )
         how = conditions((options.batch_size, *size), device, dtype)
+        others = [f"{name} {importlib.metadata.version(name)}" for name in runtimes if name != "compile"]
+        how += f" {', '.join(others)}, as many threads." if others else ""
         if data is not None:
             how += f" Accuracy: {data.description}."
         if folder is not None:
@@ -409,7 +416,7 @@ def _visualize(options: argparse.Namespace) -> None:
     device = _device(options.device)
     model, meta = _model_and_meta(options)
     mean, std = meta["data"]["mean"], meta["data"]["std"]
-    found = _reduction(options, model)
+    found = _asked_reduction(options, model)
     with new_run_folder(options.output) as folder, _steps("visualize") as step:
         pictures = []
         for path in options.images:
@@ -429,7 +436,7 @@ def _visualize(options: argparse.Namespace) -> None:
     print(f"written to {options.output}: {', '.join(names)}")
 
 
-def _reduction(options: argparse.Namespace, model: nn.Module) -> Any:
+def _asked_reduction(options: argparse.Namespace, model: nn.Module) -> Any:
     """The token reduction that --reduction and the flags beside it ask for."""
     return reductions.reduction(
         options.reduction,
@@ -458,7 +465,7 @@ def _export(options: argparse.Namespace) -> None:
             raise ValueError(f"data: source must be images for a timm model, got {options.data!r}")
         data = create_data(**(settings | given), workers=options.workers)
     if options.reduction:
-        found = _reduction(options, model)
+        found = _asked_reduction(options, model)
         if data is None and isinstance(found, p3b_ext.PPT) and (options.prune_share or found.threshold is None):
             raise ValueError("data: images must be given for a threshold to be found on, or --threshold, got neither")
         reductions.apply(model, found, calibration_batches(data) if data else (), prune_share=options.prune_share)
@@ -809,6 +816,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="bring every reduction to these shares of the model's multiplications, as 0.8,0.65,0.5, in place of the "
         "published settings",
+    )
+    bench.add_argument(
+        "--runtimes",
+        default="",
+        metavar="LIST",
+        help="time the models also in these: onnxruntime,openvino,compile (torch.compile)",
     )
     bench.add_argument("--data", metavar="SOURCE", help="images to measure accuracy on; run: the run's own")
     bench.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")

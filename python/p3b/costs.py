@@ -17,6 +17,26 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+class Deployed(nn.Module):
+    """A model as something else than PyTorch runs it, called like the model; its parameters and MACs are the model's.
+
+    run: from images [B, C, H, W] of exactly `batch` images to logits. Fewer are filled up, more are divided.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[Tensor], Tensor], batch: int) -> None:
+        super().__init__()
+        self.model, self.run, self.batch = model, run, batch
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) == self.batch:
+            return self.run(images)
+        logits = []
+        for part in images.split(self.batch):
+            filler = part[:1].expand(self.batch - len(part), *part.shape[1:])
+            logits.append(self.run(torch.cat([part, filler]))[: len(part)])
+        return torch.cat(logits)
+
+
 def count_params(model: nn.Module) -> int:
     """Parameters of a model, each shared tensor once: sum(p.numel() for p in model.parameters())."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -31,7 +51,8 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
     tokens are left out, as in the usual formula N0 3 P^2 D + sum over blocks (3 n D^2 + 2 n^2 D + n D^2 + 2
     h n D^2) + D K (DeiT-S at 224: 4.599 G).
     """
-    copied = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    counted = model.model if isinstance(model, Deployed) else model
+    copied = copy.deepcopy(counted).to("cpu", torch.float32).eval()
     counter = _MacCounter()
     # Not inference_mode: there composite operators (conv2d, linear) reach the counter whole, under other
     # names.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .costs import count_macs, count_params, peak_memory, throughput
+from .costs import Deployed, count_macs, count_params, peak_memory, throughput
 
 HEADINGS = ("model", "top-1 %", "params M", "GMACs", "peak MiB", "images/s")
 RELATIVE_HEADINGS = ("against {}", "accuracy improvement", "parameter reduction", "FLOPs reduction")
@@ -58,8 +58,8 @@ class Row:
     """Parameters."""
     macs: int
     """Multiply-accumulates of one image."""
-    peak_memory: int
-    """Peak bytes of one forward pass of the timed batch (costs.peak_memory)."""
+    peak_memory: int | None
+    """Peak bytes of one forward pass of the timed batch (costs.peak_memory); None where PyTorch does not see them."""
     images_per_second: float
     """Median throughput of the timed batch (costs.throughput)."""
 
@@ -78,14 +78,15 @@ def measure(
     The models are timed interleaved, on one batch of `batch_size` images. `step` is called with what is being done,
     before each of the 3 + repeats timed rounds and for each model.
     """
-    images = _first_images(loader, batch_size, next(iter(models.values())))
+    images = first_images(loader, batch_size, next(iter(models.values())))
     rates = throughput(models, images, repeats=repeats, step=step)
     rows = []
     for name, model in models.items():
         if step is not None:
             step(name)
         top1 = None if name in unscored else evaluate(model, loader)["top1"]
-        macs, peak = count_macs(model, images.shape[1:]), peak_memory(model, images)
+        macs = count_macs(model, images.shape[1:])
+        peak = None if isinstance(model, Deployed) else peak_memory(model, images)
         rows.append(Row(name, top1, count_params(model), macs, peak, rates[name]))
     return rows
 
@@ -121,7 +122,7 @@ def tables(rows: Sequence[Row], *, markdown: bool = False) -> str:
             "–" if row.top1 is None else f"{row.top1:.2f}",
             f"{row.params / 1e6:.3f}",
             f"{row.macs / 1e9:.4f}",
-            f"{row.peak_memory / 2**20:.1f}",
+            "–" if row.peak_memory is None else f"{row.peak_memory / 2**20:.1f}",
             f"{row.images_per_second:.0f}",
         )
         for row in rows
@@ -154,7 +155,7 @@ def _table(headings: Sequence[str], lines: Sequence[Sequence[str]], markdown: bo
     return "\n".join([line(headings), rule, *(line(cells) for cells in lines)])
 
 
-def _first_images(loader: Iterable[tuple[Tensor, Tensor]], count: int, model: nn.Module) -> Tensor:
+def first_images(loader: Iterable[tuple[Tensor, Tensor]], count: int, model: nn.Module) -> Tensor:
     """`count` images of the loader on the model's device, repeated where it has fewer."""
     parameter = next(model.parameters())
     batches, have = [], 0

@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 import p3b_ext
 from p3b_ext.reduced import RECORD
 
-from .costs import count_macs, count_params
+from .costs import Deployed, count_macs, count_params
 from .files import write_atomically
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
@@ -38,7 +39,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 METADATA = "p3b.json"  # among the extra files of a .pt2; an .onnx has the same keys in its own metadata
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 LARGEST_ONNX = 2**31 - 1  # bytes of one protobuf message
-EXTRA = "pip install 'p3b_ext[export]'"
 # Of the logits, relative to the largest: half of the images must be closer. A token that rounding sends another way
 # may cost a single image more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -270,7 +270,7 @@ def check(
         if step is not None:
             step(f"check with {runtime}")
         if runtime != "torch.export" and importlib.util.find_spec(runtime) is None:
-            found[runtime] = {"not_checked": f"not installed; {EXTRA}"}
+            found[runtime] = {"not_checked": "not installed"}
             continue
         try:
             run = load(path, torch.get_num_threads(), parameter.dtype)
@@ -361,13 +361,71 @@ def compiled_run(model: nn.Module, images: Tensor) -> Run:
     function = torch.compile(model, dynamic=False)
 
     def run(images: Tensor) -> Tensor:
-        with torch.no_grad(), config.patch(freezing=True):  # in inference mode it would compile anew
+        with torch.inference_mode():  # always, or it would compile twice
             return function(images)
 
-    run(images)
+    with config.patch(freezing=True), _quiet():
+        run(images)
     return run
 
 
+def deploy(model: VisionTransformer, runtimes: Iterable[str], images: Tensor) -> dict[str, Deployed]:
+    """A model as each of `runtimes` ("onnxruntime", "openvino", "compile") runs it, called like the model.
+
+    The model is put in eval mode. images [B, C, H, W]: the batch that the others are made for, in the model's dtype.
+    They get as many threads as PyTorch has. bfloat16: openvino computes in it, from a float32 file.
+
+    Raises ValueError for an unknown name, a runtime that is not installed, a dtype that it cannot run, and logits that
+    are not the model's.
+    """
+    runtimes, dtype = list(runtimes), images.dtype
+    model.eval()
+    check_runtimes(runtimes, images.device, dtype)
+    found: dict[str, Deployed] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        for name in runtimes:
+            if name == "compile":
+                run = compiled_run(model, images)
+            else:
+                if not path.exists():
+                    program = trace(copy.deepcopy(model).float().eval(), len(images))
+                    path.write_bytes(to_onnx(program).SerializeToString())
+                try:
+                    run = READERS["onnx"][name](path, torch.get_num_threads(), dtype)
+                except NotImplementedError as error:
+                    raise ValueError(f"runtimes: {error}") from error
+            found[name] = Deployed(model, run, len(images))
+    with torch.inference_mode():
+        expected = model(images).float()
+        for name, deployed in found.items():
+            error = _difference(deployed(images).float(), expected)["relative_of_median_image"]
+            if not error <= TOLERANCE[dtype]:
+                raise ValueError(f"runtimes: {name} must give the model's logits, got an error of {error:.2g}")
+    return found
+
+
+def check_runtimes(runtimes: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError unless all of these can be had here."""
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise ValueError(f"runtimes: names must be of {', '.join(RUNTIMES)}, got {name!r}")
+        if name == "compile":
+            continue
+        if device.type != "cpu":
+            raise ValueError(f"runtimes: device must be cpu for {name}, got {device}")
+        if dtype not in RUNTIMES[name]:
+            known = " or ".join(str(each)[6:] for each in RUNTIMES[name])
+            raise ValueError(f"runtimes: dtype must be {known} for {name}, got {str(dtype)[6:]}")
+        require(name, "onnx", "onnxscript")
+
+
+# What `deploy` knows, and the dtypes that it computes in there.
+RUNTIMES = {
+    "onnxruntime": (torch.float32,),
+    "openvino": (torch.float32, torch.bfloat16),
+    "compile": tuple(TOLERANCE),
+}
 # Who can read what.
 READERS: dict[str, dict[str, Callable[..., Run]]] = {
     "pt2": {"torch.export": pt2_run},
@@ -379,8 +437,8 @@ def require(*packages: str) -> None:
     """ValueError that says how to install the first of these packages that is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            name = "p3b_ext[export,openvino]" if package == "openvino" else "p3b_ext[export]"
-            raise ValueError(f"export: {package} must be installed, got none; pip install '{name}'")
+            extra = "openvino" if package == "openvino" else "export"
+            raise ValueError(f"export: {package} must be installed, got none; pip install 'p3b_ext[{extra}]'")
 
 
 def summary(path: Path, described: Mapping[str, Any]) -> str:
