@@ -82,6 +82,10 @@ with FakeTensorMode():
     assert shapes == [(2, 50, 3, 64), (2, 50, 3, 3, 64), (2, 50), rows, rows, (2, 50), rows, rows, (2, 50, 96), (2, 50),
                       (2, 50, 96), (2, 50, 96)], shapes
     aot_module_simplified(Everything(), inputs, fw_compiler=keep)
+    program = torch.export.export(Everything(), inputs)
+called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+assert {f"p3b_ext_triton.{op}.default" for op in ("masked_attention", "match_tokens", "merge_tokens", "topk_tokens",
+    "select_tokens", "unmerge_tokens")} <= called, called
 launches = [n for n in graphs[0].graph.nodes if "triton_kernel_wrapper" in str(n.target)]
 assert len(launches) == 13, len(launches)
 written = {name for n in launches for name in n.kwargs["tensors_to_clone"]}
@@ -93,8 +97,9 @@ assert written == {"out_ptr", "lse_ptr", "cls_ptr", "entropy_ptr", "square_ptr",
 
 
 def test_capture():
-    """Fakes have the right shapes, the compiler sees 13 Triton kernels instead of opaque ops, and it finds that they
-    write nothing but their outputs (an input taken for written would be copied before every call). No GPU needed."""
+    """Fakes have the right shapes, the compiler sees 13 Triton kernels instead of opaque ops, it finds that they write
+    nothing but their outputs (an input taken for written would be copied before every call), and torch.export takes
+    the ops as they are. No GPU needed."""
     child("-c", CAPTURE)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import AttentionCase, assert_within, float64
 
+import p3b_ext
 import p3b_ext.kernels
 from p3b_ext import reference
 
@@ -327,3 +328,71 @@ def test_merge_nothing():
     assert y.shape == (0, 3, 8) and sizes.shape == (0, 3)
     assert torch.equal(merge.unmerge_tokens(y[:0], slot[:0], 1.0), x[:0])
     assert merge.match_tokens(x[:0], 2, 1, None).shape == (0, 5)
+
+
+# Registration ------------------------------------------------------------------------------------------------------
+
+# Fake tensors have no memory that the interpreter could read; test_triton.test_capture asks the rest without a GPU.
+CHECKED = ("test_schema", "test_autograd_registration")
+CHECKED += () if INTERPRETED else ("test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def opcheck(op, *args):
+    torch.library.opcheck(getattr(torch.ops.p3b_ext_triton, op), args, test_utils=CHECKED)
+
+
+def with_gradient(t):
+    return None if t is None else t.detach().requires_grad_()
+
+
+def test_attention_opcheck():
+    inputs = AttentionCase(2, 2, 5, 8, mask="some", sizes=3, gate="HD").inputs(torch.float32, device=DEVICE)
+    q, k, v, mask, size, gate = (inputs[n] for n in ("q", "k", "v", "key_mask", "token_size", "channel_gate"))
+    opcheck("masked_attention", *map(with_gradient, (q, k, v)), mask, *map(with_gradient, (size, gate)), 0.3, 7)
+    out, lse, *_ = attention.masked_attention(q, k, v, mask, size, gate, 0.3, 0)
+    opcheck("masked_attention_backward", torch.randn_like(out), q, k, v, out, lse, mask, size, gate, 0.3)
+    opcheck("attention_columns", q, k, lse, mask, size, gate, 0.3, 3)
+    qkv = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2)
+    opcheck("masked_attention_packed", with_gradient(qkv), mask, size, gate, 0.3, 7)
+
+
+def test_select_and_merge_opcheck():
+    scores, x = torch.randn(2, 9).to(DEVICE), torch.randn(2, 10, 8).to(DEVICE)
+    opcheck("topk_tokens", scores, 4, 1, False)
+    opcheck("prune_slots", scores, 4, 1, True)
+    index = select.topk_tokens(scores, 4, 1, False)
+    opcheck("select_tokens", with_gradient(x), index)
+    opcheck("select_tokens_backward", torch.randn(2, 5, 8).to(DEVICE), index, 10)
+    slot, size = merge.match_tokens(x, 3, 1, None), torch.rand(2, 10).to(DEVICE) + 1
+    opcheck("match_tokens", x, 3, 1, None)
+    opcheck("merge_tokens", with_gradient(x), slot, 7, with_gradient(size), None, True)
+    y, sizes = merge.merge_tokens(x, slot, 7, size, None, True)
+    opcheck("merge_tokens_backward", torch.randn_like(y), sizes, x, slot, y, size, None, True)
+    opcheck("unmerge_tokens", with_gradient(y), slot, 0.0)
+    opcheck("unmerge_tokens_backward", x, slot, 7)
+
+
+def test_select_and_merge_and_attention_by_public_functions():
+    """Choice of the backend, checks and gradients: the same results and gradients as the reference backend."""
+    found = {}
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        qkv = torch.randn(2, 17, 3, 2, 8).to(DEVICE).requires_grad_()
+        size = (torch.rand(2, 17).to(DEVICE) + 1).requires_grad_()
+        gate = torch.rand(2, 8).to(DEVICE).requires_grad_()
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        with p3b_ext.backend(backend):
+            out, aux = p3b_ext.masked_attention(
+                q, k, v, token_size=size, channel_gate=gate, aux=("cls_attention", "value_norm", "received")
+            )
+            x = out.transpose(1, 2).flatten(2)
+            y, sizes = p3b_ext.plan_merge(k.detach().mean(1), 4).apply(x, size)
+            scores = p3b_ext.token_scores(aux, "cls_value")
+            kept = p3b_ext.select_tokens(x, p3b_ext.topk_tokens(scores, 5))
+            back = p3b_ext.plan_prune(scores, 6).restore(kept.new_ones(2, 11, 1) * kept.mean())
+            grads = torch.autograd.grad(
+                y.square().sum() + sizes.log().sum() + kept.sum() + back.sum(), (qkv, size, gate)
+            )
+        found[backend] = [t.detach() for t in (out, aux.received, y, sizes, kept, back, *grads)]
+    for got, wanted in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
