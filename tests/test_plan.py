@@ -5,10 +5,12 @@ import math
 import numpy
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vits import recorded
 
 import p3b_ext
 from p3b_ext.ops.attention import AttentionAux
+from p3b_ext.ops.select import keep_tokens
 from p3b_ext.plan import (
     SCORES,
     TokenPlan,
@@ -372,3 +374,23 @@ def test_numpy_numbers(data):
         assert type(ours.num_out) is int
     y = expected.apply(x)[0]
     torch.testing.assert_close(expected.restore(y, tenth), expected.restore(y, 0.1))
+
+
+def test_paths_of_the_cuda_backend_without_a_gpu(monkeypatch):
+    """Its fused ops on pretended tensors: what they are given, and the shapes and types that they put out."""
+    monkeypatch.setattr(p3b_ext.backends, "choose", lambda op, x, family: "cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(2, 9, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        attention, norm = torch.rand(2, 3, 9, device="cuda"), torch.rand(2, 9, device="cuda")
+        for value_norm in (norm, None):
+            y, index = keep_tokens(x, attention, value_norm, 4)
+            assert y.shape == (2, 5, 8) and y.dtype == x.dtype and y.requires_grad
+            assert index.shape == (2, 5) and index.dtype == torch.int64 and not index.requires_grad
+        keys, scores = torch.randn(2, 3, 9, 16, device="cuda", dtype=torch.float16), torch.rand(2, 8, device="cuda")
+        for metric in (keys, keys[:, 0]):
+            plans = [plan_merge(metric, 3), plan_ppt(scores, metric, 3, 0.1)]
+            plans += [plan_ppt(scores.half(), metric, 3, scores[:, 0], unit="cv2")]
+            assert all(plan.slot.shape == (2, 9) and plan.slot.dtype == torch.int32 for plan in plans)
+            assert all(plan.num_out == 6 for plan in plans)
+        with pytest.raises(ValueError, match="unit must be one of"):
+            plan_ppt(scores, keys, 3, 0.1, unit="std")

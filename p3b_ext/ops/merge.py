@@ -265,8 +265,7 @@ def register(namespace: str) -> None:
 
 if backends._C is not None:
     torch.library.register_fake("p3b_ext::match_tokens", fake_match)
-    if hasattr(torch.ops.p3b_ext, "match_or_prune"):
-        torch.library.register_fake("p3b_ext::match_or_prune", fake_match_or_prune)
+    torch.library.register_fake("p3b_ext::match_or_prune", fake_match_or_prune)
     torch.library.register_fake("p3b_ext::merge_tokens", fake_merge)
     torch.library.register_fake("p3b_ext::merge_tokens_backward", fake_merge_backward)
     torch.library.register_fake("p3b_ext::unmerge_tokens", fake_unmerge)

@@ -171,7 +171,7 @@ def register(namespace: str) -> None:
 
     register_gradient(namespace, "select_tokens", backward, setup_context)
     register_gradient(namespace, "select_tokens_backward", second_derivative("select_tokens"))
-    if namespace != "p3b_ext" or not hasattr(torch.ops.p3b_ext, "keep_tokens"):
+    if namespace != "p3b_ext":
         return
 
     def keep_context(ctx, inputs, output):
@@ -190,8 +190,7 @@ if backends._C is not None:
     torch.library.register_fake("p3b_ext::prune_slots", fake_prune_slots)
     torch.library.register_fake("p3b_ext::select_tokens", fake_select)
     torch.library.register_fake("p3b_ext::select_tokens_backward", fake_select_backward)
-    if hasattr(torch.ops.p3b_ext, "keep_tokens"):
-        torch.library.register_fake("p3b_ext::keep_tokens", fake_keep)
+    torch.library.register_fake("p3b_ext::keep_tokens", fake_keep)
     register("p3b_ext")
 if not backends.UNAVAILABLE["triton"]:
     from ..kernels import select as _kernels  # noqa: F401  (defines the ops)

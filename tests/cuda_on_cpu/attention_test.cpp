@@ -17,96 +17,134 @@ struct Case {
   bool dead = false;    // mask every key of image 0
 };
 
-// Inputs rounded to T, kept as double, and everything that follows from them in float64.
-struct Reference {
+// Inputs rounded to T, kept as double.
+struct Inputs {
   Case c;
   double scale;
   std::vector<double> q, k, v, grad;  // [B, H, N, D]
   std::vector<float> gate, size;
   std::vector<char> mask;
-  std::vector<double> out, lse, cls, entropy, value_norm, to_cls, received;
-  std::vector<double> grad_q, grad_k, grad_v, grad_size, grad_gate;
 
   size_t at(int b, int h, int n, int d = 0) const { return ((size_t(b) * c.H + h) * c.N + n) * c.D + d; }
   double g(int h, int d) const { return c.gate == 0 ? 1 : gate[c.gate == 1 ? d : h * c.D + d]; }
 
   template <class T>
-  void fill(unsigned seed) {
+  static Inputs make(const Case& c, unsigned seed) {
+    Inputs in{};
     Random random(seed);
-    scale = 1 / std::sqrt(double(c.D));
-    for (auto* x : {&q, &k, &v, &grad}) {
+    in.c = c;
+    in.scale = 1 / std::sqrt(double(c.D));
+    for (auto* x : {&in.q, &in.k, &in.v, &in.grad}) {
       x->resize(size_t(c.B) * c.H * c.N * c.D);
-      for (auto& y : *x) y = to_float(from_float<T>(random.normal() * (x == &q ? c.logits : 1.f)));
+      for (auto& y : *x) y = to_float(from_float<T>(random.normal() * (x == &in.q ? c.logits : 1.f)));
     }
-    gate.resize(size_t(c.H) * c.D);
-    for (auto& x : gate) x = random.below(8) ? random.uniform(0.5f, 1.5f) : 0.f;
-    size.resize(size_t(c.B) * c.N);
-    for (auto& x : size) x = float(1 + random.below(5));
-    mask.resize(size_t(c.B) * c.N);
-    for (auto& x : mask) x = random.below(4) != 0;
-    if (c.dead) std::fill(mask.begin(), mask.begin() + c.N, 0);
-    solve();
+    in.gate.resize(size_t(c.H) * c.D);
+    for (auto& x : in.gate) x = random.below(8) ? random.uniform(0.5f, 1.5f) : 0.f;
+    in.size.resize(size_t(c.B) * c.N);
+    for (auto& x : in.size) x = float(1 + random.below(5));
+    in.mask.resize(size_t(c.B) * c.N);
+    for (auto& x : in.mask) x = random.below(4) != 0;
+    if (c.dead && c.B) std::fill(in.mask.begin(), in.mask.begin() + c.N, 0);
+    return in;
   }
+};
 
-  void solve() {
+// Everything that follows from the inputs, computed in A. `gated(x, g, which)` makes an operand of an element of q, k or v
+// (0, 1, 2) and its gate, `result` rounds what a tensor operation puts out. With doubles and no rounding this is the
+// truth; with floats and every operand and result rounded to T, what PyTorch makes of the formula in that dtype.
+struct Results {
+  std::vector<double> out, lse, cls, entropy, value_norm, to_cls, received;
+  std::vector<double> grad_q, grad_k, grad_v, grad_size, grad_gate;
+
+  template <class A, class Gated, class Result>
+  static Results solve(const Inputs& in, Gated gated, Result result) {
+    const Case& c = in.c;
     const int N = c.N, D = c.D;
     const size_t rows = size_t(c.B) * c.H * N, count = rows * D;
-    out.assign(count, 0), grad_q.assign(count, 0), grad_k.assign(count, 0), grad_v.assign(count, 0);
-    for (auto* x : {&lse, &cls, &entropy, &to_cls, &received}) x->assign(rows, 0);
-    value_norm.assign(size_t(c.B) * N, 0);
-    grad_size.assign(size_t(c.B) * N, 0);
-    grad_gate.assign(size_t(c.H) * D, 0);
-    std::vector<double> p(N), s(N), ds(N);
+    auto zeros = [](size_t n) { return std::vector<A>(n); };
+    auto out = zeros(count), grad_q = out, grad_k = out, grad_v = out;
+    auto lse = zeros(rows), cls = lse, entropy = lse, to_cls = lse, received = lse;
+    auto value_norm = zeros(size_t(c.B) * N), grad_size = value_norm, grad_gate = zeros(size_t(c.H) * D);
+    auto q = zeros(count), k = q, v = q, p = zeros(N), s = p, dp = p, ds = p;
+    for (size_t r = 0; r < rows; r++)
+      for (int d = 0; d < D; d++) {
+        const double g = in.g(int(r / N % c.H), d);
+        const size_t i = r * D + d;
+        q[i] = A(gated(in.q[i], g, 0)), k[i] = A(gated(in.k[i], g, 1)), v[i] = A(gated(in.v[i], g, 2));
+      }
     for (int b = 0; b < c.B; b++)
       for (int h = 0; h < c.H; h++) {
+        const size_t head = in.at(b, h, 0);
         for (int i = 0; i < N; i++) {
-          double m = -INFINITY, sum = 0;
+          const A* qi = &q[head + i * D];
+          const std::vector<A> gi(in.grad.begin() + head + i * D, in.grad.begin() + head + (i + 1) * D);
+          A m = -INFINITY, sum = 0, moment = 0;
           for (int j = 0; j < N; j++) {
-            s[j] = 0;
-            for (int d = 0; d < D; d++) s[j] += q[at(b, h, i, d)] * k[at(b, h, j, d)] * g(h, d) * g(h, d) * scale;
-            if (c.size) s[j] += std::log(double(size[b * N + j]));
-            if (c.mask && !mask[b * N + j]) s[j] = -INFINITY;
+            A dot = 0;
+            for (int d = 0; d < D; d++) dot += qi[d] * k[head + j * D + d];
+            s[j] = A(result(dot * A(in.scale)));
+            if (c.size) s[j] = A(result(s[j] + std::log(A(in.size[b * N + j]))));
+            if (c.mask && !in.mask[b * N + j]) s[j] = -INFINITY;
             m = std::max(m, s[j]);
           }
-          for (int j = 0; j < N; j++) sum += m == -INFINITY ? 0 : std::exp(s[j] - m);
-          const size_t r = at(b, h, i) / D;
-          lse[r] = sum > 0 ? m + std::log(sum) : -INFINITY;
-          double delta = 0;
           for (int j = 0; j < N; j++) {
-            p[j] = sum > 0 ? std::exp(s[j] - lse[r]) : 0;
-            if (p[j] > 0) entropy[r] -= p[j] * (s[j] - lse[r]);
-            if (i == 0) cls[at(b, h, j) / D] = p[j];
+            p[j] = m == -INFINITY ? A(0) : std::exp(s[j] - m);
+            sum += p[j];
+            if (p[j] > 0) moment += p[j] * (s[j] - m);
+          }
+          const size_t r = head / D + i;
+          lse[r] = sum > 0 ? m + std::log(sum) : -INFINITY;
+          if (sum > 0) entropy[r] = std::log(sum) - moment / sum;
+          A delta = 0;
+          for (int j = 0; j < N; j++) {
+            if (sum > 0) p[j] = A(result(p[j] / sum));
+            if (i == 0) cls[head / D + j] = p[j];
             if (j == 0) to_cls[r] = p[j];
-            received[at(b, h, j) / D] += p[j] / N;
-            ds[j] = 0;
+            received[head / D + j] += p[j];
+            A dot = 0;
             for (int d = 0; d < D; d++) {
-              out[at(b, h, i, d)] += p[j] * v[at(b, h, j, d)] * g(h, d);
-              ds[j] += grad[at(b, h, i, d)] * v[at(b, h, j, d)] * g(h, d);
-              grad_v[at(b, h, j, d)] += p[j] * grad[at(b, h, i, d)] * g(h, d);
-              grad_gate[h * D + d] += p[j] * grad[at(b, h, i, d)] * v[at(b, h, j, d)];
+              const size_t x = head + j * D + d;
+              out[head + i * D + d] += p[j] * v[x];
+              dot += gi[d] * v[x];
+              grad_v[x] += p[j] * gi[d];
             }
-            delta += p[j] * ds[j];
+            dp[j] = A(result(dot));
+            delta += p[j] * dp[j];
           }
           for (int j = 0; j < N; j++) {
-            ds[j] = p[j] * (ds[j] - delta);
-            grad_size[b * N + j] += ds[j] / size[b * N + j];
+            ds[j] = A(result(p[j] * (dp[j] - delta)));
+            grad_size[b * N + j] += ds[j] / in.size[b * N + j];
             for (int d = 0; d < D; d++) {
-              const double g1 = g(h, d), x = ds[j] * scale;
-              grad_q[at(b, h, i, d)] += x * g1 * g1 * k[at(b, h, j, d)];
-              grad_k[at(b, h, j, d)] += x * g1 * g1 * q[at(b, h, i, d)];
-              grad_gate[h * D + d] += 2 * x * g1 * q[at(b, h, i, d)] * k[at(b, h, j, d)];
+              grad_q[head + i * D + d] += ds[j] * A(in.scale) * k[head + j * D + d];
+              grad_k[head + j * D + d] += ds[j] * A(in.scale) * qi[d];
             }
           }
         }
         for (int n = 0; n < N; n++)
-          for (int d = 0; d < D; d++) value_norm[b * N + n] += std::pow(v[at(b, h, n, d)] * g(h, d), 2);
+          for (int d = 0; d < D; d++) {
+            const size_t x = head + n * D + d;
+            const A g = A(in.g(h, d));
+            received[head / D + n] /= d ? 1 : N;
+            value_norm[b * N + n] += v[x] * v[x];
+            for (auto* t : {&grad_q, &grad_k, &grad_v}) (*t)[x] = A(result((*t)[x]));
+            grad_gate[h * D + d] += grad_q[x] * A(in.q[x]) + grad_k[x] * A(in.k[x]) + grad_v[x] * A(in.v[x]);
+            for (auto* t : {&grad_q, &grad_k, &grad_v}) (*t)[x] = A(result((*t)[x] * g));
+            out[x] = A(result(out[x]));
+          }
       }
     for (auto& x : value_norm) x = std::sqrt(x);
-    if (c.gate == 1)
+    if (c.gate == 1) {
       for (int h = 1; h < c.H; h++)
         for (int d = 0; d < D; d++) grad_gate[d] += grad_gate[h * D + d];
+      grad_gate.resize(D);
+    }
+    auto wide = [](const std::vector<A>& x) { return std::vector<double>(x.begin(), x.end()); };
+    return {wide(out), wide(lse), wide(cls), wide(entropy), wide(value_norm), wide(to_cls), wide(received),
+            wide(grad_q), wide(grad_k), wide(grad_v), wide(grad_size), wide(grad_gate)};
   }
 };
+
+constexpr double kFloat = 1. / (1 << 24);  // one rounding to float32
 
 static std::string name_of(const Case& c, const char* type, const char* what) {
   char text[200];
@@ -115,19 +153,34 @@ static std::string name_of(const Case& c, const char* type, const char* what) {
   return text;
 }
 
+// Largest error over finite entries, and the largest of those.
+static std::pair<double, double> worst(const std::vector<double>& x, const std::vector<double>& want) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < want.size(); i++) {
+    if (!std::isfinite(want[i])) continue;
+    error = std::max(error, std::fabs(x[i] - want[i]));
+    size = std::max(size, std::fabs(want[i]));
+  }
+  return {error, size};
+}
+
+// At most twice the error of `pytorch`, and some roundings of the result: by `eps` relative to the largest value, and of
+// a float32 sum of terms around 1. NaN never passes.
 template <class X>
-static void compare(const Case& c, const char* type, const char* what, const std::vector<X>& got,
-                    const std::vector<double>& want, double tolerance) {
-  double worst = 0, size = 0;
+static void compare(const Case& c, const char* type, const char* what, const std::vector<X>& got, const std::vector<double>& want,
+                    const std::vector<double>& pytorch, double eps) {
+  const auto [error, size] = worst(pytorch, want);
+  const double limit = 2 * error + eps * size + 4 * kFloat * std::max(size, 1.);
+  double most = -1;
   size_t where = 0;
   for (size_t i = 0; i < want.size(); i++) {
     const double g = double(float(got[i]));
-    const double error = g == want[i] ? 0 : std::isfinite(g) ? std::fabs(g - want[i]) : INFINITY;
-    if (std::isfinite(want[i])) size = std::max(size, std::fabs(want[i]));
-    if (error > worst) worst = error, where = i;
+    const double mine = g == want[i] ? 0 : std::isfinite(g) && std::isfinite(want[i]) ? std::fabs(g - want[i]) : INFINITY;
+    if (mine > most) most = mine, where = i;
   }
-  const std::string name = name_of(c, type, what) + " [" + std::to_string(where) + "]";
-  check_close(name, got.empty() ? 0 : double(float(got[where])), want.empty() ? 0 : want[where], tolerance * (1 + size));
+  if (want.empty()) return;
+  if (getenv("P3B_ERRORS")) printf("%s: %.2f of the limit %.2g\n", name_of(c, type, what).c_str(), most / limit, limit);
+  check_close(name_of(c, type, what) + " [" + std::to_string(where) + "]", double(float(got[where])), want[where], limit);
 }
 
 template <class T>
@@ -137,13 +190,22 @@ struct Rounding<__nv_bfloat16> { static constexpr const char* name = "bfloat16";
 template <>
 struct Rounding<__half> { static constexpr const char* name = "float16"; static constexpr double eps = 1. / 2048; };
 template <>
-struct Rounding<float> { static constexpr const char* name = "float32"; static constexpr double eps = 2e-7; };
+struct Rounding<float> { static constexpr const char* name = "float32"; static constexpr double eps = kFloat; };
 
 template <class T>
 static void run_case(const Case& c, unsigned seed) {
-  Reference r{};
-  r.c = c;
-  r.fill<T>(seed);
+  Inputs r = Inputs::make<T>(c, seed);
+  auto exact = [](double x) { return x; };
+  auto rounded = [](double x) { return double(to_float(from_float<T>(float(x)))); };
+  auto product = [](double x, double g, int) { return x * g; };
+  auto rounded_product = [&](double x, double g, int) { return rounded(x * g); };
+  const Results want = Results::solve<double>(r, product, exact), pytorch = Results::solve<float>(r, rounded_product, rounded);
+  // Side outputs are float32, of operands whose one rounding is known: keys take both gates, squared. Of those operands
+  // they must be right to what float32 does.
+  auto operand = [&](double x, double g, int which) { return which == 0 ? x : which == 1 ? rounded(float(x) * (float(g) * float(g))) : x * g; };
+  const Results side = Results::solve<double>(r, operand, exact), fine = Results::solve<float>(r, operand, exact);
+  // Weights are recomputed from the stored log-sum-exp, here and in every fused kernel: 4 roundings of its largest value.
+  const double through_lse = 4 * kFloat * worst(want.lse, want.lse).second;
   const size_t B = c.B, H = c.H, N = c.N, D = c.D, rows = B * H * N;
   const T nan = from_float<T>(NAN);
 
@@ -169,7 +231,6 @@ static void run_case(const Case& c, unsigned seed) {
         }
   base.key_mask = c.mask ? reinterpret_cast<const bool*>(r.mask.data()) : nullptr;
   base.token_size = c.size ? r.size.data() : nullptr;
-  if (c.gate == 1) r.gate.resize(D);
   base.channel_gate = c.gate ? r.gate.data() : nullptr;
   base.gate_head = c.gate == 2 ? int64_t(D) : 0;
 
@@ -181,9 +242,7 @@ static void run_case(const Case& c, unsigned seed) {
           for (size_t d = 0; d < D; d++) y[r.at(b, h, n, d)] = x[(((b * N + n) * tensors + which) * H + h) * D + d];
     return y;
   };
-  // Gated keys are rounded once more, so statistics of gated logits carry the dtype's error.
-  // In float32 the rounding of the logits shows instead, which grows with them.
-  const double eps = Rounding<T>::eps * (std::is_same_v<T, float> ? c.logits : 1), fine = c.gate ? 2 * eps * c.logits : 2e-6 * c.logits;
+  constexpr double eps = Rounding<T>::eps;
   const char* type = Rounding<T>::name;
 
   std::vector<float> lse(rows, NAN), cls(rows, NAN), entropy(rows, NAN), squares(rows, NAN), norm(B * N, NAN);
@@ -193,11 +252,12 @@ static void run_case(const Case& c, unsigned seed) {
   f.value_squares = squares.data();
   check_true("forward launch", attention_forward<T>(f, nullptr) == cudaSuccess);
   attention_value_norm(squares.data(), norm.data(), B, c.H, c.N, nullptr);
-  compare(c, type, "out", heads_first(out, 1, 0), r.out, 2 * eps);
-  compare(c, type, "lse", lse, r.lse, fine);
-  compare(c, type, "cls_attention", cls, r.cls, fine);
-  compare(c, type, "entropy", entropy, r.entropy, 2 * fine);
-  compare(c, type, "value_norm", norm, r.value_norm, 2e-6);
+  digest(out), digest(lse), digest(cls), digest(entropy), digest(norm);
+  compare(c, type, "out", heads_first(out, 1, 0), want.out, pytorch.out, eps);
+  compare(c, type, "lse", lse, side.lse, fine.lse, 0);
+  compare(c, type, "cls_attention", cls, side.cls, fine.cls, 0);
+  compare(c, type, "entropy", entropy, side.entropy, fine.entropy, 0);
+  compare(c, type, "value_norm", norm, side.value_norm, fine.value_norm, 0);
 
   // Without side outputs the output must be the same, bit for bit.
   std::vector<T> plain(rows * D, nan);
@@ -211,14 +271,14 @@ static void run_case(const Case& c, unsigned seed) {
   static_cast<AttentionArguments&>(columns) = base;
   columns.lse = lse.data(), columns.to_cls = to_cls.data(), columns.received = received.data();
   check_true("columns launch", attention_columns<T>(columns, nullptr) == cudaSuccess);
-  compare(c, type, "to_cls", to_cls, r.to_cls, 2 * fine);
-  compare(c, type, "received", received, r.received, 2 * fine);
+  digest(to_cls), digest(received);
+  compare(c, type, "to_cls", to_cls, side.to_cls, fine.to_cls, through_lse);
+  compare(c, type, "received", received, side.received, fine.received, through_lse);
   std::vector<float> alone(rows, NAN);
   columns.to_cls = alone.data(), columns.received = nullptr;
   attention_columns<T>(columns, nullptr);
   check_true(name_of(c, type, "to_cls alone"), !memcmp(alone.data(), to_cls.data(), rows * sizeof(float)));
 
-  const double loose = (c.logits > 100 || c.gate ? 6 : 3) * eps;
   const size_t blocks = attention_key_blocks<T>(c.N, c.D);
   std::vector<float> delta(rows, NAN), size_partial(rows, NAN), gate_partial(B * H * blocks * D, NAN);
   std::vector<float> grad_size(B * N, NAN), grad_gate(c.gate == 2 ? H * D : D, NAN);
@@ -230,23 +290,24 @@ static void run_case(const Case& c, unsigned seed) {
   back.gate_partial = c.gate ? gate_partial.data() : nullptr;
   back.key_blocks = int(blocks);
   check_true("backward launch", attention_backward<T>(back, nullptr) == cudaSuccess);
-  compare(c, type, "grad_q", heads_first(grad_qkv, 3, 0), r.grad_q, loose);
-  compare(c, type, "grad_k", heads_first(grad_qkv, 3, 1), r.grad_k, loose);
-  compare(c, type, "grad_v", heads_first(grad_qkv, 3, 2), r.grad_v, loose);
+  digest(grad_qkv);
+  compare(c, type, "grad_q", heads_first(grad_qkv, 3, 0), want.grad_q, pytorch.grad_q, eps + through_lse);
+  compare(c, type, "grad_k", heads_first(grad_qkv, 3, 1), want.grad_k, pytorch.grad_k, eps + through_lse);
+  compare(c, type, "grad_v", heads_first(grad_qkv, 3, 2), want.grad_v, pytorch.grad_v, eps + through_lse);
   if (c.size) {
     attention_size_grad(back, grad_size.data(), nullptr);
-    compare(c, type, "grad_token_size", grad_size, r.grad_size, loose);
+    digest(grad_size);
+    compare(c, type, "grad_token_size", grad_size, want.grad_size, pytorch.grad_size, through_lse);
   }
   if (c.gate) {
     attention_gate_grad(back, grad_gate.data(), nullptr);
-    r.grad_gate.resize(grad_gate.size());
-    compare(c, type, "grad_channel_gate", grad_gate, r.grad_gate, loose);
+    digest(grad_gate);
+    compare(c, type, "grad_channel_gate", grad_gate, want.grad_gate, pytorch.grad_gate, through_lse);
   }
 }
 
 template <class T>
 static void run_all(bool small) {
-  unsigned seed = 1;
   const std::vector<Case> cases = {
       {1, 1, 1, 8, false, false, 0},          {2, 1, 17, 24, true, true, 1},
       {1, 2, 50, 64, true, true, 2},          {1, 1, 65, 40, false, true, 0, 1, false},
@@ -256,10 +317,16 @@ static void run_all(bool small) {
       {1, 1, 33, 128, true, true, 1},         {1, 1, 130, 96, true, false, 2},
       {1, 1, 197, 64, false, false, 0},       {1, 2, 197, 64, true, true, 2, 4},
       {1, 1, 330, 32, true, true, 1},         {1, 1, 66, 64, false, true, 0, 1000},
+      {0, 2, 17, 16, true, true, 2},          {1, 1, 21, 72, true, true, 2, 1, false},
+      {1, 1, 19, 120, false, true, 1},        {1, 1, 1, 104, true, true, 1, 1, true, true},
   };
-  for (const Case& c : cases) run_case<T>(c, seed++);
-  if (small) return;
-  for (const Case& c : longer) run_case<T>(c, seed++);
+  same_in_both_orders([&] {
+    unsigned seed = 1;
+    for (const Case& c : cases) run_case<T>(c, seed++);
+  });
+  unsigned seed = 10;
+  for (const Case& c : longer)
+    if (!small) run_case<T>(c, seed++);
 }
 
 int main(int argc, char** argv) {
@@ -275,7 +342,7 @@ int main(int argc, char** argv) {
   many_heads = 256;
   // Little shared memory: a ring of two stages forward, the streaming kernel backward.
   standin::shared_memory_limit = 18 << 10;
-  run_case<__nv_bfloat16>({1, 1, small ? 135 : 200, 32, true, true, 1}, 91);
+  same_in_both_orders([&] { run_case<__nv_bfloat16>({1, 1, small ? 135 : 200, 32, true, true, 1}, 91); });
   if (!small) run_case<__half>({2, 2, 150, 24, true, true, 2}, 92);
   return finish("attention_test");
 }

@@ -148,8 +148,8 @@ void run_block(uint3 block, dim3 grid, dim3 block_dim, size_t shared_bytes) {
   __tsan_release(&start_tag);
   while (alive) {
     bool progress = false;
-    for (int t = 0; t < num_fibers; t++) {
-      Fiber& f = fibers[t];
+    for (int i = 0; i < num_fibers; i++) {
+      Fiber& f = fibers[falling_order ? num_fibers - 1 - i : i];
       if (f.done || f.waiting) continue;
       progress = true;
       current = &f;
@@ -265,7 +265,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     f.tsan = __tsan_create_fiber(0);
 #endif
   }
-  for (unsigned x = 0; x < grid.x; x++) run_block({x, 0, 0}, grid, block, shared_bytes);
+  for (unsigned x = 0; x < grid.x; x++) run_block({falling_order ? grid.x - 1 - x : x, 0, 0}, grid, block, shared_bytes);
 }
 
 }  // namespace standin

@@ -48,6 +48,8 @@ void copy_async_wait(int pending_groups);
 
 // What the host sees of the device; a test may lower it to force another code path.
 inline int shared_memory_limit = 227 * 1024;
+// Blocks, and threads between two barriers, run from the first to the last, or the other way round.
+inline bool falling_order = false;
 
 template <class T>
 struct Lanes {

@@ -1,5 +1,7 @@
 // What the standalone tests share: a seeded generator, comparisons that count, a verdict.
 #pragma once
+#include "cuda_on_cpu.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -26,6 +28,27 @@ inline void check_close(const std::string& what, double got, double want, double
 inline void check_close(const char* type, const char* what, double got, double want, double tolerance) {
   if (got == want || std::fabs(got - want) <= tolerance) checks++;
   else check_close(std::string(type) + what, got, want, tolerance);
+}
+
+// What same_in_both_orders compares: every bit of every result, in the order in which tests hand them over.
+inline uint64_t digested = 0;
+template <class X>
+inline void digest(const std::vector<X>& x) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(x.data());
+  for (size_t i = 0; i < x.size() * sizeof(X); i++) digested = (digested ^ bytes[i]) * 0x100000001b3;
+}
+
+// Runs f with blocks and threads in rising, then in falling order: no result may depend on it.
+template <class F>
+inline void same_in_both_orders(F f) {
+  digested = 0;
+  f();
+  const uint64_t rising = digested;
+  digested = 0;
+  standin::falling_order = true;
+  f();
+  standin::falling_order = false;
+  check_true("results do not depend on the order of threads and blocks", digested == rising);
 }
 
 inline int finish(const char* name) {
