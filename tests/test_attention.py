@@ -106,6 +106,20 @@ def test_values_and_gradients(case, dtype, device, backend):
         assert_within(f"grad_{n}", grad, truth_grads[n], torch_grads[n], dtype, slack)
 
 
+@pytest.mark.parametrize("N,D", [(1025, 24), (4096, 8)])
+def test_many_tokens(N, D):
+    """The longest lengths that are promised, where whole rows of logits leave the caches; one head, both directions."""
+    inputs, grad_out = AttentionCase(1, 1, N, D, mask="some", sizes=3).inputs(torch.float32), torch.randn(1, 1, N, D)
+    out, aux, grads = run(inputs, "cpu", grad_out)
+    truth, true_aux, true_grads = run(float64(inputs), "reference", grad_out.double())
+    yard, yard_aux, yard_grads = eager(inputs, grad_out)
+    assert_within("out", out, truth, yard, torch.float32)
+    for n in NAMES:
+        assert_within(n, getattr(aux, n), getattr(true_aux, n), getattr(yard_aux, n), torch.float32)
+    for n in grads:
+        assert_within(n, grads[n], true_grads[n], yard_grads[n], torch.float32)
+
+
 @pytest.mark.parametrize("device,backend", DEVICE_BACKENDS)
 def test_row_without_key(device, backend):
     case = AttentionCase(2, 2, 9, 16, mask="all", sizes=3, gate="HD")
@@ -163,11 +177,17 @@ def test_packed_equals_views(case):
     assert aux.lse is not None and aux.received is not None
 
 
+THREADED = [
+    AttentionCase(3, 2, 67, 40, mask="some", sizes=5, gate="HD"),
+    AttentionCase(1, 1, 301, 24, sizes=5, gate="D"),  # one head, whose rows are shared out in both directions
+]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-def test_bitwise_equal_for_every_thread_count(threads, dtype):
-    case = AttentionCase(3, 2, 67, 40, mask="some", sizes=5, gate="HD")
-    inputs, grad_out = case.inputs(dtype), torch.randn(3, 2, 67, 40, dtype=dtype)
+@pytest.mark.parametrize("case", THREADED, ids=str)
+def test_bitwise_equal_for_every_thread_count(case, threads, dtype):
+    inputs, grad_out = case.inputs(dtype), torch.randn(case.B, case.H, case.N, case.D, dtype=dtype)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -301,11 +321,27 @@ def test_inductor():
             torch.testing.assert_close(a, b)
 
 
-def test_export():
-    model, x, size = Probe(False).eval(), torch.randn(2, 9, 16), torch.rand(2, 9) + 1
-    program = torch.export.export(model, (x, size))
-    for a, b in zip(program.module()(x, size), model(x, size), strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize("packed", [False, True], ids=["views", "packed"])
+def test_export(packed):
+    model, x, size = Probe(packed).eval(), torch.randn(2, 9, 16), torch.rand(2, 9) + 1
+    batch, tokens = torch.export.Dim("B", min=1, max=64), torch.export.Dim("N", min=2, max=4096)
+    program = torch.export.export(model, (x, size), dynamic_shapes=({0: batch, 1: tokens}, {0: batch, 1: tokens}))
+    for shape in ((2, 9), (5, 17)):
+        x, size = torch.randn(*shape, 16), torch.rand(*shape) + 1
+        for a, b in zip(program.module()(x, size), model(x, size), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_with_dynamic_shapes():
+    torch._dynamo.reset()
+    model = Probe(True)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend="aot_eager")
+    for B, N in ((2, 9), (3, 9), (3, 17)):
+        x, size = torch.randn(B, N, 16), torch.rand(B, N) + 1
+        for m in (model, compiled):
+            m.zero_grad()
+            m(x, size)[0].square().sum().backward()
+        torch.testing.assert_close(compiled._orig_mod.qkv.weight.grad, model.qkv.weight.grad)
 
 
 def test_autocast_and_inference_mode():
@@ -313,16 +349,37 @@ def test_autocast_and_inference_mode():
     with torch.autocast("cpu", torch.bfloat16):
         assert p3b_ext.masked_attention(q, q, q).dtype == torch.bfloat16
     with torch.inference_mode():
-        out = p3b_ext.masked_attention(q, q, q)
+        out, aux = p3b_ext.masked_attention(q, q, q, aux=NAMES)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q))
+    assert all(t.isfinite().all() for t in aux)
 
 
-def test_activation_checkpointing():
-    model, x, size = Probe(True), torch.randn(2, 9, 16), torch.rand(2, 9) + 1
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize("packed", [False, True], ids=["views", "packed"])
+def test_training_under_autocast(packed, dtype):
+    """Half-precision products, gradients in the parameters' own float32, those of sizes and gates too."""
+    model, x = Probe(packed), torch.randn(2, 9, 16)
+    size = (torch.rand(2, 9) + 1).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        out = model(x, size)[0]
+    out.float().square().sum().backward()
+    half = model.qkv.weight.grad.clone(), size.grad.clone()
+    assert out.dtype == dtype and all(g.dtype == torch.float32 for g in half)
+    model.zero_grad()
+    size.grad = None
+    model(x, size)[0].square().sum().backward()
+    for a, b in zip(half, (model.qkv.weight.grad, size.grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("packed", [False, True], ids=["views", "packed"])
+def test_activation_checkpointing(packed, reentrant):
+    model, x, size = Probe(packed), torch.randn(2, 9, 16), torch.rand(2, 9) + 1
     model(x, size)[0].sum().backward()
     grad = model.qkv.weight.grad.clone()
     model.zero_grad()
-    checkpoint(lambda t: model(t, size)[0], x.requires_grad_(), use_reentrant=False).sum().backward()
+    checkpoint(lambda t: model(t, size)[0], x.requires_grad_(), use_reentrant=reentrant).sum().backward()
     assert torch.equal(grad, model.qkv.weight.grad)
 
 
