@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from p3b.augment import colour, erase, shift_and_flip, warp
+from p3b.cli import _workers
 from p3b.data import ArrayLoader, FileLoader, SeededImages, check_files, create_data
 
 
@@ -177,6 +178,7 @@ def test_strong_arrays(npz):
 
 @pytest.mark.parametrize("kind", ["arrays", "files"])
 def test_repeated_augmentation(npz, folder, kind):
+    """As DeiT samples: copies of an image stand in a row, so that processes, which take turns, get different ones."""
     source = npz() if kind == "arrays" else folder(count=10)
     data = create_data(source, img_size=8, batch_size=6, augment="strong", re_prob=1.0, repeats=3)
     drawn = batches(data.train)
@@ -208,6 +210,15 @@ def test_policies_of_timm(folder):
     assert len({float(next(iter(loader))[0].sum()) for loader in kept}) == 3
     with pytest.raises(ValueError, match=r"auto_augment must be a policy that timm knows .* got 'lots'"):
         create_data(root, augment="strong", auto_augment="lots")
+
+
+def test_a_device_without_room(npz, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(ValueError, match=r"data: device must have 0.0 GiB free on cpu for set.npz \(on_device=False"):
+        create_data(npz())
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "original", "v0", "augmix-m10-w3"])
@@ -383,6 +394,14 @@ class Deadly:
         if index == 3 and self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         return Image.new("RGB", (8, 8)), 0
+
+
+def test_workers_that_are_not_asked_for(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [_workers(n, cpu) for n in (-1, 0, 3)] == [0, 0, 3] and [_workers(n, gpu) for n in (-1, 0, 3)] == [15, 0, 3]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert _workers(-1, gpu) == 3
 
 
 def test_a_killed_worker_is_one_line():

@@ -42,7 +42,7 @@ def colour(x: Tensor, draws: Tensor, strength: float) -> Tensor:
     brightness, contrast, saturation = (1 + strength * (2 * draws - 1)).view(-1, 3, 1, 1, 1).unbind(1)
     x = (x * brightness).clamp_(0, 255)
     if x.shape[1] == 3:
-        grey = (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        grey = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
         mean = grey.mean((2, 3), keepdim=True)
         # Both at once: grey pixels move from the mean by `contrast`, colours from grey by `saturation` on top.
         x = mean + contrast * (grey - mean) + contrast * saturation * (x - grey)

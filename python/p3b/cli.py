@@ -82,8 +82,8 @@ class Job:
     """Edge of the images in pixels; 0 takes what the model was trained with."""
     batch_size: int = 64
     """Images per training step."""
-    workers: int = 0
-    """Processes that decode image files."""
+    workers: int = -1
+    """Processes that decode image files; -1: one for each core but one with a GPU, none without."""
     augment: str = "light"
     """Augmentation of training images: none, light (crop or shift, flip) or strong (RandAugment, random erasing)."""
     auto_augment: str = "rand-m9-mstd0.5-inc1"
@@ -125,6 +125,8 @@ class Job:
             value = getattr(self, field.name)
             if not isinstance(value, kinds[field.type]) or (isinstance(value, bool) and field.type != "bool"):
                 raise TypeError(f"config: {field.name} must be {field.type}, got {value!r}")
+        if self.workers < -1:
+            raise ValueError(f"config: workers must be 0 or more, or -1, got {self.workers}")
         if self.augment not in AUGMENTS:
             raise ValueError(f"config: augment must be one of {', '.join(AUGMENTS)}, got {self.augment!r}")
 
@@ -515,7 +517,7 @@ def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
     common: dict[str, Any] = dict(
         batch_size=job.batch_size,
         seed=config.seed,
-        workers=job.workers,
+        workers=_workers(job.workers, device),
         device=device,
         augment=job.augment,
         auto_augment=job.auto_augment,
@@ -1032,6 +1034,14 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: name must be a device of this machine, got {name!r} ({error})") from error
     return torch.device(name)
+
+
+def _workers(wanted: int, device: torch.device) -> int:
+    """Decoding processes of this training process: on a CPU the cores have training to do."""
+    if wanted >= 0 or device.type == "cpu":
+        return max(0, wanted)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
 def _threads(count: int) -> None:
