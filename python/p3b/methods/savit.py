@@ -30,22 +30,21 @@ class SAViT(Method):
 
     On a share of the training batches, in eval mode and float32, with all gates at 1, it measures the importance
     `(m dL/dm)^2` of every element and the cross terms c, `[3, 3]`: the sum of the second derivatives of the loss by the
-    gates of two types, divided by the numbers of both types' elements. The pruned shares (a of the heads, b of the
-    hidden neurons, e of the embedding) minimise `sum_ij c_ij a_i a_j` among all that meet the budget. Inside a type one
-    threshold on the importance decides, over all layers; every layer keeps at least MIN_SHARE.
+    gates of two types, so that `sum_ij c_ij a_i a_j / 2` is the second-order loss of pruning the shares a of the types.
+    The shares (of heads, hidden neurons and embedding channels) minimise it among all that meet the budget. Inside a
+    type one threshold on the importance decides, over all layers; every layer keeps at least MIN_SHARE.
 
     What differs from the published code: the budget in params or MACs is counted exactly, for all sizes; all numbers of
     heads and embedding channels are tried (hidden neurons follow from the budget) instead of an evolution; one product
-    with the Hessian takes in all pairs of layers, not a random one; directions in which the loss is concave count as
-    flat, because the search would otherwise be paid for removing all it can.
+    with the Hessian takes in all pairs of layers, not a random one; cross terms are not divided by the numbers of
+    elements and a factor set by hand, with which the few heads would never go; directions in which the loss is concave
+    count as flat, because the search would otherwise be paid for removing all it can.
     """
 
     SHARE = 0.1
     """Of the training batches."""
     BATCH = 32
     """Images per measurement, as published: the importance is the square of a batch's mean."""
-    USES = 6
-    """How many elements an embedding channel counts as in each block, as published."""
 
     @staticmethod
     def attach(model: VisionTransformer) -> Gates:
@@ -73,19 +72,18 @@ class SAViT(Method):
         masks, shares = self.search(importance, cross)
         self.record = {
             "pruned_share": dict(zip(TYPES, shares, strict=True)),
-            "cross_terms": cross.tolist(),
+            "cross_terms": cross.cpu().tolist(),
             **self.gates.put(masks),
         }
 
     def measure(self, batches: Iterable[tuple[Tensor, Tensor]], criterion: Criterion) -> tuple[Tensor, Tensor]:
         """Importance `[G]` and cross terms `[3, 3]` (float64) at gates of 1."""
         leaves = self.gates.leaves()
-        embedding = leaves[0][0]
-        inner = [inner for _, _, inner in leaves]
-        groups = [inner[::2], inner[1::2], [embedding]]  # by TYPES; attentions and MLPs take turns
-        flat = [embedding, *inner]  # in the order of the flat tensors
-        counts = torch.tensor([sum(leaf.numel() for leaf in group) for group in groups], dtype=torch.float64)
-        counts[2] *= self.USES * len(groups[0])
+        flat = [leaves[0][0], *(inner for _, _, inner in leaves)]  # the embedding, then as in the flat tensors
+        member = torch.zeros(3, len(self.gates.values), device=self.device)
+        for row, name in zip(member, TYPES, strict=True):
+            for place in self.places[name]:
+                row[place] = 1.0
         importance = torch.zeros_like(self.gates.values)
         cross, parts = torch.zeros(3, 3, dtype=torch.float64, device=self.device), 0
         # the fused attention has no second derivative
@@ -93,18 +91,15 @@ class SAViT(Method):
             for images, targets in batches:
                 for some, labels in zip(images.split(self.BATCH), targets.split(self.BATCH), strict=True):
                     loss = criterion(self.model(some), labels).mean()
-                    gradient = dict(zip(map(id, flat), torch.autograd.grad(loss, flat, create_graph=True), strict=True))
-                    importance += torch.cat([gradient[id(leaf)].detach() for leaf in flat]).square()
-                    for i, group in enumerate(groups):
-                        whole = sum(gradient[id(leaf)].sum() for leaf in group)
-                        rows = torch.autograd.grad(whole, flat, retain_graph=i < 2)
-                        row = dict(zip(map(id, flat), rows, strict=True))
-                        for j, other in enumerate(groups):
-                            cross[i, j] += sum(row[id(leaf)].sum() for leaf in other)
+                    gradient = torch.cat(torch.autograd.grad(loss, flat, create_graph=True))
+                    importance += gradient.detach().square()
+                    for i, row in enumerate(member):
+                        product = torch.cat(torch.autograd.grad(gradient @ row, flat, retain_graph=i < 2))
+                        cross[i] += member @ product
                     parts += 1
         if parts == 0:
             raise ValueError("savit: train_loader must give at least one batch, got none")
-        return importance / parts, cross / parts / counts.outer(counts).to(self.device)
+        return importance / parts, cross / parts
 
     def search(self, importance: Tensor, cross: Tensor) -> tuple[Tensor, list[float]]:
         """Masks `[G]` of the shares that meet the budget at the least sum of cross terms, and the shares pruned of each
