@@ -89,6 +89,19 @@ def test_probes_read_every_family_and_leave_the_backbone_alone(name, form):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in probes.parameters())
 
 
+def test_patch_probes_that_see_little_learn_faster():
+    for form, factor in (("conv", 1), ("pointwise", 10), ("linear", 10)):
+        probes = Probes(model(), form=form)
+        groups = probes.parameter_groups(2e-4, 0.05)
+        assert sum(len(group["params"]) for group in groups) == len(list(probes.parameters()))
+        for probe, lr in ((probes.cls, 2e-4), (probes.patch, factor * 2e-4)):
+            for name, parameter in probe.named_parameters():
+                (group,) = (g for g in groups if any(parameter is p for p in g["params"]))
+                assert group["lr"] == pytest.approx(lr), (form, name)
+                assert group["weight_decay"] == (0.05 if parameter.ndim > 1 and "bias" not in name else 0), (form, name)
+    assert len(Probes(model(), alpha=1.0).parameter_groups(2e-4, 0.05)) == 2
+
+
 def test_alpha_leaves_out_a_probe():
     assert Probes(model(), alpha=0.0).criteria == ("patch",)
     assert Probes(model(), alpha=1.0).criteria == ("cls",)

@@ -23,6 +23,9 @@ from p3b_ext.ops.merge import unmerge_tokens
 from p3b_ext.reduced import ROLE, Final, Tokens
 
 BATCH_NORM_EPSILON = 1e-5
+# Adam turns a layer by about lr * sqrt(inputs) a step. The cheaper patch probes see fewer inputs at once than a 3x3
+# convolution, so at its learning rate they lag behind, and benefit that is read off them says how far they have come.
+PATCH_LEARNING_RATE = {"conv": 1.0, "pointwise": 10.0, "linear": 10.0}  # times probe_lr; docs/results/probes.md
 
 
 class Taps:
@@ -195,6 +198,7 @@ class Probes(nn.Module):
     ) -> None:
         super().__init__()
         count, channels, classes = 2 * len(model.blocks), model.embed_dim, model.num_classes
+        self.form = form
         self.prefix = model.num_prefix_tokens
         self.has_cls = bool(getattr(model, "has_class_token", self.prefix > 0)) and alpha > 0
         self.grid = tuple(model.patch_embed.grid_size)
@@ -237,9 +241,17 @@ class Probes(nn.Module):
     def _mean_losses(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         return loss(logits.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(logits), 2, -1)).mean(-1)
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
-        """Optimizer groups: weights decay, biases and batch norms do not."""
-        decays, others = [], []
-        for name, parameter in self.named_parameters():
-            (decays if name.endswith("weight") else others).append(parameter)
-        return [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, object]]:
+        """Optimizer groups: weights decay, biases and batch norms do not; cheap patch probes learn faster."""
+        groups = []
+        for probe, rate in ((self.cls, lr), (self.patch, lr * PATCH_LEARNING_RATE[self.form])):
+            if probe is None:
+                continue
+            decays, others = [], []
+            for name, parameter in probe.named_parameters():
+                (decays if name.endswith("weight") else others).append(parameter)
+            groups += [
+                {"params": decays, "lr": rate, "weight_decay": weight_decay},
+                {"params": others, "lr": rate, "weight_decay": 0.0},
+            ]
+        return groups

@@ -36,8 +36,8 @@ class P3B(Method):
             rule=config.momentum,
             min_kept_share=config.min_kept_share,
         )
-        groups = self.probes.parameter_groups(config.probe_weight_decay)
-        self.optimizers = [torch.optim.AdamW(groups, lr=config.probe_lr, fused=True)]
+        groups = self.probes.parameter_groups(config.probe_lr, config.probe_weight_decay)
+        self.optimizers = [torch.optim.AdamW(groups, fused=True)]
 
     def modules(self) -> dict[str, nn.Module]:
         return {"probes": self.probes}
