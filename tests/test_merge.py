@@ -441,6 +441,14 @@ def test_bad_input(call, error, text, backend):
         call()
 
 
+@pytest.mark.parametrize("call,error,text", BAD, ids=range(len(BAD)))
+def test_bad_input_under_compile(call, error, text):
+    """The same sentence reaches a user of torch.compile, from the tracer or from the op."""
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=text):
+        torch.compile(call, backend="eager")()
+
+
 def test_first_bad_element_is_named():
     metric = torch.randn(9, 30, 4)
     metric[6, 3, 1], metric[4, 21, 0] = torch.nan, torch.inf

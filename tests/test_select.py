@@ -270,6 +270,14 @@ def test_bad_input(call, error, text, backend):
         call()
 
 
+@pytest.mark.parametrize("call,error,text", BAD, ids=range(len(BAD)))
+def test_bad_input_under_compile(call, error, text):
+    """The same sentence reaches a user of torch.compile, from the tracer or from the op."""
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=text):
+        torch.compile(call, backend="eager")()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_numpy_integers(backend):
     two, one = numpy.int32(2), numpy.int64(1)
