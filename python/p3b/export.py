@@ -340,9 +340,9 @@ def openvino_run(path: str | os.PathLike[str], threads: int, dtype: torch.dtype 
     require("openvino")
     import openvino
 
-    core = openvino.Core()
-    if dtype == torch.bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if dtype == torch.bfloat16 and not _openvino_has_bfloat16():
         raise NotImplementedError("openvino: CPU must have bfloat16 instructions for bfloat16, got one without")
+    core = openvino.Core()
     precision = "bf16" if dtype == torch.bfloat16 else "f32"
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     request = core.compile_model(core.read_model(os.fspath(path)), "CPU", settings).create_infer_request()
@@ -352,6 +352,12 @@ def openvino_run(path: str | os.PathLike[str], threads: int, dtype: torch.dtype 
         return torch.from_numpy(request.infer({0: images.numpy()}, share_inputs=True)[0].copy())
 
     return run
+
+
+def _openvino_has_bfloat16() -> bool:
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def compiled_run(model: nn.Module, images: Tensor) -> Run:
@@ -391,10 +397,7 @@ def deploy(model: VisionTransformer, runtimes: Iterable[str], images: Tensor) ->
                 if not path.exists():
                     program = trace(copy.deepcopy(model).float().eval(), len(images))
                     path.write_bytes(to_onnx(program).SerializeToString())
-                try:
-                    run = READERS["onnx"][name](path, torch.get_num_threads(), dtype)
-                except NotImplementedError as error:
-                    raise ValueError(f"runtimes: {error}") from error
+                run = READERS["onnx"][name](path, torch.get_num_threads(), dtype)
             found[name] = Deployed(model, run, len(images))
     with torch.inference_mode():
         expected = model(images).float()
@@ -418,6 +421,8 @@ def check_runtimes(runtimes: Iterable[str], device: torch.device, dtype: torch.d
             known = " or ".join(str(each)[6:] for each in RUNTIMES[name])
             raise ValueError(f"runtimes: dtype must be {known} for {name}, got {str(dtype)[6:]}")
         require(name, "onnx", "onnxscript")
+        if name == "openvino" and dtype == torch.bfloat16 and not _openvino_has_bfloat16():
+            raise ValueError("runtimes: dtype must be float32 for openvino on a CPU without bfloat16, got bfloat16")
 
 
 # What `deploy` knows, and the dtypes that it computes in there.

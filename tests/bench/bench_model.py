@@ -2,8 +2,8 @@
 
 `python tests/bench/bench_model.py [--model deit_small_patch16_224] [--batch 16] [--threads 2] [--dtype float32]` prints
 a markdown table and, with --out, writes JSON. The models take turns; ratios are medians of the ratios inside a
-turn, with the interval that holds their median with the coverage stated. Beside them run torch.compile with freezing
-and the dense model in onnxruntime and OpenVINO where these are installed (with onnx and onnxscript), and ToMe in plain
+turn, with the interval that holds their median with the coverage stated. Beside them run torch.compile with freezing;
+dense, ToMe and PPT in onnxruntime and OpenVINO where these are installed (with onnx and onnxscript); and ToMe in plain
 PyTorch on the same linear layers. `--profile` says where the time goes.
 """
 
@@ -11,14 +11,12 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import p3b_ext
+from p3b import export
 from p3b_ext.linear import OneDnnLinear, prefer_onednn
 from p3b_ext.tuning import count_macs
 
@@ -39,7 +38,8 @@ from timing import Timing, machine, paired, table
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOME_R, PPT_R, BLOCKS, KEEP_RATE = 13, 50, (3, 6, 9), 0.7
 TIMM = ("timm, fused attention", "timm, eager attention")
-PATCHED, PLAIN_TOME, TOME = "p3b_ext dense", "ToMe in PyTorch", "p3b_ext ToMe"
+PATCHED, PLAIN_TOME, TOME, PPT = "p3b_ext dense", "ToMe in PyTorch", "p3b_ext ToMe", "p3b_ext PPT"
+TITLES = {"compile": "torch.compile, freezing,", "onnxruntime": "onnxruntime", "openvino": "OpenVINO"}
 LARGEST_ERROR = 2e-3  # of the logits in float32, relative to their largest; a benchmark of wrong answers says nothing
 
 
@@ -98,7 +98,7 @@ def reductions(depth: int) -> dict[str, object]:
     blocks = tuple(block for block in BLOCKS if block < depth)
     return {
         TOME: p3b_ext.ToMe(TOME_R),
-        "p3b_ext PPT": p3b_ext.PPT(PPT_R, blocks),
+        PPT: p3b_ext.PPT(PPT_R, blocks),
         "p3b_ext EViT": p3b_ext.EViT(KEEP_RATE, blocks),
         "p3b_ext TopK": p3b_ext.TopK(KEEP_RATE, blocks),
     }
@@ -121,10 +121,9 @@ def build(model: nn.Module, images: Tensor, args: argparse.Namespace) -> tuple[d
     functions[PLAIN_TOME] = same_linears(PlainToMe(twin(model), TOME_R))
     fewer[PLAIN_TOME] = fewer[TOME]
     check(functions, images)
-    if "compile" not in args.skip:
-        functions["timm, torch.compile, freezing"] = compiled(timm_model(model, True), images)
-    if "deploy" not in args.skip:
-        functions |= deployed(timm_model(model, True), images, args.threads)
+    elsewhere = deployed(functions, images, args.skip)
+    fewer |= {name: fewer[f"p3b_ext {name.split()[-1]}"] for name in elsewhere if not name.endswith("dense")}
+    functions |= elsewhere
     return {name: bound(function, images) for name, function in functions.items()}, fewer
 
 
@@ -143,66 +142,23 @@ def check(functions: dict[str, Callable], images: Tensor) -> None:
             raise ValueError(f"bench_model: {ours} must give the logits of {theirs}, got an error of {error:.1e}")
 
 
-def compiled(model: nn.Module, images: Tensor) -> Callable:
-    import torch._inductor.config as config
-
-    function = torch.compile(model, dynamic=False)
-    with config.patch(freezing=True):
-        function(images)  # compiles
-    return function
-
-
-def deployed(model: nn.Module, images: Tensor, threads: int) -> dict[str, Callable]:
-    """The dense model in onnxruntime (float32) and OpenVINO (float32, or bfloat16 where the CPU has it)."""
-    found: dict[str, Callable] = {}
-    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
-        print("not timed: onnxruntime, OpenVINO (onnx and onnxscript export the model; not installed)\n")
-        return found
-    plain = copy.deepcopy(model).float()
-    x = images.float()
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.onnx")
+def deployed(functions: dict[str, Callable], images: Tensor, skip: list[str]) -> dict[str, Callable]:
+    """The dense model under torch.compile with freezing, and dense, ToMe and PPT in onnxruntime (float32) and OpenVINO
+    (float32, or bfloat16 where the CPU has it), as far as they are installed."""
+    wanted = [] if "compile" in skip else ["compile"]
+    for runtime in () if "deploy" in skip else ("onnxruntime", "openvino"):
+        try:
+            export.check_runtimes([runtime], images.device, images.dtype)
+            wanted.append(runtime)
+        except ValueError as error:
+            print(f"not timed: {error}\n")
+    found = {}
+    for name, title in ((TIMM[0], "dense"), (TOME, "ToMe"), (PPT, "PPT")):
+        here = [runtime for runtime in wanted if runtime != "compile" or name == TIMM[0]]
         with contextlib.redirect_stdout(sys.stderr):
-            torch.onnx.export(plain, (x,), path, dynamo=True, verbose=False)
-        if images.dtype == torch.float32 and importlib.util.find_spec("onnxruntime"):
-            found["onnxruntime"] = onnxruntime_session(path, threads)
-        if importlib.util.find_spec("openvino"):
-            found |= openvino_model(path, threads, images.dtype)
-    for name, function in found.items():
-        error = float((torch.from_numpy(function(x)) - plain(x)).abs().max() / plain(x).abs().max())
-        if not error < (LARGEST_ERROR if images.dtype == torch.float32 else 0.1):
-            raise ValueError(f"bench_model: {name} must give timm's logits, got an error of {error:.1e}")
+            runs = export.deploy(functions[name], here, images)
+        found |= {f"{TITLES[runtime]} {title}": run for runtime, run in runs.items()}
     return found
-
-
-def onnxruntime_session(path: str, threads: int) -> Callable:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Its idle threads would otherwise spin through the turns of the others.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x.numpy()})[0]
-
-
-def openvino_model(path: str, threads: int, dtype: torch.dtype) -> dict[str, Callable]:
-    import openvino
-
-    core = openvino.Core()
-    if dtype == torch.bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        print("not timed: OpenVINO in bfloat16 (this CPU has no instructions for it)\n")
-        return {}
-    precision = "f32" if dtype == torch.float32 else "bf16"
-    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    model = core.compile_model(core.read_model(path), "CPU", settings)
-    request = model.create_infer_request()
-
-    def run(x: Tensor):
-        return request.infer({0: x.float().numpy()}, share_inputs=True)[0]
-
-    return {f"OpenVINO {precision}": run}
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -256,7 +212,7 @@ def lines(found: dict[str, Timing], fewer: dict[str, float], batch: int) -> list
                 *interval(against),
                 macs,
                 times_patched,
-                times_patched / macs if name in fewer else None,
+                times_patched / macs if name in fewer and not name.startswith(tuple(TITLES.values())) else None,
                 timing.turns,
             )
         )
@@ -338,7 +294,7 @@ def main() -> None:
             how += f", interval coverage {100 * rows[0].coverage:.0f} %, oneDNN linears {prefer_onednn()}"
             print(title, how, show(rows), sep="\n\n", end="\n\n", flush=True)
             if args.profile:
-                print(profile(functions, (TIMM[0], PATCHED, TOME, "p3b_ext PPT", PLAIN_TOME)), end="\n\n", flush=True)
+                print(profile(functions, (TIMM[0], PATCHED, TOME, PPT, PLAIN_TOME)), end="\n\n", flush=True)
         faster = statistics.median(ratios(found[TOME], found[PLAIN_TOME]))
         print(f"{TOME}: {faster:.2f} times {PLAIN_TOME} on the same linears\n", flush=True)
         results.append(
