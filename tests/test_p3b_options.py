@@ -156,6 +156,20 @@ def test_pruning_distils_from_the_model_as_it_was():
         p3b.finetune(vit(), batches(), batches(), config(distill=0.5))
 
 
+def test_compensation_changes_biases_and_nothing_else():
+    plain, kept = prune(finetune_epochs=0), prune(finetune_epochs=0, compensate=True)
+    assert plain.model.p3b_kept == kept.model.p3b_kept
+    changed = {
+        name
+        for (name, a), b in zip(plain.model.named_parameters(), kept.model.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed and all(name.endswith((".bias", "_constant")) for name in changed)
+    assert kept.history["accuracy_masked"] == kept.history["accuracy_shrunk"]
+    with pytest.raises(NotImplementedError, match="compensate: "):
+        prune(vit(qkv_bias=False), compensate=True)
+
+
 def test_compiled_steps_are_the_same_steps(monkeypatch):
     compiled = []
     whole = torch.compile

@@ -29,7 +29,7 @@ def activation_means(model: VisionTransformer, batches: Batches) -> dict[str, di
     for a norm behind an inner gate, whose statistics change with the masks, for a shared embedding and for a Linear
     without bias.
     """
-    gates = _gates(model)
+    gates = checked_gates(model)
     sums = {block.name: {"in": 0.0, "inner": 0.0} for block in gates.blocks}
     handles: list[Any] = []
     training, count = model.training, 0
@@ -59,7 +59,7 @@ def compensate(
     model: under gates; means: from `activation_means`; old_values, new_values: masks `[G]`, before and after. The masks
     themselves are not set. What an out gate no longer writes has no bias behind it and is not made up for.
     """
-    gates = _gates(model)
+    gates = checked_gates(model)
     for name, values in (("old_values", old_values), ("new_values", new_values)):
         if values.shape != gates.values.shape:
             raise ValueError(
@@ -74,7 +74,8 @@ def compensate(
         last.bias += last.weight @ (means[block.name]["inner"] * spread).to(last.weight.dtype)
 
 
-def _gates(model: VisionTransformer) -> Gates:
+def checked_gates(model: VisionTransformer) -> Gates:
+    """The gates of a model that can be compensated; ValueError or NotImplementedError says why it cannot."""
     gates = getattr(model, "p3b_gates", None)
     if gates is None:
         raise ValueError("compensate: model must have gates (p3b.gates.attach), got one without")

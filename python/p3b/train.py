@@ -7,6 +7,7 @@ that a run which was killed goes on from its last whole epoch and ends as if not
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from torch.nn.utils import get_total_norm
 from p3b_ext.patch import patch
 
 from . import budget
+from .compensate import activation_means, checked_gates, compensate
 from .config import Config
 from .distributed import Processes
 from .gates import Gates, sharpening
@@ -33,6 +35,7 @@ from .state import load_state, random_state, save_state, set_random_state
 from .step import REMEDY, Diverged, Meter, Step, autocast, groups
 from .surgery import cut, shrink
 
+MEAN_BATCHES = 16  # training batches that mean activations are taken over
 REPORTS_PER_EPOCH = 20  # how often loss and accuracy are read back for the progress bar
 FUSED = ("adam", "adamw", "sgd")  # optimizers that PyTorch runs as one kernel, on CPU and CUDA
 
@@ -372,6 +375,8 @@ class PruneRun:
         self.device = next(model.parameters()).device
         method = create(config.method)
         self.gates: Gates = method.attach(model)
+        if config.compensate:
+            checked_gates(model)  # what cannot be done must fail here, before anything is trained
         blocks = self.gates.blocks
         self.full = torch.tensor([block.full(config.budget) for block in blocks], dtype=torch.float64)
         self.count = 0  # optimizer steps so far
@@ -450,7 +455,10 @@ class PruneRun:
     def finish(self, train_loader: Batches, val_loader: Batches) -> dict[str, Any]:
         """Final masks, accuracy under them, the shrink, accuracy after it; the history so far."""
         _check_finite(self.model, self.history, "prune")
+        before, means = self.gates.values.clone(), self._means(train_loader) if self.config.compensate else None
         self.update(final=True)
+        if means is not None:
+            compensate(self.model, means, before, self.gates.values)
         history, model = self.history, self.model
         history["accuracy_masked"] = _accuracy(model, val_loader, self.config, self.device, self.processes)
         shrink(model)
@@ -461,6 +469,13 @@ class PruneRun:
         history["final_params"] = sum(p.numel() for p in model.parameters())
         history["skipped_steps"] = int(self.step.skipped)
         return history
+
+    def _means(self, train_loader: Batches) -> dict[str, dict[str, Tensor]]:
+        """Mean activations behind the gates over a few training batches of every process."""
+        batches = (images.to(self.device) for images, _ in itertools.islice(train_loader, MEAN_BATCHES))
+        means = activation_means(self.model, batches)
+        self.processes.average(mean for both in means.values() for mean in both.values())
+        return means
 
     def named(self, values: Tensor) -> dict[str, float]:
         """One value per sub-block, by name, for the history."""
