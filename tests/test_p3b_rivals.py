@@ -13,7 +13,7 @@ from p3b.costs import count_macs
 from p3b.gates import attach, detach
 from p3b.surgery import kept_indices
 from p3b.train import PruneRun, Silent
-from p3b_ext import patch
+from p3b_ext import PPT, ToMe, patch
 
 FAMILIES = [
     *("deit", "distilled", "augreg_no_qkv_bias", "gap", "gap_final_norm", "avgmax", "layer_scale", "qk_norm"),
@@ -126,24 +126,27 @@ def test_load_gives_back_what_was_saved(name, units, tmp_path):
     assert {k: v.shape for k, v in loaded.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
 
 
+def test_token_reduction_does_the_same_under_a_masked_and_in_a_narrower_embedding():
+    for reduction in (ToMe(r=2), PPT(r=3, blocks=(1, 2), threshold=1e-3)):
+        model = masked(units="channels-embedding")
+        dense = model(images())
+        expected = patch(model, reduction)(images())
+        assert not torch.allclose(expected, dense, rtol=1e-3, atol=1e-3)
+        same(patch(p3b.shrink(model), reduction)(images()), expected)
+
+
 class HeadsOnActivations:
-    """The same head and embedding gates as multiplied activations, by hooks: what folding must reproduce for hard and
-    for soft heads, and for hard embeddings."""
+    """The same inner gates as multiplied activations, by hooks: what folding must reproduce."""
 
     def __init__(self, model, gates):
         self.values = gates.values.double().requires_grad_()
-        embedding = None if gates.embedding is None else self.values[gates.embedding]
         for block in gates.blocks:
             layer, inner = model.blocks[block.block], self.values[block.slices()[2]]
             if block.kind == "attn":
                 spread = inner.repeat_interleave(layer.attn.head_dim)
                 layer.attn.proj.register_forward_pre_hook(lambda _, args, gate=spread: (args[0] * gate,))
-                last = layer.attn.proj
             else:
                 layer.mlp.act.register_forward_hook(lambda _, args, out, gate=inner: out * gate)
-                last = layer.mlp.fc2
-            if embedding is not None:
-                last.register_forward_hook(lambda _, args, out: out * embedding)
 
 
 def test_head_gates_equal_scaled_heads_and_so_do_their_gradients():

@@ -606,7 +606,8 @@ class Gates:
 def attach(model: VisionTransformer, *, units: str = "channels", embedding: bool = False) -> Gates:
     """Puts gates of one on all sub-blocks of a timm ViT, in place; `model.p3b_gates` is what it returns.
 
-    units: what an attention's inner gates remove, "channels" (the same of every head) or whole "heads". embedding: one
+    units: what an attention's inner gates remove, "channels" (the same of every head) or whole "heads" (of which only
+    the values are scaled: a token reduction still asks the keys of removed heads until the shrink). embedding: one
     gate vector `[C]` stands for the in and out gates of all sub-blocks and for the embeddings, so that the residual
     stream itself becomes narrower; norms over it take their statistics over the kept channels.
     """
