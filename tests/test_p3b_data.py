@@ -302,6 +302,7 @@ def test_npz(npz):
     data = create_data(npz(), img_size=(6, 5), batch_size=8)
     assert (data.num_classes, data.in_chans) == (3, 3) and data.train.flip
     images, labels = next(iter(data.val))
+    assert data.train.shift == 2 and create_data(npz(), img_size=(84, 90)).train.shift == 6
     assert images.shape == (8, 3, 6, 5) and labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     pixel = torch.from_numpy(np.load(npz())["x_test"])[0, 2, 3].float() / 255
     assert torch.allclose(images[0, :, 2, 3], (pixel - torch.tensor(data.mean)) / torch.tensor(data.std), atol=1e-5)

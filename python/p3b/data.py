@@ -114,7 +114,8 @@ def create_data(
     classes: keep only these labels of an array set and renumber them 0, 1, ... in this order.
     val_share: share of each class set aside where the source has no validation part.
     mean, std: per channel in [0, 1]; default: of the training images (arrays), ImageNet's (files).
-    shift, flip: largest shift in pixels and whether to mirror; default by source (digits are never mirrored).
+    shift, flip: largest shift in pixels of arrays (default: 2, or 1/14 of the edge where that is more), and whether to
+        mirror (default: colour pictures).
     reader: more arguments for timm's `create_dataset`, as {"target_key": "fine_label"}, and the names of the parts,
         {"train_split": "train", "val_split": "validation"} by default ("val" or "test" where there is no validation).
     num_classes: size of the model's head; needed only for sets that do not say it themselves.
@@ -455,7 +456,7 @@ def _from_arrays(
     common: dict[str, Any] = dict(img_size=how.size, batch_size=how.batch_size, mean=mean, std=std, seed=how.seed)
     moves: dict[str, Any] = dict(repeats=how.repeats)
     if how.augment != "none":
-        moves["shift"] = arrays.shift if shift is None else shift
+        moves["shift"] = max(arrays.shift, min(how.size) // 14) if shift is None else shift  # 2 of 28 pixels
         moves["flip"] = arrays.flip if how.flip is None else how.flip
     if how.augment == "strong":
         moves["strong"] = (how.color_jitter, how.re_prob)
