@@ -238,11 +238,10 @@ def test_vtp_folds_what_it_learned(name):
     run = start("vtp", vit(name))
     generator = torch.Generator().manual_seed(0)
     values = 0.3 + torch.rand(len(run.gates.values), generator=generator)
-    masks = run.method.masks(run.method.scores(True), 1.0, 0.0, True)
     run.gates.set(values)
     model, images = run.model.eval(), vits.images(2, 16)
     with torch.no_grad():
-        masks = run.method.masks(run.method.scores(True), 1.0, 0.0, True)
+        masks = run.method.masks(run.method.scores(True), 1.0, True)
         run.gates.set(values * masks)
         thresholded = model(images)
         run.gates.set(values)
@@ -332,16 +331,6 @@ def test_no_sub_block_falls_below_its_floor(method):
     assert (run.gates.kept_cost() / run.full).min() > 0.28
 
 
-def test_global_masks_are_soft_around_the_threshold():
-    gates = gated()
-    given = scores(gates)
-    full = sum(block.full("params") for block in gates.blocks)
-    soft = global_masks(gates.blocks, given, 0.5 * full, 0.1)
-    hard = global_masks(gates.blocks, given, 0.5 * full)
-    assert torch.equal(soft >= 0.5, hard >= 0.5)
-    assert ((soft > 0.1) & (soft < 0.9)).sum() == pytest.approx(0.2 * len(soft), abs=2)
-
-
 # kept counts in multiples, and ranks over a sub-block
 
 
@@ -375,7 +364,7 @@ def test_global_masks_round_too():
     given = scores(gates)
     full = sum(block.full("params") for block in gates.blocks)
     for share in (0.7, 0.4):
-        mask = global_masks(gates.blocks, given, share * full, 0.1, round_to=8)
+        mask = global_masks(gates.blocks, given, share * full, round_to=8)
         assert all(count % 8 == 0 for block in gates.blocks for count in counts(block, mask))
         assert float(gates.kept_cost("params", mask.bool()).sum()) == pytest.approx(share * full, rel=0.03)
 

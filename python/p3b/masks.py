@@ -174,17 +174,15 @@ def global_masks(
     blocks: list[SubBlock],
     scores: Scores,
     target: float,
-    tau: float = 0.0,
     *,
     unit: str = "params",
     min_share: float | Tensor = MIN_SHARE,
     round_to: int = 1,
 ) -> Tensor:
-    """Masks `[G]` that prune the lowest scores of the whole model until all sub-blocks together cost `target`.
+    """Hard masks `[G]` that prune the lowest scores of the whole model until all sub-blocks together cost `target`.
 
-    `argmin_p |cost after pruning the p lowest - target|`: exact, one cumulative sum. tau: width of the soft mask, over
-    all elements. min_share: of every gate (one for all, or `[S]`), the best go last, against the collapse of a layer.
-    round_to: as in `block_mask`.
+    `argmin_p |cost after pruning the p lowest - target|`: exact, one cumulative sum. min_share: of every gate (one for
+    all, or `[S]`), the best go last, against the collapse of a layer. round_to: as in `block_mask`.
     """
     order = _protect(scores.order(), blocks, min_share)
     position = np.empty(len(order), dtype=np.int64)
@@ -197,17 +195,10 @@ def global_masks(
         saved[np.sort(here) + 1] = -np.diff(costs.numpy())
     cost = sum(block.full(unit) for block in blocks) - saved.cumsum()
     pruned = int(np.abs(cost - target).argmin())
-    if round_to > 1:
-        sizes = [size for block in blocks for size in block.sizes]
-        gate = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        steps = [step for block in blocks for step in block.steps(round_to)]
-        return _rounded_mask(gate, torch.from_numpy(order), pruned, sizes, steps)
-    if pruned in (0, len(order)):
-        return torch.full((len(order),), float(pruned == 0))
-    mask = torch.empty(len(order))
-    ranks = torch.arange(1, len(order) + 1, dtype=torch.float64)
-    mask[torch.from_numpy(order)] = soft_mask(ranks, pruned + 0.5, tau).float()
-    return mask
+    sizes = [size for block in blocks for size in block.sizes]
+    steps = [step for block in blocks for step in block.steps(round_to)]
+    gate = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return _rounded_mask(gate, torch.from_numpy(order), pruned, sizes, steps)
 
 
 def _protect(order: np.ndarray, blocks: list[SubBlock], share: float | Tensor) -> np.ndarray:

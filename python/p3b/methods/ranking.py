@@ -15,28 +15,25 @@ from .base import Method
 class GlobalRanking(Method):
     """Prunes the elements with the lowest scores of the whole model, at every update as many as the budget then asks.
 
+    Masks are hard from the first update on, as published for these methods.
+
     A subclass gives the scores. The best MIN_SHARE of every gate go last, which keeps layers from collapse; a floor
     under a sub-block's keep ratio raises that share.
     """
-
-    soft = False
-    """Whether masks are soft on the way (Config.tau_max), so that what was pruned can come back. False: as published
-    for these methods, what is pruned is zero at once."""
 
     def scores(self, final: bool) -> Scores:
         """Of all elements, comparable over the model. final: the last update of the run."""
         raise NotImplementedError
 
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
-        return dict(self.gates.put(self.masks(self.scores(final), progress, tau if self.soft else 0.0, final)))
+        return dict(self.gates.put(self.masks(self.scores(final), progress, final)))
 
-    def masks(self, scores: Scores, progress: float, tau: float, final: bool) -> Tensor:
+    def masks(self, scores: Scores, progress: float, final: bool) -> Tensor:
         """Masks that meet the budget of an update; kept counts are rounded in the last."""
         return global_masks(
             self.gates.blocks,
             scores,
             self.target(progress),
-            tau,
             unit=self.config.budget,
             # what a sub-block costs is a product of two gates' counts
             min_share=torch.as_tensor(self.floor, dtype=torch.float64).sqrt().clamp_min(MIN_SHARE),
