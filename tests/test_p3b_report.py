@@ -68,6 +68,15 @@ def test_report_again_from_the_records(run):
     assert write_report(run).read_text() == before and (run / "benefit.png").stat().st_size > 1000
 
 
+def test_methods_without_benefit_are_reported_too(run):
+    history = made_up_history()
+    for update in history["updates"]:
+        del update["benefit"], update["importance"], update["goal_keep_ratio"]
+    write_json(run / HISTORY, history)
+    assert "| blocks.1.attn | – | – | 0.233 | 6 |" in write_report(run).read_text()
+    assert not (run / "benefit.png").exists()
+
+
 def test_a_model_without_class_token_has_one_panel(tmp_path):
     both, patches = tmp_path / "both", tmp_path / "patches"
     both.mkdir(), patches.mkdir()

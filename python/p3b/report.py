@@ -107,7 +107,7 @@ def _sub_blocks(history: Mapping[str, Any]) -> str:
     if not history["updates"]:
         return "The run ended before its first mask update."
     last = history["updates"][-1]
-    benefit = last["benefit"]
+    benefit = last.get("benefit", {})  # P3B alone measures it
     came_back = {n: sum(u["reactivated"].get(n, 0) for u in history["updates"]) for n in history["blocks"]}
     lines = ["| sub-block | benefit, class token | benefit, patches | keep ratio | came back in all |"]
     lines += ["|---|---:|---:|---:|---:|"]
