@@ -4,6 +4,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -417,6 +420,29 @@ def test_a_killed_worker_is_one_line():
     assert "\n" not in str(error.value)
     read.deadly = False
     assert len(batches(loader)) == 4  # new workers take over
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
+def test_a_run_whose_worker_is_killed(folder, tmp_path):
+    """PyTorch raises in whatever the main thread does; the run says what happened and keeps its last epoch."""
+    model = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    command = f"prune --model vit_tiny_patch16_224 --model-kwargs {json.dumps(model, separators=(',', ':'))}"
+    command += f" --no-pretrained --data {folder()} --output {tmp_path / 'run'} --img-size 8 --batch-size 6 --workers 1"
+    command += " --start-epoch 0 --sparse-epoch 1 --final-epoch 100000 --device cpu --threads 1"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "p3b", *command.split()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        state = tmp_path / "run.unfinished" / "state.pt"
+        while not state.exists() and process.poll() is None:
+            time.sleep(0.01)
+        children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        error = process.communicate(timeout=120)[1].splitlines()[-1]
+    finally:
+        process.kill()
+    assert process.returncode == 2 and state.exists()
+    assert error.startswith("p3b prune: data: a worker process died (fewer --workers") and "--resume" in error
 
 
 def test_workers_stay_from_epoch_to_epoch(folder):

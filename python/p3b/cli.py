@@ -42,7 +42,7 @@ import p3b_ext
 
 from . import checkpoint, reductions, train
 from .config import Config, read_recipe, recipes
-from .data import AUGMENTS, Data, check_files, create_data
+from .data import AUGMENTS, Data, check_files, create_data, worker_death
 from .distributed import Processes, processes
 from .evaluate import evaluate, measure, tables
 from .report import write_report
@@ -158,8 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = "; ".join(getattr(stop, "__notes__", ["nothing was written"]))
         print(f"p3b {options.command}: interrupted, {kept}", file=sys.stderr)
         return 128 + (stop.signal if isinstance(stop, _Stopped) else signal.SIGINT)
-    except USER_ERRORS as error:
-        if debug:
+    except (*USER_ERRORS, RuntimeError) as error:
+        if debug or not (isinstance(error, USER_ERRORS) or worker_death(error)):
             raise
         print(f"p3b {options.command}: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -1016,7 +1016,7 @@ def _number(name: str, text: str, kind: type = float) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = worker_death(error) or " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, (ValueError, NotImplementedError, train.Diverged)):
         text += f" ({type(error).__name__}; --debug shows where)"
     return "; ".join([text, *getattr(error, "__notes__", [])])

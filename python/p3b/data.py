@@ -629,10 +629,21 @@ def _loaded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tenso
                 raise ValueError(batch)
             yield batch
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        death = worker_death(error)
+        if not death:
             raise
-        remedy = "fewer --workers take less memory, and --workers 0 shows the error itself"
-        raise OSError(f"data: a worker process died ({remedy}): {error}") from error
+        raise OSError(death) from error
+
+
+def worker_death(error: BaseException) -> str:
+    """The line to say where a decoding process died, or nothing for another error.
+
+    PyTorch raises it in the main thread at once, whatever runs there: a training step, a checkpoint being written.
+    """
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+        return ""
+    remedy = "fewer --workers take less memory, and --workers 0 shows the error itself"
+    return f"data: a worker process died ({remedy}): {' '.join(str(error).split())}"
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .data import worker_death
 from .files import write_atomically
 
 STATE = "state.pt"
@@ -24,6 +25,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         try:
             torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
         except RuntimeError as error:  # a full disk is no OSError in torch's zip writer
+            if worker_death(error):
+                raise
             raise OSError(f"checkpoint: {path} must be writable, got {' '.join(str(error).split())[:200]}") from None
 
     write_atomically(path, write)
