@@ -33,10 +33,12 @@ def _tiles(n: int, d: int, dtype: torch.dtype, backward: bool, gated: bool) -> t
     """(rows a program owns, rows per step of its loop, warps, stages).
 
     64 rows are one warp group's share of a Hopper matrix instruction. Everything else was chosen by what the compiler
-    reports (tests/bench/triton_aot.py), for D = 64 and compute capability 9.0: in half precision steps of 32 bring the
-    backward from 209 to 175 registers, and with a gate from 336 to 72 bytes of spills; float32 products run on FMA
-    units from registers and want 8 warps (backward: 32 bytes of spills instead of 552). D = 128 backward spills 2040
-    bytes with 64 rows on compute capability 8.0, 112 with 32. No choice was timed.
+    reports (tests/bench/triton_aot.py): in half precision and D = 64 steps of 32 bring the backward from 209 to 175
+    registers, and with mask, sizes and gate steps of 16 do away with the 184 (8.0) and 240 (9.0) bytes of spills that
+    steps of 32 cost; float32 products run on FMA units from registers and want 8 warps (backward: 8 bytes of spills
+    instead of 552). D = 128 backward spills 2040 bytes with 64 rows on compute capability 8.0; with 32 rows 112, and
+    gated 112 (8.0) and 312 (9.0) with 8 warps, 352 and 424 with 4 (16 rows spill nothing, but read everything twice
+    as often). No choice was timed.
     """
     if dtype == torch.float32:
         return (32, 32, 8, 1) if backward or d > 64 else (64, 64, 8, 1)
@@ -45,8 +47,8 @@ def _tiles(n: int, d: int, dtype: torch.dtype, backward: bool, gated: bool) -> t
     if n <= 32:
         return 32, 32, 2, 1
     if backward and d > 64:
-        return 32, 32, 4, 1
-    step = 32 if backward or gated or d > 64 else 64
+        return 32, 32, 8 if gated else 4, 1
+    step = 16 if backward and gated else 32 if backward or gated or d > 64 else 64
     return 64, step, 4 if d <= 64 else 8, 2
 
 

@@ -36,8 +36,12 @@ def call(namespace: str, op: str, *args):
     if torch.compiler.is_compiling():  # the tracer knows reverse mode; what it cannot trace here runs eagerly
         if forward_ad._current_level >= 0 and (namespace, op) in _FUNCTIONS:
             raise _no_forward_mode(op)
-    elif _transformed() and (namespace, op) in _FUNCTIONS:
-        return _FUNCTIONS[namespace, op].apply(*args)
+    elif _transformed():
+        if (namespace, op) in _FUNCTIONS:
+            return _FUNCTIONS[namespace, op].apply(*args)
+    elif not torch.is_grad_enabled():  # past the registered gradient, whose Python costs as much as a small call
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(getattr(torch.ops, namespace), op)(*args)
     return getattr(getattr(torch.ops, namespace), op)(*args)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends
 from ..reference import CLS_ATTENTION, ENTROPY, RECEIVED, TO_CLS, VALUE_NORM, acc_dtype
 from ..transforms import call, register_gradient
 from .checks import check_bool, check_dense, check_device, check_number, check_shape, check_tensor, second_derivative
@@ -113,8 +113,8 @@ def packed_attention(
     backend = backends.choose(op, q, "attention")
     if token_size is not None:
         backends.check_values(op, "token_size", token_size, backends.positive_finite, "> 0 and finite", backend=backend)
-    if backend == "reference":
-        results = reference.masked_attention(q, k, v, key_mask, token_size, channel_gate, scale, bits)
+    if backend == "reference" or not torch.is_grad_enabled():  # the packed op is for its gradient
+        results = _run(backend, "masked_attention", q, k, v, key_mask, token_size, channel_gate, scale, bits)
     else:
         results = _run(backend, "masked_attention_packed", qkv, key_mask, token_size, channel_gate, scale, bits)
     out = results[0].transpose(1, 2)

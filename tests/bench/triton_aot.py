@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and report what each costs.
 
-    python tests/bench/triton_aot.py [--arch 80 90] [--only NAME] [--json FILE]
+    python tests/bench/triton_aot.py [--arch 80 90] [--only NAME] [--json FILE] [--page FILE]
 
 Registers and spills are ptxas's, shared memory is Triton's (bytes per program). Each line is one launch as the
 functions in kernels/ make it: launches are recorded from calls on fake GPU tensors, so tiles, warps and constants
@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from p3b_ext import kernels
+
+sys.path.insert(0, str(Path(__file__).parent))  # for tests that import this file
+from timing import table
 
 B, H = 2, 12
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
@@ -200,11 +204,25 @@ def compile_launch(case: str, launch: Launch, arch: int) -> Compiled:
     return Compiled(case, name, arch, launch.options["num_warps"], registers, stack, compiled.metadata.shared)
 
 
+def page(results: list[Compiled]) -> str:
+    """A markdown page of what the compiler says."""
+    head = f"""# What the compilers say of the Triton kernels
+
+Written by `python tests/bench/triton_aot.py --page FILE`; do not edit. Triton {triton.__version__}, no GPU: registers
+and bytes of spills per thread are ptxas's, shared memory is Triton's, in bytes per program. "all": with mask, sizes,
+gate and every side output. Nothing here has been timed.
+
+"""
+    rows = [[r.case, r.kernel, r.arch / 10, r.warps, r.registers, r.spills, r.shared] for r in results]
+    return head + table(["case", "kernel", "compute capability", "warps", "registers", "spills", "shared"], rows) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path, help="a markdown table")
     args = parser.parse_args()
     results = []
     for case in CASES:
@@ -216,6 +234,8 @@ def main() -> None:
                 print(results[-1], flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    if args.page:
+        args.page.write_text(page(results))
 
 
 if __name__ == "__main__":
