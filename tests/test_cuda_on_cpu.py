@@ -43,9 +43,9 @@ pytestmark = [
 ]
 
 
-def compile_and_link(folder: Path, program: str, mode: str) -> Path:
+def compile_and_link(folder: Path, program: str, mode: str, csrc: Path = CSRC) -> Path:
     common = [COMPILER, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DP3B_CUDA_ON_CPU"]
-    common += [f"-I{HERE}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", f"-isystem{INCLUDE}"]
+    common += [f"-I{HERE}", f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-isystem{INCLUDE}"]
     runtime_flags = ["-O1", "-DSTANDIN_TSAN"] if mode == "tsan" else SANITIZERS[mode]
     runtime, binary = folder / f"runtime-{mode}.o", folder / f"{program}-{mode}"
     if not runtime.exists():

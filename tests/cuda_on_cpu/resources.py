@@ -3,7 +3,7 @@
     python tests/cuda_on_cpu/resources.py [--arch 80,90a] [--output FILE.json]
 
 Prints registers, spilled bytes and static shared memory of every kernel (shared memory is dynamic throughout: its size
-is the launch's). Exits with an error where a source does not compile or a kernel of a ViT shape spills registers.
+is the launch's). Exits with an error where a source does not compile or a kernel spills registers (but see MAY_SPILL).
 """
 
 import argparse
@@ -18,8 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
-# Attention kernels are built for 32, 64, 96 and 128 channels; ViT-S, B and L have 64, ViT-H 80.
-MAY_SPILL = re.compile(r"128>")
+# Attention kernels are built for 32, 64, 96 and 128 channels; ViT-S, B and L have 64, ViT-H 80. The backward of 128
+# needs all 255 registers of a thread and keeps up to three numbers in memory.
+MAY_SPILL = re.compile(r"backward_(stream|resident)_kernel<.*128>")
+MOST_SPILLED = 12  # bytes
 
 
 def compile_source(source: Path, arch: str, includes: list[str]) -> list[dict]:
@@ -81,8 +83,8 @@ def measure(archs: list[str], jobs: int = 2) -> list[dict]:
 
 
 def spilling(kernels: list[dict]) -> list[str]:
-    """Kernels of ViT shapes that spill."""
-    bad = [k for k in kernels if k["spill_bytes"] and not MAY_SPILL.search(k["kernel"])]
+    """Kernels that spill more than they may."""
+    bad = [k for k in kernels if k["spill_bytes"] > (MOST_SPILLED if MAY_SPILL.search(k["kernel"]) else 0)]
     return [f"{k['kernel']} (sm_{k['arch']}): {k['spill_bytes']} bytes" for k in bad]
 
 

@@ -1,6 +1,6 @@
 """Kernels and whole models on a GPU beside the strongest alternatives.
 
-    bench.py {attention,tokens,models} --output FILE
+    bench.py {attention,tokens,models,training} --output FILE
 
 A case is timed in CUDA graphs: cold, over sets of buffers that together exceed twice the L2 cache, and warm, over one.
 The figure is the median of several replays, per call. Copy bandwidth and bf16 rate are measured in the same run;
@@ -10,6 +10,8 @@ its reason.
 
 import argparse
 import contextlib
+import copy
+import functools
 import json
 import statistics
 import sys
@@ -23,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import p3b_ext
 from p3b_ext.ops.merge import match_tokens, merge_tokens
-from p3b_ext.ops.select import select_tokens, topk_tokens
+from p3b_ext.ops.select import keep_tokens, select_tokens, topk_tokens
+from p3b_ext.plan import plan_ppt, score_spread
 
 Call = Callable[[], object]
 ALL_AUX = ("lse", "cls_attention", "entropy", "value_norm")
@@ -42,20 +45,20 @@ class Bench:
         self.native = ["cuda", "triton"] if self.gpu else ["cpu"]
         self.l2 = torch.cuda.get_device_properties(0).L2_cache_size if self.gpu else 1 << 20
         self.bandwidth = self.rate = float("nan")
+        # One stream for everything: a backward runs where its forward ran, and a capture must not meet the default one.
+        self.stream = torch.cuda.Stream() if self.gpu else None
+        if self.stream:
+            torch.cuda.set_stream(self.stream)
 
     def graph(self, calls: list[Call]) -> Call:
         """All calls as one CUDA graph; on a CPU just all calls."""
         if not self.gpu:
             return lambda: [call() for call in calls]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                for call in calls:
-                    call()
-        torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(2):
+            for call in calls:
+                call()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=self.stream):
             for call in calls:
                 call()
         return graph.replay
@@ -63,20 +66,20 @@ class Bench:
     def time(self, calls: list[Call], replays: int = 15) -> float:
         """Median seconds of one call."""
         replay = self.graph(calls)
-        seconds = []
-        for _ in range(2 if self.quick else replays):
-            if self.gpu:
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                replay()
-                end.record()
-                torch.cuda.synchronize()
-                seconds.append(begin.elapsed_time(end) / 1e3)
-            else:
-                start = time.perf_counter()
-                replay()
-                seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds) / len(calls)
+        return statistics.median(self.seconds(replay) for _ in range(2 if self.quick else replays)) / len(calls)
+
+    def seconds(self, run: Call) -> float:
+        """Of one call of run, on the GPU between two events."""
+        if not self.gpu:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
     def peaks(self) -> None:
         size = 1 << (10 if self.quick else 29)
@@ -140,12 +143,20 @@ def eager(q, k, v, mask=None) -> Call:
     return run
 
 
-def flex(q, k, v, log_size=None) -> Call:
+@functools.cache
+def compiled_flex() -> Callable:
+    """FlexAttention, compiled once for each shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    score_mod = None if log_size is None else (lambda score, b, h, i, j: score + log_size[b, j])
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, score_mod=score_mod)
+    def attend(q, k, v, log_size):
+        score_mod = None if log_size is None else (lambda score, b, h, i, j: score + log_size[b, j])
+        return flex_attention(q, k, v, score_mod=score_mod)
+
+    return torch.compile(attend, dynamic=False)
+
+
+def flex(q, k, v, log_size=None) -> Call:
+    return lambda: compiled_flex()(q, k, v, log_size)
 
 
 def backward(forward: Call, wanted: list, grad: torch.Tensor) -> Call:
@@ -209,6 +220,7 @@ def attention_case(bench: Bench, B: int, H: int, N: int, D: int) -> None:
     base = {
         n: lambda s, kind=kind: backward(sdpa(kind, *s["leaves"]), s["leaves"], s["grad"]) for n, kind in kinds.items()
     }
+    base["flex"] = lambda s: backward(flex(*s["leaves"]), s["leaves"], s["grad"])
     base["eager"] = lambda s: backward(eager(*s["leaves"]), s["leaves"], s["grad"])
     bench.compare(f"{case} backward", sets, ours, base, 8 * tensor, 2.5 * flops)
 
@@ -243,15 +255,35 @@ def tokens_case(bench: Bench, B: int, N: int, C: int, r: int) -> None:
 
     def make() -> dict:
         x = torch.randn(B, N, C, device=bench.device, dtype=torch.bfloat16)
-        metric = torch.randn(B, N, min(C, 64), device=bench.device, dtype=torch.bfloat16)
-        size, scores = torch.ones(B, N, device=bench.device), torch.rand(B, N - 1, device=bench.device)
-        return dict(x=x, metric=metric, size=size, scores=scores)
+        D = min(C, 64)
+        keys = torch.randn(B, N, C // D, D, device=bench.device, dtype=torch.bfloat16).transpose(1, 2)
+        size, attention = torch.ones(B, N, device=bench.device), torch.rand(B, C // D, N, device=bench.device)
+        norm = torch.rand(B, N, device=bench.device)
+        found = dict(x=x, keys=keys, metric=keys.mean(1), size=size, attention=attention, norm=norm)
+        return found | dict(scores=(attention.mean(1) * norm)[:, 1:].contiguous())
 
-    def merge(b: str):
-        return lambda s: on(b, lambda: merge_tokens(s["x"], match_tokens(s["metric"], r), M, size=s["size"]))
+    def merge(b: str, metric: str = "metric"):
+        return lambda s: on(b, lambda: merge_tokens(s["x"], match_tokens(s[metric], r), M, size=s["size"]))
 
     def select(b: str):
         return lambda s: on(b, lambda: select_tokens(s["x"], topk_tokens(s["scores"], K - 1)))
+
+    def keep(b: str):
+        return lambda s: on(b, lambda: keep_tokens(s["x"], s["attention"], s["norm"], K - 1))
+
+    def ppt(b: str):
+        def run(s: dict) -> Call:
+            return on(b, lambda: plan_ppt(s["scores"], s["keys"], r, s["threshold"]).apply(s["x"], s["size"]))
+
+        return lambda s: run(s | {"threshold": score_spread(s["scores"]).median().item()})
+
+    def score_topk_and_gather(s: dict) -> Call:
+        def run():
+            index = (s["attention"].mean(1) * s["norm"])[:, 1:].topk(K - 1, -1).indices + 1
+            index = torch.cat([torch.zeros_like(index[:, :1]), index], 1)
+            return s["x"].gather(1, index[..., None].expand(-1, -1, C))
+
+        return run
 
     def topk_and_gather(s: dict) -> Call:
         def run():
@@ -268,6 +300,17 @@ def tokens_case(bench: Bench, B: int, N: int, C: int, r: int) -> None:
         "PyTorch compiled": lambda s: lambda: compiled(s["metric"], s["x"], s["size"], r),
     }
     bench.compare(f"B{B} C{C} {N}->{M} match + merge", sets, {b: merge(b) for b in bench.native}, base, bytes_)
+    base = {
+        "PyTorch": lambda s: lambda: tome_in_pytorch(s["keys"].mean(1), s["x"], s["size"], r),
+        "PyTorch compiled": lambda s: lambda: compiled(s["keys"].mean(1), s["x"], s["size"], r),
+    }
+    case, of_keys = f"B{B} C{C} {N}->{M}", 2.0 * B * N * C
+    bench.compare(
+        f"{case} keys + match + merge", sets, {b: merge(b, "keys") for b in bench.native}, base, bytes_ + of_keys
+    )
+    bench.compare(f"{case} PPT, half pruned", sets, {b: ppt(b) for b in bench.native}, {}, bytes_ + of_keys / 2)
+    case, base = f"B{B} C{C} {N}->{K}", {"score + topk + gather": score_topk_and_gather}
+    bench.compare(f"{case} score + select", sets, {b: keep(b) for b in bench.native}, base, 4.0 * B * C * K)
     base = {"topk + gather": topk_and_gather}
     bench.compare(f"B{B} C{C} {N}->{K} select", sets, {b: select(b) for b in bench.native}, base, 4.0 * B * C * K)
 
@@ -328,9 +371,50 @@ def model_case(bench: Bench, name: str, batch: int) -> None:
     bench.rows += found
 
 
+def training(bench: Bench) -> None:
+    """A training step in bfloat16 autocast: plain (timm, patched) and with P3B's gates and probes. Not captured."""
+    import timm
+
+    import p3b
+    from p3b.step import Meter, Step
+    from p3b.train import PruneRun, _optimizer
+
+    name, batch = ("vit_tiny_patch16_224", 2) if bench.quick else ("deit_small_patch16_224", 256)
+    torch.manual_seed(0)
+    model, device = timm.create_model(name, num_classes=100).to(bench.device), torch.device(bench.device)
+    config = p3b.Config(start_epoch=0, sparse_epoch=1, final_epoch=1, device=bench.device, amp="bfloat16")
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    labels, meter = torch.randint(0, 100, (batch,), device=device), Meter(device)
+    for what in ("plain, timm", "plain, patched", "P3B"):
+        row = {"case": f"{name} training step, batch {batch}", "what": what}
+        try:
+            twin = copy.deepcopy(model)
+            twin = twin if what == "plain, timm" else p3b_ext.patch(twin)
+            if what == "P3B":
+                run = PruneRun(twin, config, 100)
+                run.gates.set(torch.rand_like(run.gates.values))
+                step = run.step
+            else:
+                step = Step(twin, _optimizer(twin, config, 5e-4), config, device)
+            twin.train()
+            for _ in range(1 if bench.quick else 5):
+                step([(images, labels)], meter)
+            turns = [
+                bench.seconds(lambda step=step: step([(images, labels)], meter))
+                for _ in range(2 if bench.quick else 20)
+            ]
+            row["cold_us"] = round(statistics.median(turns) * 1e6)
+            if not bench.rows or "cold_us" in bench.rows[0]:
+                row["times_best_baseline"] = round((bench.rows or [row])[0]["cold_us"] / row["cold_us"], 3)
+        except Exception as error:
+            row["what"] += not_run(error)
+        print(row, flush=True)
+        bench.rows.append(row)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=["attention", "tokens", "models"])
+    parser.add_argument("suite", choices=["attention", "tokens", "models", "training"])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that the script runs")
@@ -338,7 +422,7 @@ def main() -> int:
     bench = Bench(options.device, options.quick)
     bench.peaks()
     try:
-        {"attention": attention, "tokens": tokens, "models": models}[options.suite](bench)
+        {"attention": attention, "tokens": tokens, "models": models, "training": training}[options.suite](bench)
     finally:
         if options.output:
             found = {"copy_bytes_per_s": bench.bandwidth, "bf16_flop_per_s": bench.rate, "rows": bench.rows}

@@ -9,16 +9,19 @@ from cases import AttentionCase
 
 import p3b_ext
 from p3b_ext.ops.merge import match_tokens, merge_tokens, unmerge_tokens
-from p3b_ext.ops.select import select_tokens, topk_tokens
+from p3b_ext.ops.select import keep_tokens, select_tokens, topk_tokens
+from p3b_ext.plan import plan_ppt
 
 
 def everything(q, k, v, size, gate, x, scores, metric):
     """One of each: attention with side outputs, selection, matching, merging and back."""
     out, aux = p3b_ext.masked_attention(q, k, v, token_size=size, channel_gate=gate, aux=("cls_attention", "entropy"))
     kept = select_tokens(x, topk_tokens(scores, 9))
+    chosen, _ = keep_tokens(x, aux.cls_attention, None, 9)
+    mixed = plan_ppt(scores, metric, 6, 0.08).slot
     slot = match_tokens(metric, 6)
     y, sizes = merge_tokens(x, slot, x.shape[1] - 6, size=size)
-    return out, aux.entropy, kept, y, sizes, unmerge_tokens(y, slot)
+    return out, aux.entropy, kept, chosen, mixed, y, sizes, unmerge_tokens(y, slot)
 
 
 def arguments(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -65,7 +68,12 @@ def check_ops(namespace: str, device: str) -> None:
         t.requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     slot, index = ops.match_tokens(metric, 6, 1, None), ops.topk_tokens(scores, 9, 1, False)
+    fused = [
+        (ops.keep_tokens, (x, scores.new_ones(2, 3, 19), None, 9, 1, True)),
+        (ops.match_or_prune, (metric[:, None], scores, 0.08, None, 6, 1, False)),
+    ]
     for op, inputs in [
+        *(fused if namespace == "p3b_ext" and device == "cuda" else []),
         (ops.masked_attention, (q, k, v, None, size, gate, 0.2, 7)),
         (ops.topk_tokens, (scores, 9, 1, False)),
         (ops.prune_slots, (scores, 5, 1, True)),

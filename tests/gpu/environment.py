@@ -19,7 +19,9 @@ def output(*command: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    path = parser.parse_args().output
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    path = options.output
     found = {
         "gpu": output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
         "nvcc": output("nvcc", "--version").splitlines()[-1:],
@@ -34,7 +36,7 @@ def main() -> int:
     }
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(found["gpu"] or "no GPU")
-    return 0 if torch.cuda.is_available() else 1
+    return 0 if options.device == "cpu" or torch.cuda.is_available() else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, offline, in about ten minutes: tests/gpu/run.sh OUT [stage ...]
-# Stages: environment build tests_cuda tests_triton compile memcheck racecheck attention tokens models (default: all, in this order).
+# Stages: environment build tests_cuda memcheck racecheck attention tokens models training compile tests_triton (default: all, in this order).
+# --dry-run: the scripts themselves, on a CPU with tiny shapes.
 # Needs nvcc, torch 2.11 or newer, triton, timm, pytest, ninja and pybind11 under $PYTHON (default python3); installs nothing.
 set -euo pipefail
 exec "${PYTHON:-python3}" "$(dirname "$0")/run.py" "$@"

@@ -8,7 +8,8 @@ from cases import AttentionCase
 
 import p3b_ext
 from p3b_ext.ops.merge import match_tokens, merge_tokens, unmerge_tokens
-from p3b_ext.ops.select import prune_slots, select_tokens, topk_tokens
+from p3b_ext.ops.select import keep_tokens, prune_slots, select_tokens, topk_tokens
+from p3b_ext.plan import plan_ppt
 
 NAMES = ("lse", "cls_attention", "entropy", "value_norm", "to_cls", "received")
 CASES = [
@@ -66,6 +67,10 @@ class Tokens:
         self.label, self.dtype = f"N{n} C{c}", dtype
         self.x = torch.randn(2, n, c, device=device).to(dtype)
         self.metric = torch.randn(2, n, 40, device=device)
+        self.keys = torch.randn(2, 3, n, 16, device=device)
+        # The second image spreads: one is merged, the other pruned.
+        self.spread = torch.rand(2, n - 1, device=device) * torch.tensor([[0.01], [1.0]], device=device)
+        self.attention, self.norm = torch.rand(2, 3, n, device=device), torch.rand(2, n, device=device)
         self.scores = torch.rand(2, n - 1, device=device).to(dtype)
         self.size = torch.rand(2, n, device=device) + 1
 
@@ -75,10 +80,19 @@ class Tokens:
         slot = match_tokens(self.metric, n // 3)
         y, sizes = merge_tokens(x, slot, n - n // 3, size=size)
         index = topk_tokens(self.scores, n // 2, order="score")
+        chosen, positions = keep_tokens(x, self.attention, self.norm, n // 2)
+        mixed = plan_ppt(self.spread, self.keys, n // 4, 0.01).slot
         kept, back = select_tokens(x, index), unmerge_tokens(y, slot)
-        total = (y.float() ** 2).sum() + (sizes**2).sum() + (kept.float() ** 2).sum() + (back.float() ** 2).sum()
+        total = (
+            (y.float() ** 2).sum()
+            + (sizes**2).sum()
+            + (kept.float() ** 2).sum()
+            + (chosen.float() ** 2).sum()
+            + (back.float() ** 2).sum()
+        )
         grad_x, grad_size = torch.autograd.grad(total, (x, size))
         result = {"slot": slot, "y": y, "sizes": sizes, "index": index, "kept": kept, "back": back}
+        result |= {"chosen": chosen, "positions": positions, "mixed": mixed, "of_keys": match_tokens(self.keys, n // 3)}
         return result | {"slots": prune_slots(self.scores, n // 4), "grad_x": grad_x, "grad_size": grad_size}
 
 
