@@ -36,18 +36,18 @@ def _tiles(n: int, d: int, dtype: torch.dtype, backward: bool, gated: bool) -> t
     reports (tests/bench/triton_aot.py): in half precision and D = 64 steps of 32 bring the backward from 209 to 175
     registers, and with mask, sizes and gate steps of 16 do away with the 184 (8.0) and 240 (9.0) bytes of spills that
     steps of 32 cost; float32 products run on FMA units from registers and want 8 warps (backward: 8 bytes of spills
-    instead of 552). D = 128 backward spills 2040 bytes with 64 rows on compute capability 8.0; with 32 rows 112, and
-    gated 112 (8.0) and 312 (9.0) with 8 warps, 352 and 424 with 4 (16 rows spill nothing, but read everything twice
-    as often). No choice was timed.
+    instead of 552). D = 128 backward spills 2040 bytes with 64 rows on compute capability 8.0; with 32 rows and 8 warps
+    nothing, gated 112 (8.0) and 312 (9.0) instead of 352 and 424 with 4 warps (16 rows spill nothing, but read all of
+    Q, K and V twice as often). No choice was timed.
     """
     if dtype == torch.float32:
         return (32, 32, 8, 1) if backward or d > 64 else (64, 64, 8, 1)
     if n <= 16:
         return 16, 16, 1, 1
     if n <= 32:
-        return 32, 32, 2, 1
+        return 32, 32, 4 if backward and gated else 2, 1
     if backward and d > 64:
-        return 32, 32, 8 if gated else 4, 1
+        return 32, 32, 8, 1
     step = 16 if backward and gated else 32 if backward or gated or d > 64 else 64
     return 64, step, 4 if d <= 64 else 8, 2
 
