@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """P3B: prune Vision Transformers by block benefit: `p3b.prune(model, train_loader, val_loader, config)`."""
 
 from . import budget, gates

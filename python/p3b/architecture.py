@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A timm ViT in words: constructor arguments read off a model, so that it can be built again without a
 registry or a pickle."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Block benefit: how much easier each sub-block makes the classification, gathered over training steps, and
 what follows from it."""
 

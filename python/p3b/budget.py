@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From block benefit to keep ratios under one global budget, and from keep ratios to counts of kept elements.
 
 Everything here is a pure function of small tensors (methods of P3B, arXiv 2506.23675), computed in float64.

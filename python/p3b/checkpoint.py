@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A pruned model on disk: `model.safetensors` (weights) and `model.json` (how to build what they belong to).
 No pickle.
 

@@ -212,6 +212,9 @@ def _page(task: Task, results: Mapping[str, Any], pictures: Mapping[str, str]) -
               "seed, which trains for as many epochs in all."]  # fmt: skip
     if source is not None and "top1" in source:
         parts[-1] += f" All start from one model with {source['top1']:.2f} % on the test images of {_name(task)}."
+    if task.images_per_epoch_check:
+        few = f"the first {task.images_per_epoch_check:,} test images, in whole batches"
+        parts[-1] += f" Accuracy before fine-tuning and after each epoch is that of {few}; top-1 is that of all."
     for headings, lines in _tables(results):
         parts += ["", _markdown(headings, lines)]
     parts += ["", results["conditions"]] if results["conditions"] else []

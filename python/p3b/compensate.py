@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mean-activation compensation: when channels are about to go, the mean of what they gave moves into the next bias.
 
 Variance-Based Pruning (2025) does so for hidden neurons; here also for what attention hands to its projection and for

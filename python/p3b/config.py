@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Settings of a pruning run: one dataclass, one sentence per field, every relation checked when it is
 built."""
 

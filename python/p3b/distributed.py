@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Several processes on one run: what torchrun started, seen through six verbs that also work for one process alone."""
 
 from __future__ import annotations

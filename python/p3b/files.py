@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Files that are whole or not there."""
 
 from __future__ import annotations

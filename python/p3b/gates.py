@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Gates: one number per prunable channel, folded into the neighbouring weights while the model trains.
 
 A gate multiplies activations; scaling the norm's affine weights (reads), rows of a Linear (writes, head

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Probes: small classifiers that read the residual stream before and after every sub-block and say how easy
 it is to classify there.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a run needs to go on where it stopped: one file, written whole or not at all, read without pickle's powers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One optimizer step, for pruning and for fine-tuning: forward, losses, backward, skip what is not finite.
 
 Nothing is read back to the host in a step on a GPU (a CPU's optimizer reads one flag); what a step counts it counts on

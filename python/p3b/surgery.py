@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From a masked model to a small dense one that computes the same, with ordinary timm modules as far as they
 reach.
 

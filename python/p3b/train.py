@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The training loops: `prune` (warm-up, sparsify, sharpen, shrink, fine-tune) and `finetune`.
 
 A run is a row of epochs. After each one everything that the rest depends on can be written to one file (state.py), so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The ways to decide what is pruned, one file each; `create(name)` gives the class."""
 
 from __future__ import annotations

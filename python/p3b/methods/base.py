@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What every method of pruning shares: gates on the model, a budget, a schedule; and what each decides for itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """P3B: keep ratios by block benefit, the order inside a sub-block by the gates' Taylor scores (arXiv 2506.23675)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SAViT: heads, hidden neurons and embedding channels, shared out by second-order cross terms (Zheng et al. 2022)."""
 
 from __future__ import annotations

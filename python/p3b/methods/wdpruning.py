@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """WDPruning: saliencies and one threshold per layer, learned with the model under a budget penalty (Yu et al. 2022)."""
 
 from __future__ import annotations
