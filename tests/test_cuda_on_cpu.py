@@ -43,7 +43,7 @@ pytestmark = [
 ]
 
 
-def compile_and_link(folder: Path, program: str, mode: str, csrc: Path = CSRC) -> Path:
+def compile_and_link(folder: Path, program: str, mode: str, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Path:
     common = [COMPILER, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DP3B_CUDA_ON_CPU"]
     common += [f"-I{HERE}", f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-isystem{INCLUDE}"]
     runtime_flags = ["-O1", "-DSTANDIN_TSAN"] if mode == "tsan" else SANITIZERS[mode]
@@ -51,7 +51,7 @@ def compile_and_link(folder: Path, program: str, mode: str, csrc: Path = CSRC) -
     if not runtime.exists():
         runtime_flags = [*runtime_flags, "-fno-tree-loop-distribute-patterns"]  # no memcpy out of its own loops
         run([*common, *runtime_flags, "-c", HERE / "cuda_on_cpu.cpp", "-o", runtime])
-    run([*common, *SANITIZERS[mode], HERE / f"{program}.cpp", runtime, "-o", binary])
+    run([*common, *SANITIZERS[mode], *flags, HERE / f"{program}.cpp", runtime, "-o", binary])
     return binary
 
 
