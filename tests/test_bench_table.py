@@ -31,8 +31,8 @@ turns with what they are compared with.
 """
 
 
-def run(path):
-    return subprocess.run([sys.executable, BENCH / "table.py", path], capture_output=True, text=True)
+def run(*paths):
+    return subprocess.run([sys.executable, BENCH / "table.py", *paths], capture_output=True, text=True)
 
 
 def test_page_of_a_recorded_report():
@@ -42,8 +42,16 @@ def test_page_of_a_recorded_report():
     assert done.stdout == PAGE.format(path=path)
 
 
+def test_several_parts_become_one_page(tmp_path):
+    report = json.loads((BENCH / "recorded.json").read_text())
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, benchmarks in zip(paths, (report["benchmarks"][:2], report["benchmarks"][2:]), strict=True):
+        path.write_text(json.dumps({**report, "benchmarks": benchmarks}))
+    assert run(*paths).stdout == PAGE.format(path=f"{paths[0]} {paths[1]}")
+
+
 def test_what_is_no_report(tmp_path):
-    for text in ("not JSON", json.dumps({"benchmarks": []})):
+    for text in ("not JSON", "{}", json.dumps({"datetime": "", "benchmarks": []})):
         path = tmp_path / "bench.json"
         path.write_text(text)
         done = run(path)

@@ -3,7 +3,7 @@
     make bench
     python tests/bench/table.py build/bench.json > docs/results/cpu_zen3_kernels.md
 
-Reads what `pytest --benchmark-json` writes. One table per family (the group's name up to its first comma), one row per
+Reads what `pytest --benchmark-json` writes, from one file or from several runs of parts. One table per family (the group's name up to its first comma), one row per
 benchmark: median and fastest time of a call, then what the benchmark put into extra_info, floats with three digits.
 """
 
@@ -21,8 +21,6 @@ OWN_COLUMNS = ("function", "machine")  # entries of extra_info that have a place
 def page(report: dict, source: str) -> str:
     """The tables of one report, headed by where they come from."""
     found = report["benchmarks"]
-    if not found:
-        raise ValueError(f"table: {source} must hold at least one benchmark, got none")
     machines = list(dict.fromkeys(b["extra_info"]["machine"] for b in found))
     parts = [
         "# Kernel benchmarks",
@@ -55,12 +53,19 @@ def page(report: dict, source: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
-    path = parser.parse_args().json
-    try:
-        print(page(json.loads(path.read_text()), str(path)), end="")
-    except (OSError, ValueError) as error:  # JSONDecodeError is a ValueError
-        sys.exit(f"table: {path} must be the JSON of pytest-benchmark: {error}")
+    parser.add_argument("json", type=Path, nargs="+", help="what pytest --benchmark-json wrote")
+    paths = parser.parse_args().json
+    report: dict = {"datetime": "", "benchmarks": []}
+    for path in paths:
+        try:
+            part = json.loads(path.read_text())
+            report["datetime"] = max(report["datetime"], part["datetime"])
+            report["benchmarks"] += part["benchmarks"]
+        except (OSError, ValueError, KeyError, TypeError) as error:  # JSONDecodeError is a ValueError
+            sys.exit(f"table: {path} must be the JSON of pytest-benchmark: {error!r}")
+    if not report["benchmarks"]:
+        sys.exit(f"table: {paths[0]} must be the JSON of pytest-benchmark with at least one benchmark, got none")
+    print(page(report, " ".join(map(str, paths))), end="")
 
 
 if __name__ == "__main__":
