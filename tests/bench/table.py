@@ -3,8 +3,9 @@
     make bench
     python tests/bench/table.py build/bench.json > docs/results/cpu_zen3_kernels.md
 
-Reads what `pytest --benchmark-json` writes, from one file or from several runs of parts. One table per family (the group's name up to its first comma), one row per
-benchmark: median and fastest time of a call, then what the benchmark put into extra_info, floats with three digits.
+Reads what `pytest --benchmark-json` writes, from one file or from runs of parts. One table per family (the group's name
+up to its first comma), one row per benchmark: median and fastest time of a call, then what the benchmark put into
+extra_info, floats with three digits.
 """
 
 import argparse
