@@ -213,7 +213,7 @@ and bytes of spills per thread are ptxas's, shared memory is Triton's, in bytes 
 gate and every side output. Nothing here has been timed.
 
 """
-    rows = [[r.case, r.kernel, r.arch / 10, r.warps, r.registers, r.spills, r.shared] for r in results]
+    rows = [[r.case, r.kernel, f"{r.arch / 10:.1f}", r.warps, r.registers, r.spills, r.shared] for r in results]
     return head + table(["case", "kernel", "compute capability", "warps", "registers", "spills", "shared"], rows) + "\n"
 
 
