@@ -4,6 +4,7 @@ Ratios are medians of the ratios inside a turn; times are medians over turns.
 """
 
 import math
+import os
 import platform
 import resource
 import statistics
@@ -12,6 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+# P3B_BENCH_CLOCK=thread counts what one thread computed: for a machine whose cores are shared, with OMP_NUM_THREADS=1.
+BUSY = os.environ.get("P3B_BENCH_CLOCK") == "thread"
+CLOCK: Callable[[], float] = time.thread_time if BUSY else time.perf_counter
 
 
 @dataclass
@@ -41,12 +46,9 @@ def paired(
     functions: dict[str, Callable[[], object]],
     seconds: float = 2.0,
     least_turns: int = 15,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = CLOCK,
 ) -> dict[str, Timing]:
-    """Time each function by turns for about `seconds` in total, after two calls to warm up.
-
-    `clock=time.thread_time` counts what one thread computed, on a machine whose cores are shared.
-    """
+    """Time each function by turns for about `seconds` in total, after two calls to warm up."""
     for function in functions.values():
         function()
         function()
@@ -76,7 +78,8 @@ def machine() -> str:
     import p3b_ext
 
     isa = p3b_ext.build_info().get("cpu_isa", "not built")
-    return f"{model}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = "1 thread, processor time" if BUSY else f"{torch.get_num_threads()} threads"
+    return f"{model}, {isa}, {threads}, torch {torch.__version__}"
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:
