@@ -221,7 +221,9 @@ def test_accumulated_batches_make_one_step():
     whole.step([(images, labels)], meter)
     split.step(halves, meter)
     torch.testing.assert_close(split.gates.score_sum, whole.gates.score_sum, rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(split.method.benefit.sums / split.method.benefit.count, whole.method.benefit.sums, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        split.method.benefit.sums / split.method.benefit.count, whole.method.benefit.sums, rtol=1e-3, atol=1e-5
+    )
     assert float(split.gates.count) == 1
     # two batches a step: three steps an epoch, updates counted in steps
     result = prune(accumulate=2, updates_per_epoch=1, finetune_epochs=0)

@@ -32,6 +32,7 @@ from .config import Config
 from .distributed import Processes
 from .gates import Gates, sharpening
 from .methods import create
+from .reductions import fitting
 from .state import load_state, random_state, save_state, set_random_state
 from .step import REMEDY, Diverged, Meter, Step, autocast, groups
 from .surgery import cut, shrink
@@ -148,7 +149,7 @@ def prune(
             teachers.load_state(saved["teacher"])
             cut(model, saved["kept"])
             model.p3b_description = saved["description"]
-            patch(model, reduction)
+            patch(model, fitting(reduction, model))
             model.load_state_dict(saved["model"])
         if config.finetune_epochs:
             tuned = _finetune(
@@ -463,7 +464,7 @@ class PruneRun:
         history, model = self.history, self.model
         history["accuracy_masked"] = _accuracy(model, val_loader, self.config, self.device, self.processes)
         shrink(model)
-        patch(model, self.reduction)
+        patch(model, fitting(self.reduction, model))
         history["accuracy_shrunk"] = history["accuracy_final"] = _accuracy(
             model, val_loader, self.config, self.device, self.processes
         )

@@ -2,8 +2,8 @@
 
 Run: python tests/bench/bench_train_step.py [--model deit_small_patch16_224] [--batch 8] [--threads 2] [--profile]
 The models' steps are interleaved and the median of each is printed in milliseconds, with its ratio to the patched
-plain step; beside it the MiB that a step holds at its worst moment, and those of weights and optimizer state, the probes'
-included.
+plain step; beside it the MiB that a step holds at its worst moment, and those of weights and optimizer state (the
+probes' included).
 """
 
 import argparse
@@ -76,8 +76,8 @@ def main() -> None:
         peak = allocated_peak(lambda step=step: step([(images, labels)], meter), device) / 2**20
         weights, state = held(step)
         print(
-            f"{name:32s} {middle:9.1f} ms   {middle / base:5.2f} x   step {peak:7.1f} MiB   weights {weights:6.1f} MiB   "
-            f"optimizer {state:6.1f} MiB"
+            f"{name:32s} {middle:9.1f} ms   {middle / base:5.2f} x   step {peak:7.1f} MiB   "
+            f"weights {weights:6.1f} MiB   optimizer {state:6.1f} MiB"
         )
 
 
