@@ -6,8 +6,10 @@ import traceback
 
 import torch
 from cases import AttentionCase
+from timm.models.vision_transformer import VisionTransformer
 
 import p3b_ext
+from p3b_ext import PPT, EViT, ToMe, TopK
 from p3b_ext.ops.merge import match_tokens, merge_tokens, unmerge_tokens
 from p3b_ext.ops.select import keep_tokens, select_tokens, topk_tokens
 from p3b_ext.plan import plan_ppt
@@ -61,6 +63,29 @@ def check_graph(backend: str, device: str) -> None:
         torch.testing.assert_close(g, w, rtol=0, atol=0)
 
 
+def check_models(backend: str, device: str) -> None:
+    """Whole models with every reduction, one of them compiled, against the reference: logits and a gradient."""
+    images = torch.randn(3, 3, 32, 32, device=device)
+    ppt, received = PPT(r=4, blocks=(1,), threshold=1e-4), TopK(0.6, (1,), "received")
+    for reduction in (None, ToMe(r=3), ppt, EViT(0.6, (1,)), TopK(0.6, (1,)), received):
+        torch.manual_seed(0)
+        model = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=5)
+        p3b_ext.patch(model.to(device), reduction)
+        runs = {"reference": model, backend: model}
+        if isinstance(reduction, ToMe):
+            runs[f"{backend} compiled"] = torch.compile(model)
+        found = {}
+        for name, run in runs.items():
+            model.zero_grad()
+            with p3b_ext.backend(name.split()[0]):
+                logits = run(images)
+                logits.square().sum().backward()
+            found[name] = logits.detach(), model.blocks[0].attn.qkv.weight.grad.clone()
+            for got, want in zip(found[name], found["reference"], strict=True):
+                torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+        print(f"{backend}: {reduction} agrees", flush=True)
+
+
 def check_ops(namespace: str, device: str) -> None:
     ops = getattr(torch.ops, namespace)
     q, k, v, size, gate, x, scores, metric = arguments(device, torch.float32)
@@ -97,6 +122,7 @@ def main() -> int:
         checks = {
             "compile": lambda b=backend: check_compile(b, device),
             "opcheck": lambda n=namespace: check_ops(n, device),
+            "models": lambda b=backend: check_models(b, device),
         }
         if device == "cuda":
             checks["cuda graph"] = lambda b=backend: check_graph(b, device)
