@@ -47,8 +47,9 @@ static std::vector<int> prune(const std::vector<float>& scores, int N, int P, in
 struct Matching {
   int B, N, D, P, r;
   bool masked = false, ties = false;
-  int H = 1, pad = 5;  // heads to average; elements between rows
-  int policy = 0;      // 1 variance, 2 over the squared mean; every other image is pruned. 3: a threshold for each image
+  int H = 1, pad = 5;    // heads to average; elements between rows
+  bool opposed = false;  // every similarity is negative
+  int policy = 0;        // 1 variance, 2 over the squared mean; every other image is pruned. 3: a threshold for each image
 };
 
 template <class T>
@@ -61,6 +62,8 @@ static void matches(const char* type, const Matching& m, unsigned seed) {
   if (m.ties)  // tokens of three kinds only
     for (int i = 0; i < B * N; i++)
       for (int d = 0; d < D; d++) metric[i * row + d] = from_float<T>(i % 7 % 3 == d % 3 ? 1.f : 0.f);
+  if (m.opposed)
+    for (size_t i = 0; i < metric.size(); i++) metric[i] = from_float<T>(std::fabs(to_float(metric[i])) * (i / row % 2 ? -1.f : 1.f));
   std::vector<char> source(B * N);
   for (auto& s : source) s = random.below(3) == 0;
   if (m.masked)
@@ -169,6 +172,7 @@ static void all(const char* type, bool small, double eps) {
   matches<T>(type, {.B = 1, .N = 33, .D = 7, .P = 0, .r = 16, .ties = true}, seed++);
   matches<T>(type, {.B = 1, .N = 40, .D = 40, .P = 1, .r = 9, .masked = true, .pad = 8}, seed++);
   matches<T>(type, {1, 1, 8, 1, 0}, seed++);
+  matches<T>(type, {.B = 1, .N = 20, .D = 8, .P = 2, .r = 5, .opposed = true}, seed++);
   matches<T>(type, {0, 9, 8, 1, 2}, seed++);
   matches<T>(type, {.B = 2, .N = 21, .D = 16, .P = 1, .r = 6, .H = 3, .pad = 0}, seed++);
   matches<T>(type, {.B = 2, .N = 19, .D = 13, .P = 1, .r = 9, .H = 5, .pad = 0, .policy = 1}, seed++);
