@@ -192,6 +192,17 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatc
 
 
 @needs_onnx
+def test_an_operator_that_onnx_does_not_have():
+    class Special(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    program = torch.export.export(Special(), (torch.ones(2),))
+    with pytest.raises(ValueError, match=r"export: operators must be known to torch\.onnx, got .*bessel_j0"):
+        export.to_onnx(program)
+
+
+@needs_onnx
 def test_a_runtime_that_cannot_read_the_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
         export, "READERS", {"onnx": {"onnxruntime": export.onnxruntime_run, "no_such_runtime": export.onnxruntime_run}}

@@ -130,15 +130,19 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     import onnx
 
     with _quiet(), contextlib.redirect_stdout(io.StringIO()):
-        exported = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            verbose=False,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
-        )
+        try:
+            exported = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise ValueError(f"export: operators must be known to torch.onnx, got {reason}; .pt2 may do") from error
     proto = exported.model_proto
     foreign = {node.domain for node in proto.graph.node} - {"", "ai.onnx"}
     if foreign or proto.functions:
