@@ -31,7 +31,8 @@ def page(report: dict, source: str) -> str:
         "turns with what they are compared with.",
     ]
     families: dict[str, list[dict]] = {}
-    for benchmark in found:
+    groups = list(dict.fromkeys(b["group"] for b in found))
+    for benchmark in sorted(found, key=lambda b: groups.index(b["group"])):
         families.setdefault(benchmark["group"].partition(", ")[0], []).append(benchmark)
     for family, benchmarks in families.items():
         columns = list(dict.fromkeys(key for b in benchmarks for key in b["extra_info"] if key not in OWN_COLUMNS))
