@@ -49,7 +49,7 @@ struct Matching {
   bool masked = false, ties = false;
   int H = 1, pad = 5;    // heads to average; elements between rows
   bool opposed = false;  // every similarity is negative
-  int policy = 0;        // 1 variance, 2 over the squared mean; every other image is pruned. 3: a threshold for each image
+  int policy = 0;        // 1 variance, 2 over the squared mean; every other image is pruned. 3, 4: with a threshold for each
 };
 
 template <class T>
@@ -71,15 +71,19 @@ static void matches(const char* type, const Matching& m, unsigned seed) {
       for (int i = 0; i < r; i++) source[b * N + P + i] = 1;
   std::vector<float> scores(B * S), thresholds(B, 0.5f), rows(size_t(B) * N * D, NAN);
   for (int i = 0; i < B * S; i++) scores[i] = 1 + float(random.below(9)) * (i / S % 2 ? 1.f : 0.01f);  // image 1 spreads
-  if (m.policy == 3)
-    for (int b = 0; b < B; b++) thresholds[b] = b % 2 ? 1e9f : 0.f;  // the other way round
+  for (int b = 0; b < B && m.policy > 2; b++) {  // the other way round, and close to what decides
+    double mean = 0, spread = 0;
+    for (int i = 0; i < S; i++) mean += scores[b * S + i] / S;
+    for (int i = 0; i < S; i++) spread += std::pow(scores[b * S + i] - mean, 2) / (S - 1);
+    thresholds[b] = float((m.policy == 4 ? spread / (mean * mean) : spread) * (b % 2 ? 1.001 : 0.999));
+  }
   std::vector<int> slot(B * N, -7);
   MatchArguments<T> a{};
   a.metric = metric.data(), a.batch = batch, a.head = head, a.row = row, a.H = m.H;
   a.source = m.masked ? reinterpret_cast<const bool*>(source.data()) : nullptr;
   a.scores = m.policy ? scores.data() : nullptr;
-  a.thresholds = m.policy == 3 ? thresholds.data() : nullptr;
-  a.threshold = m.policy == 2 ? 0.1f : 0.5f, a.relative = m.policy == 2;
+  a.thresholds = m.policy > 2 ? thresholds.data() : nullptr;
+  a.threshold = m.policy == 2 ? 0.1f : 0.5f, a.relative = m.policy % 2 == 0;
   a.rows = rows.data(), a.slot = slot.data(), a.B = B, a.N = N, a.D = D, a.num_prefix = P, a.r = r;
   check_true("match launch", match_tokens(a, nullptr) == cudaSuccess);
   for (int b = 0; b < B; b++) {
@@ -94,7 +98,7 @@ static void matches(const char* type, const Matching& m, unsigned seed) {
       for (int d = 0; d < D; d++) x[n * D + d] /= std::max(std::sqrt(norm), 1e-12);
     }
     const std::vector<char> mask(source.begin() + b * N, source.begin() + (b + 1) * N);
-    const bool pruned = m.policy && (m.policy == 3 ? b % 2 == 0 : b % 2 == 1);
+    const bool pruned = m.policy && (m.policy > 2 ? b % 2 == 0 : b % 2 == 1);
     const auto want = pruned ? prune({scores.begin() + b * S, scores.begin() + (b + 1) * S}, N, P, r)
                              : match(x, m.masked ? &mask : nullptr, N, D, P, r);
     for (int n = 0; n < N; n++) check_close(type, " match", slot[b * N + n], want[n], 0);
@@ -177,6 +181,8 @@ static void all(const char* type, bool small, double eps) {
   matches<T>(type, {.B = 2, .N = 21, .D = 16, .P = 1, .r = 6, .H = 3, .pad = 0}, seed++);
   matches<T>(type, {.B = 2, .N = 19, .D = 13, .P = 1, .r = 9, .H = 5, .pad = 0, .policy = 1}, seed++);
   matches<T>(type, {.B = 2, .N = 24, .D = 32, .P = 2, .r = 7, .H = 6, .pad = 0, .policy = 2}, seed++);
+  matches<T>(type, {.B = 2, .N = 23, .D = 8, .P = 1, .r = 7, .policy = 3}, seed++);
+  matches<T>(type, {.B = 2, .N = 23, .D = 8, .P = 1, .r = 7, .policy = 4}, seed++);
   merges<T>(type, 2, 17, 13, 24, 0, 1, true, eps, seed++);
   merges<T>(type, 1, 9, 5, 7, 0, 3, true, eps, seed++);
   merges<T>(type, 1, 9, 5, 8, 3, 2, false, eps, seed++);
