@@ -47,7 +47,6 @@ class Benefit:
         means = packed[:-1].double().view_as(sums) / packed[-1]
         return dict(zip(self.criteria, means, strict=True))
 
-
     def state(self) -> list[Tensor]:
         """What `load_state` takes back."""
         return [self.sums, self.count, *self.older]
