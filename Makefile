@@ -18,9 +18,9 @@ test: setup $(VENV)/.oldest  ## everything that CI runs
 	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/test_patch.py tests/test_modules.py tests/test_p3b_surgery.py tests/test_p3b_data.py -n 2
 	PYTHON=$(abspath $(BIN))/python tests/fuzz/run.sh 3000 1 || [ $$? = 77 ]  # 77: no AddressSanitizer here, as it said
 
-bench: setup  ## kernel microbenchmarks; a page of tables: python tests/bench/table.py build/bench.json
+bench: setup  ## kernel microbenchmarks; a page of tables: python tests/bench/table.py build/bench.json. On a busy machine: OMP_NUM_THREADS=1 P3B_BENCH_CLOCK=thread make bench
 	@mkdir -p build
-	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-max-time=0.3 --benchmark-json=build/bench.json -o python_files="bench_*.py" -o addopts="--import-mode=importlib -q"
+	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-max-time=0.3 --benchmark-timer=time.$(if $(filter thread,$(P3B_BENCH_CLOCK)),thread_time,perf_counter) --benchmark-json=build/bench.json -o python_files="bench_*.py" -o addopts="--import-mode=importlib -q"
 	$(BIN)/python tests/bench/table.py build/bench.json
 
 fuzz: setup  ## random calls under AddressSanitizer and UndefinedBehaviorSanitizer: make fuzz CALLS=100000 SEED=0
