@@ -183,6 +183,11 @@ static void compare(const Case& c, const char* type, const char* what, const std
   check_close(name_of(c, type, what) + " [" + std::to_string(where) + "]", double(float(got[where])), want[where], limit);
 }
 
+template <class X>
+static bool same_bits(const std::vector<X>& a, const std::vector<X>& b) {
+  return a.size() == b.size() && (a.empty() || !memcmp(a.data(), b.data(), a.size() * sizeof(X)));
+}
+
 template <class T>
 struct Rounding;
 template <>
@@ -264,7 +269,7 @@ static void run_case(const Case& c, unsigned seed) {
   ForwardArguments without = f;
   without.out = plain.data(), without.cls_attention = without.entropy = without.value_squares = nullptr;
   attention_forward<T>(without, nullptr);
-  check_true(name_of(c, type, "side outputs change nothing"), !memcmp(plain.data(), out.data(), rows * D * sizeof(T)));
+  check_true(name_of(c, type, "side outputs change nothing"), same_bits(plain, out));
 
   std::vector<float> to_cls(rows, NAN), received(rows, NAN);
   ColumnArguments columns{};
@@ -277,7 +282,7 @@ static void run_case(const Case& c, unsigned seed) {
   std::vector<float> alone(rows, NAN);
   columns.to_cls = alone.data(), columns.received = nullptr;
   attention_columns<T>(columns, nullptr);
-  check_true(name_of(c, type, "to_cls alone"), !memcmp(alone.data(), to_cls.data(), rows * sizeof(float)));
+  check_true(name_of(c, type, "to_cls alone"), same_bits(alone, to_cls));
 
   const size_t blocks = attention_key_blocks<T>(c.N, c.D);
   std::vector<float> delta(rows, NAN), size_partial(rows, NAN), gate_partial(B * H * blocks * D, NAN);
@@ -307,7 +312,7 @@ static void run_case(const Case& c, unsigned seed) {
 }
 
 template <class T>
-static void run_all(bool small) {
+static void run_all(bool small, bool medium) {
   const std::vector<Case> cases = {
       {1, 1, 1, 8, false, false, 0},          {2, 1, 17, 24, true, true, 1},
       {1, 2, 50, 64, true, true, 2},          {1, 1, 65, 40, false, true, 0, 1, false},
@@ -324,17 +329,17 @@ static void run_all(bool small) {
     unsigned seed = 1;
     for (const Case& c : cases) run_case<T>(c, seed++);
   });
-  unsigned seed = 10;
+  unsigned seed = 9;
   for (const Case& c : longer)
-    if (!small) run_case<T>(c, seed++);
+    if (++seed; !small && !(medium && c.H * c.N > 200)) run_case<T>(c, seed);
 }
 
 int main(int argc, char** argv) {
   const std::string size = argc > 1 ? argv[1] : "";
   const bool small = size == "small";
-  run_all<__nv_bfloat16>(small);
-  run_all<__half>(!size.empty());
-  run_all<float>(!size.empty());
+  run_all<__nv_bfloat16>(small, !size.empty());
+  run_all<__half>(!size.empty(), !size.empty());
+  run_all<float>(!size.empty(), !size.empty());
 
   // The blocks that an H200 uses for many heads: several rounds of queries over resident keys.
   many_heads = 1;
