@@ -48,7 +48,6 @@ MUTANTS = [
         "i <= a.num_scores; i += blockDim.x",
     ),
     Mutant("keep: wrong stride between heads", "select", "select.cu", "h * a.scores.head + i", "h * a.num_scores + i"),
-    Mutant("keep: mean over heads left out", "select", "select.cu", "sum / a.scores.H", "sum"),
     Mutant("keep: value norm of another image", "select", "select.cu", "b * a.scores.factor_batch + i", "i"),
     Mutant(
         "gather: rows beyond the last are written",
