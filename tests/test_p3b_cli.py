@@ -306,10 +306,12 @@ def test_interrupted_is_130(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_tidies_up_as_an_interrupt_does(monkeypatch, tmp_path, capsys, number):
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     monkeypatch.setattr("p3b.demo.create_model", lambda *_, **__: os.kill(os.getpid(), number))
     assert main(["demo", "--output", str(tmp_path / "run")]) == 128 + number
     assert "interrupted, nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert signal.getsignal(number) == signal.SIG_DFL
+    signal.signal(number, before)
 
 
 def test_a_folder_left_by_a_killed_run_of_the_same_process_number(tmp_path):

@@ -226,7 +226,14 @@ def test_a_killed_comparison_goes_on_where_it_was(done, tmp_path, monkeypatch):
         os.symlink(done[0] / "jobs" / name, jobs / name)
     command = [sys.executable, "-m", "p3b", "compare", str(config), "--output", str(folder), "--jobs", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--seeds", "0"], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*command, "--seeds", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # a shell's background jobs ignore it, and so would their children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     state, deadline = jobs / "p3b-0.5-s0" / "state.pt", time.monotonic() + 240
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
