@@ -47,7 +47,7 @@ def worker(case, folder):
         assert device == "cpu" and group.world == 2
         found = run(CASES[case], group)
         weights = torch.cat([p.detach().flatten() for p in found.model.parameters()])
-        everywhere = group.gather(weights)
+        everywhere = group.all_gather(weights)
         assert torch.equal(everywhere[0], everywhere[1]), "the processes must hold the same weights"
         if group.first:
             torch.save({"history": json.dumps(found.history), "kept": found.model.p3b_kept, "weights": weights}, folder)
@@ -105,9 +105,9 @@ def test_two_processes_make_the_masks_of_one(case, tmp_path):
 def test_one_process_needs_no_group():
     group = Processes()
     x = torch.ones(3)
-    group.add_up([x])
-    group.average([x])
-    group.spread([x])
-    assert group.first and group.gather("a") == ["a"] and x.tolist() == [1, 1, 1]
+    group.all_reduce_sum([x])
+    group.all_reduce_mean([x])
+    group.broadcast([x])
+    assert group.first and group.all_gather("a") == ["a"] and x.tolist() == [1, 1, 1]
     with processes("cpu") as (alone, device):
         assert alone.world == 1 and device == "cpu"

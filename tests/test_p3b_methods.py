@@ -66,7 +66,7 @@ def test_a_run_meets_the_budget_with_hard_masks_that_shrink_exactly(method, unit
     values = run.gates.values
     assert set(values.tolist()) == {0.0, 1.0}
     assert run.params == int(run.gates.total())
-    total = float(run.full.sum()) + run.method.outside
+    total = float(run.method.full.sum()) + run.method.outside
     # one element of an attention's inner gate is the largest step there is, 1 / 16 of a quarter of the blocks
     assert abs(cost(run) + run.method.outside - 0.5 * total) < 0.02 * total
     model, images = run.model.eval(), vits.images(3, 16)
@@ -134,7 +134,7 @@ def test_random_depends_on_the_seed_alone_and_takes_nothing_back():
 def test_uniform_and_random_keep_the_same_share_of_every_sub_block():
     for method in ("uniform", "random"):
         run = finished(method, prune_ratio=0.6)
-        share = run.gates.kept_cost() / run.full
+        share = run.gates.kept_cost() / run.method.full
         assert share.max() - share.min() < 0.07
 
 
@@ -328,7 +328,7 @@ def test_no_sub_block_falls_below_its_floor(method):
     run.gates.score_sum.copy_(torch.rand(len(run.gates.values), generator=torch.Generator().manual_seed(0)) ** 8)
     run.gates.score_sum[: run.gates.blocks[0].stop] = 0.0
     run.update(final=True)
-    assert (run.gates.kept_cost() / run.full).min() > 0.28
+    assert (run.gates.kept_cost() / run.method.full).min() > 0.28
 
 
 # kept counts in multiples, and ranks over a sub-block
@@ -381,7 +381,7 @@ def test_rounded_counts():
 def test_a_run_ends_with_rounded_counts(method):
     run = finished(method, round_to=8, prune_ratio=0.5)
     assert all(count % 8 == 0 for kept in run.gates.kept_counts() for count in kept)
-    full = float(run.full.sum())
+    full = float(run.method.full.sum())
     assert abs(cost(run) - run.method.target(1.0)) < 0.07 * full
 
 

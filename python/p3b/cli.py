@@ -225,7 +225,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
             say = print if group.first else (lambda *_: None)
             if group.first:
                 folder = stack.enter_context(training_folder(job.output, command, settings, resume=resume))
-            group.wait()
+            group.barrier()
             if not group.first:
                 folder = unfinished(job.output)
             model, data, known = model_and_data(job, config)

@@ -40,36 +40,33 @@ class Processes:
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
         """Sums tensors over the processes, in place, in one collective for each dtype."""
-        self._flat(tensors, dist.ReduceOp.SUM)
-
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """Means over the processes, in place."""
-        tensors = list(tensors)
-        self._flat(tensors, dist.ReduceOp.SUM)
-        if self.world > 1:
-            for tensor in tensors:
-                tensor.div_(self.world)
-
-    def _flat(self, tensors: Iterable[Tensor], op: Any) -> None:
         tensors = [t for t in tensors if t.numel()]
-        if self.world == 1 or not tensors:
+        if self.world == 1:
             return
         for dtype in sorted({t.dtype for t in tensors}, key=str):
             same = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.detach().reshape(-1) for t in same])
-            dist.all_reduce(flat, op)
+            dist.all_reduce(flat)
             for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def spread(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_mean(self, tensors: Iterable[Tensor]) -> None:
+        """Means over the processes, in place."""
+        tensors = list(tensors)
+        self.all_reduce_sum(tensors)
+        if self.world > 1:
+            for tensor in tensors:
+                tensor.div_(self.world)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Gives every process the first one's values, in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What every process holds, by rank."""
         if self.world == 1:
             return [value]
@@ -77,7 +74,7 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when all processes are here."""
         if self.world > 1:
             dist.barrier()

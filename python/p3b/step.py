@@ -162,7 +162,7 @@ class Step:
                     if p.grad is not None
                 ]
             extra = [run.gates.grad]
-            self.processes.average([*learnt, *extra])
+            self.processes.all_reduce_mean([*learnt, *extra])
         if self.config.amp == "float16":
             torch._foreach_mul_([*gradients, *learnt, *extra], 1 / self.scale)
         # the gates' gradient is built from other products than the weights', so it can overflow on its own

@@ -131,7 +131,7 @@ def prune(
                 teachers.load_state(saved["teacher"])
                 first = saved["epoch"]
             elif group.world > 1:
-                group.spread([*model.parameters(), *run.parameters()])
+                group.broadcast([*model.parameters(), *run.parameters()])
                 seed_all(config.seed + group.rank)  # drop path and mixing differ; weights are the same already
             if saved is not None:
                 set_random_state(saved["random"][group.rank])
@@ -253,7 +253,7 @@ def _finetune(
 ) -> dict[str, Any]:
     device = _device(config)
     seed_all(config.seed + epochs_before + group.rank)
-    group.spread(model.parameters())
+    group.broadcast(model.parameters())
     steps = _steps_per_epoch(train_loader, config)
     optimizer = _optimizer(model, config, config.finetune_lr)
     scheduler = _scheduler(optimizer, config, epochs * steps)
@@ -300,7 +300,7 @@ def _finetune(
                 "step": step.state(),
                 "scheduler": scheduler.state_dict(),
                 "average": None if average is None else average.module.state_dict(),
-                "random": group.gather(random_state()),
+                "random": group.all_gather(random_state()),
             },
         )
     if best is not None:
@@ -322,11 +322,11 @@ class Keeper:
         """phase and epoch: what comes next."""
         if self.folder is None:
             return
-        random = self.group.gather(random_state())
+        random = self.group.all_gather(random_state())
         if self.group.first:
             state = {"phase": phase, "epoch": epoch, "config": self.config.to_dict(), "random": random}
             save_state(Path(self.folder), state | parts)
-        self.group.wait()
+        self.group.barrier()
 
 
 def _small(model: nn.Module) -> dict[str, Any]:
@@ -380,7 +380,6 @@ class PruneRun:
         if config.compensate:
             checked_gates(model)  # what cannot be done must fail here, before anything is trained
         blocks = self.gates.blocks
-        self.full = torch.tensor([block.full(config.budget) for block in blocks], dtype=torch.float64)
         self.count = 0  # optimizer steps so far
         self.start, self.sparse, self.final = (
             epoch * steps_per_epoch for epoch in (config.start_epoch, config.sparse_epoch, config.final_epoch)
@@ -429,7 +428,7 @@ class PruneRun:
         self.step.check(f"prune epoch {epoch}")
         accuracy = _accuracy(self.model, val_loader, self.config, self.device, self.processes)
         record = _record("prune", epoch, meter, accuracy, self.params, self.processes)
-        record["keep_ratio"] = self.named(self.gates.kept_cost(self.config.budget) / self.full)
+        record["keep_ratio"] = self.named(self.gates.kept_cost(self.config.budget) / self.method.full)
         self.history["epochs"].append(record)
         return record
 
@@ -437,17 +436,17 @@ class PruneRun:
         """New masks from what was measured since the last update. At the end: two windows count, full ratio,
         hard masks."""
         config = self.config
-        self.processes.add_up(self.method.statistics())
+        self.processes.all_reduce_sum(self.method.statistics())
         progress = 1.0 if final else budget.progress(self.count, self.start, self.sparse)
         tau = 0.0 if final else sharpening(self.count, self.sparse, self.final, config.tau_max)
         found = self.method.update(progress, tau, final)
-        self.processes.spread([self.gates.values])
+        self.processes.broadcast([self.gates.values])
         self.params = int(self.gates.total())
         self.history["updates"].append(
             {
                 "step": self.count,
                 "epoch": self.count / self.steps_per_epoch,
-                "keep_ratio": self.named(self.gates.kept_cost(config.budget) / self.full),
+                "keep_ratio": self.named(self.gates.kept_cost(config.budget) / self.method.full),
                 "tau": tau,
                 "params": self.params,
                 **found,
@@ -476,7 +475,7 @@ class PruneRun:
         """Mean activations behind the gates over a few training batches of every process."""
         batches = (images.to(self.device) for images, _ in itertools.islice(train_loader, MEAN_BATCHES))
         means = activation_means(self.model, batches)
-        self.processes.average(mean for both in means.values() for mean in both.values())
+        self.processes.all_reduce_mean(mean for both in means.values() for mean in both.values())
         return means
 
     def named(self, values: Tensor) -> dict[str, float]:
@@ -532,7 +531,7 @@ def _accuracy(model: nn.Module, loader: Batches, config: Config, device: torch.d
         labels = labels.argmax(1) if labels.ndim == 2 else labels
         right = (logits.argmax(1) == labels.to(device)).sum()
         sums += torch.stack((right, (~logits.isfinite()).any(1).sum(), torch.full_like(right, len(labels))))
-    group.add_up([sums])
+    group.all_reduce_sum([sums])
     right, broken, count = sums.tolist()
     if count == 0:
         raise ValueError("train: val_loader must give at least one image, got none")
@@ -542,7 +541,7 @@ def _accuracy(model: nn.Module, loader: Batches, config: Config, device: torch.d
 
 
 def _record(phase: str, epoch: int, meter: Meter, accuracy: float, params: int, group: Processes) -> dict[str, Any]:
-    group.add_up([meter.sums])
+    group.all_reduce_sum([meter.sums])
     loss, train_accuracy = meter.read()
     return {
         "phase": phase,

@@ -89,6 +89,21 @@ class Method:
         """
         raise NotImplementedError
 
+    def keep(self, goal: Tensor, progress: float, tau: float, final: bool) -> dict[str, Any]:
+        """New masks on the way to the keep ratios `goal` [S], each sub-block's elements by their Taylor scores; what
+        came back and what went, for the history."""
+        config = self.config
+        return self.gates.update(
+            1 - (1 - goal) * progress,
+            tau,
+            scales=config.gate_scales,
+            unit=config.budget,
+            rank_zero_by=config.rank_zero_by,
+            rank_across=config.rank_across,
+            round_to=config.round_to if final else 1,
+            include_previous=final,
+        )
+
     def target(self, progress: float) -> float:
         """Cost of all sub-blocks together that an update at `progress` may leave."""
         full = float(self.full.sum())

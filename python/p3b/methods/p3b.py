@@ -25,7 +25,6 @@ class P3B(Method):
     def __init__(self, run: PruneRun) -> None:
         super().__init__(run)
         config, blocks = self.config, self.gates.blocks
-        self.goal = torch.ones_like(self.full)
         self.probes = Probes(self.model, alpha=config.alpha, form=config.patch_probe, width=config.patch_probe_width)
         self.probes.to(self.device)
         self.benefit = Benefit(self.probes.criteria, len(blocks), self.device)
@@ -68,22 +67,13 @@ class P3B(Method):
         config = self.config
         benefit = self.benefit.take(include_previous=final)
         importance = self.importance.update(benefit, self.gates.kept_cost(config.budget))
-        self.goal = budget.keep_ratios(importance, self.full, self.outside, config.prune_ratio, self.floor)
-        change = self.gates.update(
-            1 - (1 - self.goal) * progress,
-            tau,
-            scales=config.gate_scales,
-            unit=config.budget,
-            rank_zero_by=config.rank_zero_by,
-            rank_across=config.rank_across,
-            round_to=config.round_to if final else 1,
-            include_previous=final,
-        )
+        goal = budget.keep_ratios(importance, self.full, self.outside, config.prune_ratio, self.floor)
+        change = self.keep(goal, progress, tau, final)
         named = self.run.named
         return {
             "benefit": {name: named(values) for name, values in (benefit or {}).items()},
             "importance": named(importance),
-            "goal_keep_ratio": named(self.goal),
+            "goal_keep_ratio": named(goal),
             **change,
         }
 
@@ -91,9 +81,8 @@ class P3B(Method):
         return [self.benefit.sums, self.benefit.count]
 
     def state(self) -> dict[str, Any]:
-        return {"goal": self.goal, "benefit": self.benefit.state(), "importance": self.importance.running}
+        return {"benefit": self.benefit.state(), "importance": self.importance.running}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.goal = state["goal"]
         self.benefit.load_state(state["benefit"])
         self.importance.running = dict(state["importance"])

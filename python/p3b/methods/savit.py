@@ -68,7 +68,7 @@ class SAViT(Method):
         self.model.eval()
         count = max(1, round(self.SHARE * self.run.steps_per_epoch * self.config.accumulate))
         importance, cross = self.measure(itertools.islice(batches, count), criterion)
-        self.run.processes.average([importance, cross])
+        self.run.processes.all_reduce_mean([importance, cross])
         self.model.train(training)
         masks, shares = self.search(importance, cross)
         self.record = {

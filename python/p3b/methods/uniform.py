@@ -26,15 +26,4 @@ class Uniform(Method):
         self.goal = budget.keep_ratios(alike, self.full, self.outside, self.config.prune_ratio, self.floor)
 
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
-        config = self.config
-        change = self.gates.update(
-            1 - (1 - self.goal) * progress,
-            tau,
-            scales=config.gate_scales,
-            unit=config.budget,
-            rank_zero_by=config.rank_zero_by,
-            rank_across=config.rank_across,
-            round_to=config.round_to if final else 1,
-            include_previous=final,
-        )
-        return dict(change)
+        return self.keep(self.goal, progress, tau, final)
