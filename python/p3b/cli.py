@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = "; ".join(getattr(stop, "__notes__", ["nothing was written"]))
         print(f"p3b {options.command}: interrupted, {kept}", file=sys.stderr)
         return 128 + (stop.signal if isinstance(stop, _Stopped) else signal.SIGINT)
-    except (*USER_ERRORS, RuntimeError) as error:
+    except Exception as error:
         if debug or not (isinstance(error, USER_ERRORS) or worker_death(error)):
             raise
         print(f"p3b {options.command}: {_one_line(error)}", file=sys.stderr)

@@ -628,8 +628,10 @@ def _loaded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tenso
             if isinstance(batch, str):
                 raise ValueError(batch)
             yield batch
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, ConnectionError) as error:
         death = worker_death(error)
+        if not death and loader.num_workers and not isinstance(error, RuntimeError) and not _from_worker(error):
+            death = _death(f"{type(error).__name__} while it handed a batch over")  # before PyTorch has heard of it
         if not death:
             raise
         raise OSError(death) from error
@@ -638,12 +640,25 @@ def _loaded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tenso
 def worker_death(error: BaseException) -> str:
     """The line to say where a decoding process died, or nothing for another error.
 
-    PyTorch raises it in the main thread at once, whatever runs there: a training step, a checkpoint being written.
+    PyTorch raises it in the main thread at once, whatever runs there (a training step, a checkpoint being written),
+    and what is interrupted may fail with an error of its own.
     """
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
-        return ""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RuntimeError) and "DataLoader worker" in str(seen) and not _from_worker(seen):
+            return _death(" ".join(str(seen).split()))
+        seen = seen.__cause__ or seen.__context__
+    return ""
+
+
+def _from_worker(error: BaseException) -> bool:
+    """Whether a worker that lives caught this and handed it over."""
+    return str(error).startswith("Caught ")
+
+
+def _death(how: str) -> str:
     remedy = "fewer --workers take less memory, and --workers 0 shows the error itself"
-    return f"data: a worker process died ({remedy}): {' '.join(str(error).split())}"
+    return f"data: a worker process died ({remedy}): {how}"
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
