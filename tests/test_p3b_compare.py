@@ -299,6 +299,15 @@ def test_one_comparison_at_a_time(tmp_path):
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
 
 
+def test_a_method_twice_with_other_settings():
+    values = tomllib.loads(TINY + "[settings.floored]\nmethod = 'p3b+'\nfloor = 0.1\n")
+    values["methods"] = ["p3b", "floored"]
+    configs = {job.name: Config.from_dict(job.spec["config"]) for job in Task(**values).jobs() if job.method}
+    found = {name: (c.method, c.floor, c.momentum, c.seed) for name, c in configs.items()}
+    assert found["p3b-0.5-s0"] == ("p3b", 0.0, "published", 0)
+    assert found["floored-0.5-s1"] == ("p3b+", 0.1, "sqrt", 1)
+
+
 @pytest.mark.parametrize("name", comparisons())
 def test_the_shipped_comparisons_can_be_run(name):
     jobs = (
@@ -322,6 +331,9 @@ def test_the_shipped_comparisons_can_be_run(name):
         ("[source]\nepochs = 0", r"epochs of \[source\] must be 1 or more"),
         ("[target]\nimages = 5", r"key of \[target\] must be one of .* got 'images'"),
         ("[settings.p4b]\nlr = 1.0", "settings must be one of .* got 'p4b'"),
+        ("[settings.p4b]\nmethod = 'p3c'", r"method of \[settings.p4b\] must be one of .* got 'p3c'; did you mean p3b"),
+        ("[settings.p3b]\nmethod = 'uniform'", "must leave out method, which each job has of its own"),
+        ("[settings.'a/b']\nmethod = 'p3b'", r"NAME of \[settings.NAME\] must be of letters, .* got 'a/b'"),
         ("[trainer]\nseed = 1\n", "must leave out seed, which each job has of its own"),
         ("[trainer]\nlr = -1.0\n[target]\ndata = 'digits'", "lr must be above 0"),
         ("title = 'x'", r"data of \[target\] must be given, in the file or with --data"),

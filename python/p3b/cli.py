@@ -41,6 +41,7 @@ from torch import nn
 import p3b_ext
 
 from . import checkpoint, reductions, train
+from .allocator import keep_freed_memory
 from .config import Config, read_recipe, recipes
 from .data import AUGMENTS, Data, check_files, create_data, worker_death
 from .distributed import Processes, processes
@@ -199,6 +200,7 @@ def _demo(options: argparse.Namespace) -> None:
     # Its matrices are so small that a second thread gains little, and loses much on a busy machine: 28 ms a step on
     # one thread of a shared two-core Zen 3, 350 to 1,000 ms on two.
     _threads(options.threads or 1)
+    keep_freed_memory()
     with new_run_folder(output) as folder, Progress() as progress:
         text = demo(folder, seed=options.seed, quick=options.quick, progress=progress, command=options.command_line)
     print(text)
@@ -218,6 +220,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
     job, config, resume = _settings(options, command)
     job.require("model", "data", "output")
     _threads(options.threads)
+    keep_freed_memory()
     settings = dataclasses.asdict(job) | config.to_dict()
     with contextlib.ExitStack() as stack:
         with processes(config.device) as (group, device):

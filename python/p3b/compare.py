@@ -15,6 +15,7 @@ import difflib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -34,6 +35,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from . import checkpoint, train
+from .allocator import keep_freed_memory
 from .config import Config, recipes
 from .data import Data, create_data
 from .evaluate import evaluate, measure
@@ -116,7 +118,8 @@ class Task:
     trainer: dict = field(default_factory=dict)
     """[trainer]: settings of p3b.Config for all jobs."""
     settings: dict = field(default_factory=dict)
-    """[settings."p3b+"]: settings of p3b.Config for one method, or for "dense"."""
+    """[settings."p3b+"]: settings of p3b.Config for one method, or for "dense". With a `method` among them the name is a
+    new one that `methods` may list: [settings.floored] with method = "p3b" and floor = 0.1."""
 
     def __post_init__(self) -> None:
         for name, stage in (("source", self.source), ("target", self.target)):
@@ -126,12 +129,19 @@ class Task:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"compare: {name} must be a list without repeats, got {values!r}")
+        named = [name for name, given in self.settings.items() if "method" in given and name not in (*METHODS, DENSE)]
+        for name in named:
+            if not re.fullmatch(r"[\w+][\w+.-]*", name, re.ASCII) or name == SOURCE:
+                raise ValueError(
+                    f"compare: NAME of [settings.NAME] must be of letters, digits, _ + . - and its own, got {name!r}"
+                )
+            _known(f"method of [settings.{name}]", self.settings[name]["method"], METHODS)
         for name in self.methods:
-            _known("methods", name, METHODS)
+            _known("methods", name, [*METHODS, *named])
         for name in self.settings:
-            _known("settings", name, [*METHODS, DENSE])
+            _known("settings", name, [*METHODS, DENSE, *named])
         for name, given in [("trainer", self.trainer), *self.settings.items()]:
-            fixed = sorted({"method", "prune_ratio", "seed"} & set(given))
+            fixed = sorted({"method", "prune_ratio", "seed"} & set(given) - ({"method"} if name in named else set()))
             if fixed:
                 raise ValueError(f"compare: [{name}] must leave out {', '.join(fixed)}, which each job has of its own")
         if self.source is not None and self.source.epochs < 1:
@@ -185,7 +195,7 @@ class Task:
     def config(self, method: str | None, ratio: float | None, seed: int) -> dict[str, Any]:
         """What p3b.Config.from_dict takes for a job; method None: the dense model."""
         values = self.trainer | self.settings.get(method or DENSE, {}) | {"seed": seed}
-        return values if method is None else values | {"method": method, "prune_ratio": ratio}
+        return values if method is None else {"method": method} | values | {"prune_ratio": ratio}
 
     def jobs(self) -> list[Job]:
         """The jobs, source first, then seed by seed: what is finished is a whole comparison with fewer seeds."""
@@ -595,6 +605,7 @@ def _work(path: Path, source: Path) -> None:
         if file.name not in (JOB, LOG, STATE):
             file.unlink()  # what a worker that was killed has left
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    keep_freed_memory()
     config = Config.from_dict(spec["config"])
     device = train._device(config)
     if spec.get("source") is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -300,7 +301,9 @@ def _draw(folder: Path, task: Task, results: Mapping[str, Any]) -> dict[str, str
 
 
 def _style(method: str) -> tuple[str, str]:
-    return STYLES.get(method, ("#d4537e", "d"))
+    """Color and marker; names that a task has given to settings of its own get the same ones in every plot."""
+    others = list(STYLES.values())
+    return STYLES.get(method) or others[zlib.crc32(method.encode()) % len(others)]
 
 
 def _draw_accuracy(results: Mapping[str, Any], axis_of: str) -> Any:
