@@ -125,13 +125,13 @@ def calibrate(
         thresholds = [float("inf")] * len(ppt.blocks)
         for block in sorted(ppt.blocks):
             place = ppt.blocks.index(block)
-            spreads = _spreads(model, loader, dataclasses.replace(ppt, threshold=thresholds))
+            spreads = score_spreads(model, loader, dataclasses.replace(ppt, threshold=thresholds))
             thresholds[place] = _quantile(spreads[block], prune_share)
         found = tuple(thresholds)
     else:
         found = float("inf")
         for _ in ppt.blocks:
-            spreads = _spreads(model, loader, dataclasses.replace(ppt, threshold=found))
+            spreads = score_spreads(model, loader, dataclasses.replace(ppt, threshold=found))
             found = _quantile(torch.cat(list(spreads.values())), prune_share)
     patch(model, dataclasses.replace(ppt, threshold=found), trace=record.trace, linear=record.linear)
     return found
@@ -179,8 +179,19 @@ def _quantile(spread: Tensor, prune_share: float) -> float:
 
 
 @torch.no_grad()
-def _spreads(model: nn.Module, loader: Iterable, ppt: PPT) -> dict[int, Tensor]:
-    """The spread of every image's scores in every block of `ppt`, `[images]` each."""
+def score_spreads(model: nn.Module, loader: Iterable, ppt: PPT) -> dict[int, Tensor]:
+    """The spread (`score_spread`, in `ppt.unit`) of every image's token scores in every block of a PPT.
+
+    Args:
+        model: patched with a reduction in the blocks of `ppt`, which serves in its place while this runs.
+        loader: iterable of images `[B, 3, H, W]` or of tuples that start with them.
+
+    Returns:
+        block -> float32 `[images]`, in the loader's order; at `ppt.threshold` of that block and above, PPT prunes.
+
+    Raises:
+        ValueError: an empty loader, NaN scores.
+    """
     seen: dict[int, list[Tensor]] = {block: [] for block in ppt.blocks}
 
     class Recorder(PPT):

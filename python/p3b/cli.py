@@ -389,6 +389,39 @@ def _bench(options: argparse.Namespace) -> None:
         print(f"\nwritten to {options.output}: {bench.PAGE}, {bench.RESULT}, {bench.PLOT}")
 
 
+def _scores(options: argparse.Namespace) -> None:
+    from . import bench, scores
+
+    _threads(options.threads)
+    device = _device(options.device)
+    model, meta = load_run(options.folder)
+    data = run_data(meta, options.data, root=options.data_root, workers=options.workers, device=device)
+    with _writing(options.output) as folder, _steps("scores") as step:
+        cases = scores.sweep(
+            model.to(device),
+            data.val,
+            scores=_listed(options.scores) or scores.SCORES,
+            modes=_listed(options.modes) or scores.MODES,
+            rs=[_number("r", text, int) for text in _listed(options.r)],
+            blocks=[_number("blocks", text, int) for text in _listed(options.blocks)] or None,
+            prune_share=options.prune_share,
+            calibration=bench.calibration_batches(data),
+            step=step,
+        )
+        shown = scores.tables(cases)
+        if folder is not None:
+            scores.write(
+                folder,
+                cases,
+                title=f"Token scores on {options.folder}",
+                conditions=f"{data.description}. Spread: squared coefficient of variation of the scores of an image.",
+                command=options.command_line,
+            )
+    print(shown)
+    if folder is not None:
+        print(f"\nwritten to {options.output}: {scores.PAGE}, {scores.RESULT}, {scores.PLOT}")
+
+
 def _compare(options: argparse.Namespace) -> None:
     from .compare import Task, compare
     from .compare_report import table
@@ -839,6 +872,37 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and images"
     )
 
+    scores = command(
+        "scores",
+        _scores,
+        "token scores on a run's model: pruning, merging and PPT by each of them, at several costs",
+        "p3b scores runs/photos --output runs/photos-scores",
+    )
+    scores.add_argument("folder", metavar="FOLDER", help="folder of a run")
+    scores.add_argument(
+        "--scores",
+        default="",
+        metavar="LIST",
+        help="of cls_value,entropy_value,cls (default: these), to_cls,received",
+    )
+    scores.add_argument("--modes", default="", metavar="LIST", help="of prune,merge,ppt (default: all)")
+    scores.add_argument(
+        "--r",
+        default="",
+        metavar="LIST",
+        help="tokens that a block loses (default: 50 of 196 in proportion; 2/3, 1/3)",
+    )
+    scores.add_argument(
+        "--blocks", default="", metavar="LIST", help="blocks that lose tokens (default: at 1/4, 1/2, 3/4)"
+    )
+    scores.add_argument(
+        "--prune-share", type=float, default=0.5, metavar="X", help="share of images that PPT prunes (default: 0.5)"
+    )
+    scores.add_argument("--data", metavar="SOURCE", help="other images than the run's own (read at the same size)")
+    scores.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")
+    scores.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode image files")
+    scores.add_argument("--output", metavar="DIR", help="new folder for the tables (markdown and JSON) and a plot")
+
     compare = command(
         "compare",
         _compare,
@@ -899,7 +963,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--prune-share", type=float, metavar="X", help="find ppt's threshold so that it prunes this share"
         )
-    for sub in (bench, visualize):
+    for sub in (bench, visualize, scores):
         sub.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:1, ...")
     return parser
 

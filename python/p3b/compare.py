@@ -118,8 +118,8 @@ class Task:
     trainer: dict = field(default_factory=dict)
     """[trainer]: settings of p3b.Config for all jobs."""
     settings: dict = field(default_factory=dict)
-    """[settings."p3b+"]: settings of p3b.Config for one method, or for "dense". With a `method` among them the name is a
-    new one that `methods` may list: [settings.floored] with method = "p3b" and floor = 0.1."""
+    """[settings."p3b+"]: settings of p3b.Config for one method, or for "dense". With a `method` among them the name is
+    a new one that `methods` may list: [settings.floored] with method = "p3b" and floor = 0.1."""
 
     def __post_init__(self) -> None:
         for name, stage in (("source", self.source), ("target", self.target)):
