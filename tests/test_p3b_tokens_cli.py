@@ -334,3 +334,56 @@ def test_the_benchmarks_interval(monkeypatch, n, expected):
 
     low, high, coverage = interval([float(value) for value in reversed(range(n))])
     assert (low, high) == expected and (coverage >= 0.95 or n < 6)
+
+
+def test_bench_of_several_runs(run, tmp_path, capsys):
+    """All at the cost of the first one's shares; a run that costs less already goes without."""
+    again, out = tmp_path / "again", tmp_path / "out"
+    settings = Path(run).parent / "settings.json"
+    flags = [
+        "--prune-ratio",
+        "0.6",
+        "--reduction",
+        "tome",
+        "--reduction-settings",
+        '{"r": 2}',
+        "--data",
+        str(Path(run).parent / "two.npz"),
+    ]
+    assert main(["prune", "--config", str(settings), "--output", str(again), *flags]) == 0
+    common = ["--data", "run", "--repeats", "1", "--batch-size", "4", "--reductions", "tome", "--device", "cpu"]
+    assert main(["bench", str(run), str(again), *common, "--macs-ratio", "0.9,0.6", "--output", str(out)]) == 0
+    record = json.loads((out / "bench.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    names = list(rows)
+    assert names[:5] == ["run", "again", "run + p3b_ext", "again + p3b_ext", "again + ToMe r=2 (as trained)"]
+    macs = {name: row["macs"] / rows["run"]["macs"] for name, row in rows.items()}
+    assert macs["again"] < 0.9  # so only the share 0.6 is left for it, if ToMe can do it
+    own = [name for name in names[5:] if name.startswith("run + ToMe")]
+    assert len(own) == 2 and macs[own[0]] <= 0.91 and macs[own[1]] <= 0.62
+    assert all(macs[name] <= 0.62 for name in names[5:] if name.startswith("again"))
+    assert all(row["top1"] is not None for row in rows.values()) and (out / "bench.png").stat().st_size > 1000
+    assert "each of several must be the folder of a run" in fails(capsys, "bench", run, "vit_tiny_patch16_224")
+    assert "img_size: flag must be left out" in fails(capsys, "bench", run, again, "--img-size", "16")
+
+
+def test_bench_keeps_the_reduction_of_a_run(run, tmp_path, capsys):
+    again = tmp_path / "again"
+    settings = Path(run).parent / "settings.json"
+    flags = [
+        "--reduction",
+        "topk",
+        "--reduction-settings",
+        '{"keep_rate": 0.6}',
+        "--data",
+        str(Path(run).parent / "two.npz"),
+    ]
+    assert main(["prune", "--config", str(settings), "--output", str(again), *flags]) == 0
+    found = json.loads((again / "metrics.json").read_text())
+    capsys.readouterr()
+    common = ["--data", "run", "--repeats", "1", "--batch-size", "4", "--reductions", "dense", "--device", "cpu"]
+    assert main(["bench", str(again), *common, "--output", str(tmp_path / "out")]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]}
+    own = rows["pruned + TopK 0.60 (as trained)"]
+    trained = next(row for row in found["rows"] if row["name"] == "pruned")
+    assert own["macs"] == trained["macs"] < rows["pruned"]["macs"] and own["top1"] == trained["top1"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -17,6 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import p3b_ext
+from p3b_ext.reduced import RECORD
+from p3b_ext.tuning import count_macs
 
 from . import export, reductions
 from .architecture import build
@@ -29,9 +32,11 @@ from .run import load_run
 RESULT, PAGE, PLOT = "bench.json", "bench.md", "bench.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE = "dense"
+OURS = " + p3b_ext"  # a model as timm runs it, but for our attention
 CALIBRATION_BATCHES = 8
 # Of dense, pruned, and the reductions; distinct in hue and in lightness.
 STYLES = {"dense": ("#5f5e5a", "o"), "pruned": ("#2c2c2a", "D"), "ToMe": ("#185fa5", "s"), "PPT": ("#d85a30", "^")}
+COLORS = ("#5f5e5a", "#d85a30", "#185fa5", "#1d9e75", "#7a1fa2", "#ba7517")  # of several models
 STYLES |= {"EViT": ("#1d9e75", "v"), "TopK": ("#ba7517", "P")}
 
 
@@ -46,6 +51,8 @@ class Comparison:
     """Row name -> tokens behind each block."""
     runtimes: dict[str, str] = dataclasses.field(default_factory=dict)
     """Row name -> the row that it repeats in another runtime."""
+    bases: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Row name of a reduction -> the model that loses the tokens."""
 
 
 def compare(
@@ -53,6 +60,8 @@ def compare(
     names: Sequence[str],
     loader: Any,
     *,
+    bases: Sequence[str] = (),
+    trained: Mapping[str, Any] | None = None,
     batch_size: int = 64,
     repeats: int = 15,
     macs_ratios: Sequence[float] = (),
@@ -62,30 +71,35 @@ def compare(
     runtimes: Sequence[str] = (),
     step: Callable[[str, int], None] | None = None,
 ) -> Comparison:
-    """Every model as timm runs it and with p3b_ext's attention, and the last one with each token reduction.
+    """Every model as timm runs it and with p3b_ext's attention, and some of them with each token reduction.
 
-    names: of `reductions.NAMES`; "dense" adds nothing. macs_ratios: bring each reduction to these shares of its model's
-    multiplications, in place of the published settings. loader: (images, labels) batches; prune_share and calibration:
-    share of images that PPT prunes, and batches to find its threshold on (default: the first batch of the loader).
-    unscored: models whose accuracy means nothing. runtimes: of `export.RUNTIMES`; every model, and every reduction
-    (except by "compile"), runs in these as well: the same batch, as many threads, in turn with the others. step: called
-    with what is being done and the number of steps in all.
-    The models share their weights.
+    names: of `reductions.NAMES`; "dense" adds nothing. loader: (images, labels) batches. bases: the models that lose
+    tokens; default: the last. trained: the reduction that a model was trained under, which is a row of its own.
+    macs_ratios: bring each reduction to these shares of its model's multiplications, in place of published settings;
+    with several `bases` to these shares of the first one's, and a base that costs less already, or cannot come down to
+    one, goes without. prune_share and calibration: share of images that PPT prunes, and batches to find its threshold
+    on (default: the first batch of the loader). unscored: models whose accuracy means nothing. runtimes: of
+    `export.RUNTIMES`; every model, and every reduction (except by "compile"), runs in these as well: the same batch, as
+    many threads, in turn with the others. step: called with what is being done and the number of steps in all. The
+    models share their weights.
     """
     if calibration is None:
         calibration = [next(iter(loader))[0]]
-    twins = {f"{name} + p3b_ext": p3b_ext.patch(_twin(model)) for name, model in models.items()}
-    unscored = [*unscored, *(f"{name} + p3b_ext" for name in unscored)]
-    base_name, base = list(models.items())[-1]
-    found = {}
-    for name in names:
+    twins = {f"{name}{OURS}": p3b_ext.patch(_twin(model)) for name, model in models.items()}
+    unscored = [*unscored, *(f"{name}{OURS}" for name in unscored)]
+    bases = list(bases) or [list(models)[-1]]
+    found, base_of = {}, {}
+    for base_name, own in (trained or {}).items():
+        title = f"{base_name} + {reductions.label(own)} (as trained)"
+        twins[title], base_of[title], found[title] = p3b_ext.patch(_twin(models[base_name]), own), base_name, own
+    for base_name, name in itertools.product(bases, names):
         if name == DENSE:
             continue
-        first = reductions.reduction(name, base)
-        for chosen in [p3b_ext.at_cost(base, ratio, first) for ratio in macs_ratios] or [first]:
+        base = models[base_name]
+        for chosen in _chosen(reductions.reduction(name, base), base, macs_ratios, models[bases[0]]):
             title = reductions.label(chosen)
             title = title if base_name == DENSE else f"{base_name} + {title}"
-            twins[title] = _twin(base)
+            twins[title], base_of[title] = _twin(base), base_name
             found[title] = reductions.apply(twins[title], chosen, calibration, prune_share=prune_share)
             if base_name in unscored:
                 unscored.append(title)
@@ -94,7 +108,7 @@ def compare(
     total = len(every) + len(repeated) * (1 + len(runtimes)) + 3 + repeats
     report = (lambda text: None) if step is None else lambda text: step(text, total)
     elsewhere = {}
-    images = first_images(loader, batch_size, base)
+    images = first_images(loader, batch_size, next(iter(models.values())))
     for name, model in repeated.items():
         report(f"deploy {name}")
         wanted = [runtime for runtime in runtimes if runtime != "compile" or name in models]
@@ -104,7 +118,20 @@ def compare(
     unscored = [*unscored, *(title for title, name in elsewhere.items() if name in unscored)]
     rows = measure(every, loader, batch_size=batch_size, repeats=repeats, unscored=unscored, step=report)
     tokens = {name: [after for _, after in p3b_ext.token_counts(twins[name])] for name in found}
-    return Comparison(rows, found, tokens, elsewhere)
+    return Comparison(rows, found, tokens, elsewhere, base_of)
+
+
+def _chosen(first: Any, base: VisionTransformer, macs_ratios: Sequence[float], whole: VisionTransformer) -> list[Any]:
+    """A reduction of `base` at every wanted share of the multiplications of `whole`; as it is where none is wanted."""
+    if base is whole or not macs_ratios:
+        return [p3b_ext.at_cost(base, ratio, first) for ratio in macs_ratios] or [first]
+    chosen = []
+    for ratio in macs_ratios:
+        share = (1 / ratio if ratio > 1 else ratio) * count_macs(whole) / count_macs(base)
+        if 0 < share < 1:
+            with contextlib.suppress(ValueError):  # more than this reduction can do
+                chosen.append(p3b_ext.at_cost(base, share, first))
+    return chosen
 
 
 def models_and_data(
@@ -116,8 +143,9 @@ def models_and_data(
     batch_size: int = 64,
     data_root: str | None = None,
     workers: int = 0,
-) -> tuple[dict[str, VisionTransformer], Data | None, tuple[str, ...]]:
-    """The models of a run folder (dense shape and pruned) or of timm, the data, and the models without an accuracy.
+) -> tuple[dict[str, VisionTransformer], Data | None, tuple[str, ...], dict[str, Any]]:
+    """The models of a run folder (dense shape and pruned) or of timm, the data, the models without an accuracy, and the
+    reductions that models were trained under.
 
     data_source: as `create_data`, or "run" for a run's own images; None or "": no data. Without data the weights of a
     timm model are random, which changes no cost.
@@ -128,16 +156,17 @@ def models_and_data(
         if img_size:
             raise ValueError(f"img_size: flag must be left out for the folder of a run, got {img_size}")
         small, meta = load_run(name)
+        trained = _trained_under({"pruned": small})
         models = {DENSE: build(small.p3b_description), "pruned": p3b_ext.unpatch(small)}
         data = None
         if data_source:
             source = None if data_source == "run" else data_source
             data = run_data(meta, source, root=data_root, workers=workers, device=device)
-        return models, data, (DENSE,)  # the dense model's weights were not kept
+        return models, data, (DENSE,), trained  # the dense model's weights were not kept
     check_model_name(name)
     if not data_source:
         model = timm.create_model(name, **({"img_size": img_size} if img_size else {}))
-        return {DENSE: _vit(name, model)}, None, ()
+        return {DENSE: _vit(name, model)}, None, (), {}
     normal = timm.get_pretrained_cfg(name)
     settings = dict(
         img_size=img_size or normal.input_size[1:],
@@ -154,7 +183,45 @@ def models_and_data(
         )
     if data.in_chans == 3:  # the weights expect the colours they were trained on
         data = create_data(data_source, mean=normal.mean, std=normal.std, **settings)
-    return {DENSE: p3b_ext.unpatch(create_model(Job(model=name), data))}, data, ()
+    return {DENSE: p3b_ext.unpatch(create_model(Job(model=name), data))}, data, (), {}
+
+
+def several_runs(
+    folders: Sequence[str], data_source: str | None, *, device: torch.device, data_root: str | None, workers: int
+) -> tuple[dict[str, VisionTransformer], Data | None, dict[str, Any]]:
+    """The models of several runs on the same images, by the names of their folders, those images, and the reductions
+    that models were trained under.
+
+    Arguments as `models_and_data`; "run" takes the images of the first. Raises ValueError for a folder that is no run
+    and for runs whose images or classes differ.
+    """
+    from .cli import run_data
+
+    models, first = {}, {}
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise ValueError(f"model: each of several must be the folder of a run, got {folder!r}")
+        small, meta = load_run(folder)
+        name = Path(folder).resolve().name
+        models[name if name not in models else folder] = small
+        first = first or meta
+        for key, was, now in [
+            ("classes", first["class_names"], meta["class_names"]),
+            *((key, first["data"].get(key), meta["data"].get(key)) for key in ("img_size", "mean", "std")),
+        ]:
+            if was != now:
+                raise ValueError(f"model: runs must have the same {key}, got {was} ({folders[0]}) and {now} ({folder})")
+    data = None
+    if data_source:
+        source = None if data_source == "run" else data_source
+        data = run_data(first, source, root=data_root, workers=workers, device=device)
+    trained = _trained_under(models)
+    return {name: p3b_ext.unpatch(model) for name, model in models.items()}, data, trained
+
+
+def _trained_under(models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    records = {name: model.__dict__.get(RECORD) for name, model in models.items()}
+    return {name: record.reduction for name, record in records.items() if record is not None and record.reduction}
 
 
 def calibration_batches(data: Data) -> list[Tensor]:
@@ -183,24 +250,25 @@ def draw(found: Comparison) -> Any:
     """Accuracy (where rows have one, else GMACs) against images per second; settings of one method are joined."""
     figure, (axis,) = new_figure(7.0, 4.2, 1)
     scored = any(row.top1 is not None for row in found.rows)
-    families: dict[str, list[Row]] = {}
+    families: dict[tuple[str, str, str], list[Row]] = {}
     for row in found.rows:
         if not scored or row.top1 is not None:
-            kind = _kind(found, row.name)
-            families.setdefault(kind, []).append(row)
+            families.setdefault(_kind(found, row.name), []).append(row)
+    several = len({model for model, _, _ in families} - {DENSE, "pruned"}) > 1
+    colors = dict(zip(dict.fromkeys(model for model, _, _ in families), itertools.cycle(COLORS), strict=False))
     below = itertools.cycle((False, True))  # so that fewer labels of neighbours cover each other
-    for kind, rows in families.items():
-        base, _, runtime = kind.partition(" + ")
-        color, marker = STYLES[base]
+    for (model, kind, runtime), rows in families.items():
+        color, marker = STYLES[kind or (model if model in STYLES else DENSE)]
+        color = colors[model] if several else color
+        name = kind if kind and not several else f"{model} + {kind}" if kind else model
         rows = sorted(rows, key=lambda row: row.macs)
         points = [(row.images_per_second, row.top1 if scored else row.macs / 1e9) for row in rows]
-        line = ":" if base in (DENSE, "pruned") else "-"
+        line = "-" if kind else ":"
         fill = "white" if runtime else color  # hollow: another runtime, named beside the point
-        label = None if runtime else kind
+        label = None if runtime else name
         axis.plot(*zip(*points, strict=True), color=color, marker=marker, mfc=fill, ms=7, lw=1.2, ls=line, label=label)
         for row, point in zip(rows, points, strict=True):
-            reduced = found.runtimes.get(row.name, row.name) in found.reductions
-            text = row.name.removeprefix("pruned + ") if reduced else row.name
+            text = row.name.removeprefix(f"{model} + ") if kind else row.name
             offset = (6, -11 if next(below) else 5)
             axis.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=7, color=color)
     axis.margins(x=0.16, y=0.12)
@@ -210,12 +278,14 @@ def draw(found: Comparison) -> Any:
     return figure
 
 
-def _kind(found: Comparison, name: str) -> str:
-    """What rows of one line in the plot have in common: the model or reduction, and the runtime."""
+def _kind(found: Comparison, name: str) -> tuple[str, str, str]:
+    """What rows of one line in the plot have in common: the model, the reduction and the runtime, "" for none."""
     if name in found.runtimes:
         base = found.runtimes[name]
-        return f"{_kind(found, base)} + {name.removeprefix(base + ' + ')}"
-    return type(found.reductions[name]).__name__ if name in found.reductions else name.split(" + ")[0]
+        return (*_kind(found, base)[:2], name.removeprefix(base + " + "))
+    if name in found.reductions:
+        return found.bases[name], type(found.reductions[name]).__name__, ""
+    return name.removesuffix(OURS), "", ""
 
 
 def _twin(model: nn.Module) -> nn.Module:

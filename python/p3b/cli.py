@@ -335,18 +335,19 @@ def _bench(options: argparse.Namespace) -> None:
             raise ValueError(f"{name}: number must be 1 or more, got {getattr(options, name)}")
     runtimes = _listed(options.runtimes)
     check_runtimes(runtimes, device, dtype)
-    models, data, unscored = bench.models_and_data(
-        options.model,
-        options.data,
-        device=device,
-        img_size=options.img_size,
-        batch_size=options.batch_size,
-        data_root=options.data_root,
-        workers=options.workers,
-    )
+    where = dict(device=device, data_root=options.data_root, workers=options.workers)
+    if len(options.model) > 1:
+        if options.img_size:
+            raise ValueError(f"img_size: flag must be left out for the folders of runs, got {options.img_size}")
+        models, data, trained = bench.several_runs(options.model, options.data, **where)
+        bases, unscored = list(models), ()
+    else:
+        settings = dict(img_size=options.img_size, batch_size=options.batch_size)
+        models, data, unscored, trained = bench.models_and_data(*options.model, options.data, **where, **settings)
+        bases = list(models)[-1:]
     for model in models.values():
         model.to(device, dtype)
-    names, base = _listed(options.reductions), list(models.values())[-1]
+    names, base = _listed(options.reductions), models[bases[0]]
     if not names:
         names = [name for name in reductions.NAMES if base.has_class_token or name != "evit"]
     size = (base.patch_embed.proj.in_channels, *base.patch_embed.img_size)
@@ -361,6 +362,8 @@ def _bench(options: argparse.Namespace) -> None:
             models,
             names,
             loader,
+            bases=bases,
+            trained=trained,
             batch_size=options.batch_size,
             repeats=options.repeats,
             macs_ratios=[_number("macs_ratio", text) for text in _listed(options.macs_ratio)],
@@ -379,7 +382,7 @@ def _bench(options: argparse.Namespace) -> None:
             bench.write(
                 folder,
                 found,
-                title=f"{options.model}: what each way costs",
+                title=f"{', '.join(options.model)}: what each way costs",
                 conditions=how,
                 command=options.command_line,
             )
@@ -844,7 +847,9 @@ def _parser() -> argparse.ArgumentParser:
         "accuracy, cost and images per second of a model: dense, pruned, and with each token reduction",
         "p3b bench runs/photos --data run --output runs/photos-bench",
     )
-    bench.add_argument("model", metavar="FOLDER|MODEL", help="folder of a run, or a timm name")
+    bench.add_argument(
+        "model", nargs="+", metavar="FOLDER|MODEL", help="folder of a run, or a timm name; or several folders of runs"
+    )
     bench.add_argument(
         "--reductions", default="", metavar="LIST", help="of tome,ppt,evit,topk (default: all; dense: none)"
     )
@@ -852,8 +857,8 @@ def _parser() -> argparse.ArgumentParser:
         "--macs-ratio",
         default="",
         metavar="LIST",
-        help="bring every reduction to these shares of the model's multiplications, as 0.8,0.65,0.5, in place of the "
-        "published settings",
+        help="bring every reduction to these shares of the model's multiplications (of several: of the first one's), "
+        "as 0.8,0.65,0.5, in place of the published settings",
     )
     bench.add_argument(
         "--runtimes",
