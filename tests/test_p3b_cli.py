@@ -373,6 +373,34 @@ def test_progress_bar_shows_phase_epoch_loss_accuracy_and_parameters(capsys, mon
         assert part in shown
 
 
+def test_what_a_killed_process_leaves_stops_nobody(config, monkeypatch, tmp_path, capsys):
+    """Every moment of a run's files: before run.json, in the middle of a file, a full disk at the start."""
+    output, folder = tmp_path / "run", tmp_path / "run.unfinished"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".run.json.77.tmp").write_text("{")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("p3b.cli.measure", full)
+        run_fails(capsys, "finetune", *config(), "--output", output)
+    assert not list(folder.glob(".*.tmp"))
+    (folder / ".state.pt.77.tmp").write_bytes(b"half")
+    assert main(["finetune", "--resume", str(output)]) == 0
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("p3b.files.os.fsync", full)
+        error = fails(capsys, "finetune", *config(), "--output", tmp_path / "other")
+    assert "No space left" in error and "run.json" in error and not (tmp_path / "other.unfinished").exists()
+    (tmp_path / "other.unfinished").mkdir()
+    (tmp_path / "other.unfinished" / "notes").write_text("mine")
+    error = fails(capsys, "finetune", *config(), "--output", tmp_path / "other")
+    assert "must be free for the run, got a folder that holds other files" in error
+
+
 def test_a_killed_run_goes_on_where_it_was(config, tmp_path, capsys):
     """kill -9 while it warms up, prunes, fine-tunes; each time --resume; the numbers of the run that was left alone."""
     arguments = config(final_epoch=4, finetune_epochs=3, sparse_epoch=3, start_epoch=1)
@@ -408,9 +436,9 @@ def test_resume_needs_a_run_that_is_not_done(config, tmp_path, capsys):
     assert "must be an unfinished run" in fails(capsys, "prune", "--resume", tmp_path / "nothing")
     folder = tmp_path / "run.unfinished"
     folder.mkdir()
-    assert "got an unfinished run" in fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
     settings = {"lr": 1e-3, "model": "vit_tiny_patch16_224", "data": "digits"}
     (folder / "run.json").write_text(json.dumps({"command": "finetune", "settings": settings}))
+    assert "got an unfinished run" in fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
     assert "must be a run of p3b prune, got one of p3b finetune" in fails(capsys, "prune", "--resume", tmp_path / "run")
     error = fails(capsys, "finetune", "--resume", tmp_path / "run", "--lr", "0.5")
     assert "lr must be the run's 0.001, got 0.5" in error

@@ -23,7 +23,7 @@ from torch import nn
 from . import checkpoint
 from .data import Data
 from .evaluate import Row, metrics
-from .files import umask
+from .files import is_temporary, umask
 from .report import HISTORY, METRICS, read_json, write_json, write_report
 from .state import STATE
 
@@ -66,20 +66,24 @@ def training_folder(
     folder = unfinished(target)
     if resume:
         unfinished_run(output)
-    elif folder.exists():
+    elif (folder / RUN).exists():
         raise ValueError(
             f"output: run must be a new one, got an unfinished run in {folder}; p3b {command} --resume {output} goes "
             "on with it, and without that folder it starts anew"
         )
-    folder.mkdir(exist_ok=resume)
+    elif folder.exists() and any(path.name != LOCK and not is_temporary(path) for path in folder.iterdir()):
+        raise ValueError(f"output: {folder} must be free for the run, got a folder that holds other files")
+    folder.mkdir(exist_ok=True)  # one without run.json is of a process that was killed before it began
     with open(folder / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"output: {folder} must be free, got one that another process writes to") from None
-        if not resume:
-            write_json(folder / RUN, {"command": command, "settings": dict(settings)})
         try:
+            for path in filter(is_temporary, folder.iterdir()):  # of a process that was killed
+                path.unlink()
+            if not resume:
+                write_json(folder / RUN, {"command": command, "settings": dict(settings)})
             yield folder
         except BaseException as error:
             if (folder / STATE).exists() or resume:
@@ -89,9 +93,9 @@ def training_folder(
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        for name in (STATE, RUN, LOCK):
-            (folder / name).unlink(missing_ok=True)
         _give_name(folder, target)
+        for name in (STATE, RUN, LOCK):  # after the name: a process killed in between has not lost its run
+            (target / name).unlink(missing_ok=True)
 
 
 def unfinished(target: str | os.PathLike[str]) -> Path:
