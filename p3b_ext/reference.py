@@ -63,9 +63,9 @@ def masked_attention(q, k, v, key_mask, token_size, channel_gate, scale: float, 
     cls_attention = p[:, :, 0].detach() if aux & CLS_ATTENTION else none
     entropy = none
     if aux & ENTROPY:  # lse - sum_j p_ij s_ij; both relative to the row's largest logit, so that nothing cancels
-        z = torch.where(lse[..., None] > -torch.inf, s - s.amax(-1, keepdim=True), 0.0)
+        z = torch.where(lse[..., None] == -torch.inf, 0.0, s - s.amax(-1, keepdim=True))  # NaN stays NaN
         pz = torch.where(p > 0, p * z, 0.0).sum(-1)
-        entropy = torch.where(lse > -torch.inf, z.exp().sum(-1).log() - pz, 0.0).clamp_min(0.0).detach()
+        entropy = torch.where(lse == -torch.inf, 0.0, z.exp().sum(-1).log() - pz).clamp_min(0.0).detach()
     value_norm = _gated(v, channel_gate).detach().square().sum((1, 3)).sqrt() if aux & VALUE_NORM else none
     return out, lse.detach(), cls_attention, entropy, value_norm
 
@@ -86,7 +86,7 @@ def _exported_attention(q, k, v, token_size, scale: float, aux: int):
 def attention_columns(q, k, lse, key_mask, token_size, channel_gate, scale: float, which: int):
     """Each query's attention to key 0, and the attention each key receives (mean over queries)."""
     s = _logits(q, k, key_mask, token_size, channel_gate, scale)
-    p = torch.where(lse[..., None] > -torch.inf, (s - lse[..., None]).exp(), 0.0).detach()
+    p = torch.where(lse[..., None] == -torch.inf, 0.0, (s - lse[..., None]).exp()).detach()
     none = lse.new_empty(0)
     to_cls = p[..., 0].contiguous() if which & TO_CLS else none
     received = p.mean(2) if which & RECEIVED else none

@@ -140,6 +140,28 @@ def test_empty_batch(device, backend):
     assert grads["q"].shape == (0, 2, 5, 8) and (grads["channel_gate"] == 0).all()
 
 
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("packed", [False, True], ids=["views", "packed"])
+def test_a_last_axis_with_a_stride(batch, packed):
+    x = torch.randn(8, 2, 3, 5, batch).permute(4, 3, 2, 1, 0)  # [B, N, 3, H, D]
+    views = x.permute(2, 0, 3, 1, 4).unbind(0)
+    out = packed_attention(x) if packed else p3b_ext.masked_attention(*views)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*views))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nan_in_a_query_shows_in_every_answer_about_it(backend):
+    q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    q[0, 1, 2, 3] = torch.nan
+    with p3b_ext.backend(backend):
+        out, aux = p3b_ext.masked_attention(q, k, v, aux=("lse", "entropy", "to_cls", "received"))
+    bad = torch.zeros(1, 2, 5, dtype=torch.bool)
+    bad[0, 1, 2] = True
+    assert torch.equal(out.isnan().all(-1), bad)
+    assert all(torch.equal(x.isnan(), bad) for x in (aux.lse, aux.entropy, aux.to_cls))
+    assert torch.equal(aux.received.isnan(), torch.tensor([False, True])[None, :, None].expand(1, 2, 5))
+
+
 def test_out_is_a_view_that_projects_without_a_copy():
     q = torch.randn(2, 3, 17, 8)
     out = p3b_ext.masked_attention(q, q, q)

@@ -80,7 +80,7 @@ def masked_attention(
     backend = backends.choose(op, q, "attention")
     if token_size is not None:
         backends.check_values(op, "token_size", token_size, backends.positive_finite, "> 0 and finite", backend=backend)
-    q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = (with_rows(t) for t in (q, k, v))
     results = _run(backend, op, q, k, v, key_mask, token_size, channel_gate, scale, bits)
     out = results[0].transpose(1, 2)
     if aux is None:
@@ -104,8 +104,7 @@ def packed_attention(
     check_tensor(op, "qkv", qkv, "B N 3 H D")
     if qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must be [B, N, 3, H, D], got shape {list(qkv.shape)}")
-    if qkv.stride(-1) != 1 and qkv.shape[-1] > 1:
-        qkv = qkv.contiguous()
+    qkv = with_rows(qkv)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     token_size, channel_gate = _check(op, q, k, v, key_mask, token_size, channel_gate)
     bits, columns = _aux_bits(op, aux)
@@ -178,6 +177,12 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype(device)
         return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
     return tensors
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """x, or a copy whose last axis is contiguous: all that the kernels ask of strides. contiguous() would return an
+    empty batch as it is."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check(op, q, k, v, key_mask, token_size, channel_gate) -> tuple[Tensor | None, Tensor | None]:
