@@ -4,7 +4,6 @@ Everything here has static shapes and reads nothing back to the host: it compile
 Letters: B batch, H heads, N tokens in, M tokens out, C model channels. Prefix: class, distillation, register tokens.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -221,6 +220,7 @@ def plan_fuse(scores: Tensor, keep: int, num_prefix: int = 1, weight: Tensor | N
     if keep == n:
         return TokenPlan(slot, num_prefix + n, index=torch.arange(num_prefix + n, device=slot.device).expand_as(slot))
     weight = scores if weight is None else weight
+    check_tensor(op, "weight", weight, "B N-num_prefix", scores)
     check_shape(op, "weight", weight, (batch, n))
     weight = torch.cat([weight.new_ones(batch, num_prefix), weight], 1)
     fused = slot < 0
@@ -268,7 +268,8 @@ def plan_merge(
         if source != "random":
             raise ValueError(f"{op}: source must be None, an int, 'random' or a bool tensor, got {source!r}")
         r = min(r, max(free - 1, 0))
-        noise = torch.rand(batch, free, device=metric.device, generator=generator)
+        own = {} if generator is None else {"generator": generator}  # that overload knows no symbolic sizes
+        noise = torch.rand(batch, free, device=metric.device, **own)
         mask = noise.argsort(1).argsort(1) < r
     else:
         source = check_int(op, "source", source, 2)
@@ -331,7 +332,8 @@ def plan_ppt(
 
 def _check_threshold(op: str, threshold: float | Tensor, scores: Tensor) -> None:
     if not isinstance(threshold, Tensor):
-        if math.isnan(check_number(op, "threshold", threshold)):
+        threshold = check_number(op, "threshold", threshold)
+        if threshold != threshold:  # NaN; math.isnan would break the graph at a symbolic float
             raise ValueError(f"{op}: threshold must be a number, got nan")
         return
     if threshold.dtype == torch.bool or threshold.is_complex():

@@ -287,6 +287,18 @@ def test_compiles_whole(data):
     torch.testing.assert_close(compiled(*arguments), _everything(*arguments))
 
 
+def test_compiles_with_symbolic_sizes_and_numbers():
+    def plans(scores, metric, threshold):
+        return plan_ppt(scores, metric, 4, threshold).slot, plan_merge(metric, 4, source="random").slot
+
+    compiled = torch.compile(plans, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, threshold in ((3, 0.08), (2, 0.01)):
+        scores, metric = torch.rand(batch, N - 1), torch.randn(batch, N, 6)
+        slot, merged = compiled(scores, metric, threshold)
+        assert torch.equal(slot, plan_ppt(scores, metric, 4, threshold).slot)
+        assert (merged.max(1).values == N - 5).all()
+
+
 def test_exports(data):
     class Model(torch.nn.Module):
         def forward(self, x, metric, scores, size):
@@ -315,6 +327,8 @@ def test_bad_input(data):
         (lambda: plan_prune(scores, 2, order="best"), ValueError, "topk_tokens: order must be one of"),
         (lambda: plan_prune(scores.masked_fill(scores > 0.9, math.nan), 2), ValueError, "topk_tokens: scores"),
         (lambda: plan_fuse(scores, N), ValueError, "plan_fuse: keep must be between 0 and 16, got 17"),
+        (lambda: plan_fuse(scores, 4, weight=[1.0]), TypeError, "plan_fuse: weight must be a tensor"),
+        (lambda: plan_fuse(scores, 4, weight=scores.long()), TypeError, "plan_fuse: weight must be float32"),
         (lambda: plan.apply(x[:2]), ValueError, r"TokenPlan.apply: x must be \[3, 17, C\]"),
         (lambda: plan.apply(x, size[:2]), ValueError, "TokenPlan.apply: size must have shape"),
         (lambda: plan.apply(x, size - 4), ValueError, "size must be"),
