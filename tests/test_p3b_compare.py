@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from p3b import compare as module
+from p3b import evaluate
 from p3b.cli import main
 from p3b.compare import Task, _First, compare, comparisons
 from p3b.config import Config, recipes
@@ -175,6 +177,20 @@ def test_reactivations_and_plots_come_from_the_histories(done):
     wanted = {"accuracy_ratio", "accuracy_throughput", "benefit-p3b-0.5", "keep_ratio-0.5", "reactivation-0.5"}
     assert pictures == {f"{name}.png" for name in wanted}
     assert all(f"({name})" in (folder / "table.md").read_text() for name in pictures)
+
+
+def test_timed_with_as_many_threads_as_a_job_has(done, tmp_path, monkeypatch):
+    folder = shutil.copytree(done[0], tmp_path / "copy")
+    (folder / "throughput.json").unlink()
+    seen = []
+
+    def measure(*args, **options):
+        seen.append(torch.get_num_threads())
+        return evaluate.measure(*args, **options)
+
+    monkeypatch.setattr(module, "measure", measure)
+    compare(task(), folder, threads=2, say=quietly)
+    assert seen == [2] and torch.get_num_threads() == 1
 
 
 def test_what_is_done_is_not_run_again(done, capsys):

@@ -352,7 +352,7 @@ def test_bench_of_several_runs(run, tmp_path, capsys):
     ]
     assert main(["prune", "--config", str(settings), "--output", str(again), *flags]) == 0
     common = ["--data", "run", "--repeats", "1", "--batch-size", "4", "--reductions", "tome", "--device", "cpu"]
-    assert main(["bench", str(run), str(again), *common, "--macs-ratio", "0.9,0.6", "--output", str(out)]) == 0
+    assert main(["bench", str(run), str(again), *common, "--macs-ratio", "0.9,0.6,0.01", "--output", str(out)]) == 0
     record = json.loads((out / "bench.json").read_text())
     rows = {row["name"]: row for row in record["rows"]}
     names = list(rows)

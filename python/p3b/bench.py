@@ -76,8 +76,8 @@ def compare(
     names: of `reductions.NAMES`; "dense" adds nothing. loader: (images, labels) batches. bases: the models that lose
     tokens; default: the last. trained: the reduction that a model was trained under, which is a row of its own.
     macs_ratios: bring each reduction to these shares of its model's multiplications, in place of published settings;
-    with several `bases` to these shares of the first one's, and a base that costs less already, or cannot come down to
-    one, goes without. prune_share and calibration: share of images that PPT prunes, and batches to find its threshold
+    with several `bases` to these shares of the first one's, and one that costs less already, or cannot come down to
+    a share, goes without. prune_share and calibration: share of images that PPT prunes, and batches to find its threshold
     on (default: the first batch of the loader). unscored: models whose accuracy means nothing. runtimes: of
     `export.RUNTIMES`; every model, and every reduction (except by "compile"), runs in these as well: the same batch, as
     many threads, in turn with the others. step: called with what is being done and the number of steps in all. The
@@ -88,6 +88,7 @@ def compare(
     twins = {f"{name}{OURS}": p3b_ext.patch(_twin(model)) for name, model in models.items()}
     unscored = [*unscored, *(f"{name}{OURS}" for name in unscored)]
     bases = list(bases) or [list(models)[-1]]
+    whole = models[bases[0]] if len(bases) > 1 else None
     found, base_of = {}, {}
     for base_name, own in (trained or {}).items():
         title = f"{base_name} + {reductions.label(own)} (as trained)"
@@ -96,7 +97,7 @@ def compare(
         if name == DENSE:
             continue
         base = models[base_name]
-        for chosen in _chosen(reductions.reduction(name, base), base, macs_ratios, models[bases[0]]):
+        for chosen in _chosen(reductions.reduction(name, base), base, macs_ratios, whole):
             title = reductions.label(chosen)
             title = title if base_name == DENSE else f"{base_name} + {title}"
             twins[title], base_of[title] = _twin(base), base_name
@@ -121,9 +122,13 @@ def compare(
     return Comparison(rows, found, tokens, elsewhere, base_of)
 
 
-def _chosen(first: Any, base: VisionTransformer, macs_ratios: Sequence[float], whole: VisionTransformer) -> list[Any]:
-    """A reduction of `base` at every wanted share of the multiplications of `whole`; as it is where none is wanted."""
-    if base is whole or not macs_ratios:
+def _chosen(
+    first: Any, base: VisionTransformer, macs_ratios: Sequence[float], whole: VisionTransformer | None
+) -> list[Any]:
+    """A reduction of `base` at every wanted share of the multiplications of `whole`, as far as it can; as it is where no
+    share is wanted. whole None: shares of the base's own, and a ValueError for one that it cannot come down to.
+    """
+    if whole is None or not macs_ratios:
         return [p3b_ext.at_cost(base, ratio, first) for ratio in macs_ratios] or [first]
     chosen = []
     for ratio in macs_ratios:
