@@ -77,8 +77,8 @@ def compare(
     tokens; default: the last. trained: the reduction that a model was trained under, which is a row of its own.
     macs_ratios: bring each reduction to these shares of its model's multiplications, in place of published settings;
     with several `bases` to these shares of the first one's, and one that costs less already, or cannot come down to
-    a share, goes without. prune_share and calibration: share of images that PPT prunes, and batches to find its threshold
-    on (default: the first batch of the loader). unscored: models whose accuracy means nothing. runtimes: of
+    a share, goes without. prune_share and calibration: share of images that PPT prunes, and batches to find its
+    threshold on (default: the first batch of the loader). unscored: models whose accuracy means nothing. runtimes: of
     `export.RUNTIMES`; every model, and every reduction (except by "compile"), runs in these as well: the same batch, as
     many threads, in turn with the others. step: called with what is being done and the number of steps in all. The
     models share their weights.
@@ -125,8 +125,8 @@ def compare(
 def _chosen(
     first: Any, base: VisionTransformer, macs_ratios: Sequence[float], whole: VisionTransformer | None
 ) -> list[Any]:
-    """A reduction of `base` at every wanted share of the multiplications of `whole`, as far as it can; as it is where no
-    share is wanted. whole None: shares of the base's own, and a ValueError for one that it cannot come down to.
+    """A reduction of `base` at every wanted share of the multiplications of `whole`, as far as it can; as it is where
+    none is wanted. whole None: shares of the base's own, and a ValueError for one that it cannot come down to.
     """
     if whole is None or not macs_ratios:
         return [p3b_ext.at_cost(base, ratio, first) for ratio in macs_ratios] or [first]
