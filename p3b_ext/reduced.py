@@ -5,7 +5,8 @@ Blocks that lose tokens, and those behind them, pass on a `Tokens` instead of a 
 """
 
 import functools
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,35 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Final:
-    """What the last block leaves for the pooling and for token_map."""
+    """What the last block leaves for the pooling and for token_map.
 
-    size: Tensor | None = None
+    Sizes go from block to pooling within a thread, so that threads may share a model; `slots` are the last forward's.
+    """
+
+    size: Tensor | None = None  # of a compiled forward: dynamo loses what a threading.local is given
     slots: tuple[Tensor, ...] = ()
+    thread: threading.local = field(default_factory=threading.local)
+
+    def put(self, size: Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            self.size = size
+        else:
+            self.thread.size = size
+
+    def take(self) -> Tensor | None:
+        """What was put, once."""
+        size = None
+        if not torch.compiler.is_compiling():
+            size = self.thread.__dict__.pop("size", None)
+        if size is None:
+            size, self.size = self.size, None
+        return size
+
+    def __getstate__(self) -> dict:
+        return {"slots": self.slots}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
 
 
 @dataclass
@@ -103,7 +129,7 @@ class ReducingBlock:
         if not role.last:
             return Tokens(x, size, slots)
         if role.keep_size:
-            role.final.size = size
+            role.final.put(size)
         if role.trace:
             role.final.slots = slots
         return x
@@ -160,8 +186,7 @@ class ReducingModel:
     """A VisionTransformer whose pooling knows how many patches each token stands for."""
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        final: Final = self.__dict__[RECORD].final
-        size, final.size = final.size, None
+        size = self.__dict__[RECORD].final.take()
         if size is None or size.shape != x.shape[:2]:
             return super().pool(x, pool_type)
         if self.attn_pool is None:

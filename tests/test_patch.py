@@ -3,6 +3,7 @@
 import copy
 import importlib
 import pickle
+import threading
 
 import pytest
 import timm
@@ -232,6 +233,23 @@ def test_intermediate_features_lie_on_the_grid(name):
         torch.testing.assert_close(final, model.forward_features(x))
         assert len(features) == 1
         assert "_p3b_role" in model.blocks[3].__dict__ and not model.blocks[3]._forward_hooks
+
+
+def test_threads_share_a_model():
+    """Another forward between one's last block and its pooling leaves the sizes alone that it pools by."""
+    model = patch(family("gap_final_norm"), ToMe(9))
+    x, other = images(), images(seed=2)
+    expected, real, between = model(x), model.norm.forward, []
+
+    def norm(tokens):
+        if not between:
+            between.append(threading.Thread(target=model, args=(other,)))
+            between[0].start()
+            between[0].join()
+        return real(tokens)
+
+    model.norm.forward = norm
+    assert torch.equal(model(x), expected) and between
 
 
 def test_blocks_may_be_cut_off():
