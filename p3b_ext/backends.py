@@ -39,7 +39,9 @@ def _named(name: str) -> str:
     return name
 
 
-_forced: str | None = _named(os.environ["P3B_EXT_BACKEND"]) if os.environ.get("P3B_EXT_BACKEND") else None
+_default: str | None = _named(os.environ["P3B_EXT_BACKEND"]) if os.environ.get("P3B_EXT_BACKEND") else None
+_blocks: list[str] = []  # names of the `with` blocks that are open, the newest last
+_forced: str | None = _default
 CHECK_VALUES = os.environ.get("P3B_EXT_CHECK") == "1"
 
 
@@ -47,14 +49,17 @@ CHECK_VALUES = os.environ.get("P3B_EXT_CHECK") == "1"
 def backend(name: str) -> Iterator[None]:
     """Run every op inside the `with` block on one backend: "cpu", "cuda", "triton" or "reference".
 
+    Like PyTorch's own backend switches it holds for all threads: of several open blocks the newest decides.
     ValueError for an unknown name; a call that the backend cannot run raises NotImplementedError with the reason.
     """
     global _forced
-    before, _forced = _forced, _named(name)
+    _blocks.append(_named(name))
+    _forced = name
     try:
         yield
-    finally:
-        _forced = before
+    finally:  # not what was forced before: another thread's block may have ended since
+        del _blocks[len(_blocks) - 1 - _blocks[::-1].index(name)]
+        _forced = _blocks[-1] if _blocks else _default
 
 
 def _triton_reason() -> str:
