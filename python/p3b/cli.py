@@ -41,7 +41,7 @@ from torch import nn
 import p3b_ext
 
 from . import checkpoint, reductions, train
-from .allocator import keep_freed_memory
+from .allocator import keep_freed_memory, out_of_memory
 from .config import Config, read_recipe, recipes
 from .data import AUGMENTS, Data, check_files, create_data, worker_death
 from .distributed import Processes, processes
@@ -61,6 +61,15 @@ from .run import (
 FREE_ON_RESUME = ("device", "workers")  # settings that change how a run is made and not what comes out
 # Errors that a user can cause and mend. Anything else is a defect of this software and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, train.Diverged)
+
+LESS_MEMORY = {  # command -> remedy for a machine without enough
+    "prune": "a smaller --batch-size needs less, and --accumulate then makes steps of as many images",
+    "bench": "a smaller --batch-size needs less",
+    "compare": "a smaller timed_batch or fewer --jobs need less",
+    "export": "a smaller --batch needs less",
+}
+LESS_MEMORY["finetune"] = LESS_MEMORY["prune"]
+LESS_MEMORY |= dict.fromkeys(("evaluate", "scores", "visualize"), "another --device may have more")
 
 
 @dataclass
@@ -160,9 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"p3b {options.command}: interrupted, {kept}", file=sys.stderr)
         return 128 + (stop.signal if isinstance(stop, _Stopped) else signal.SIGINT)
     except Exception as error:
-        if debug or not (isinstance(error, USER_ERRORS) or worker_death(error)):
+        if debug or not (isinstance(error, USER_ERRORS) or worker_death(error) or out_of_memory(error)):
             raise
-        print(f"p3b {options.command}: {_one_line(error)}", file=sys.stderr)
+        print(f"p3b {options.command}: {_one_line(error, options.command)}", file=sys.stderr)
         return 2
     return 0
 
@@ -1087,9 +1096,12 @@ def _number(name: str, text: str, kind: type = float) -> Any:
         raise ValueError(f"{name}: list must hold {what} with commas between, got {text!r}") from None
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, command: str) -> str:
     text = worker_death(error) or " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, (ValueError, NotImplementedError, train.Diverged)):
+    if short := out_of_memory(error):
+        remedy = LESS_MEMORY.get(command, "other programs may hold some of it")
+        text = f"memory: machine must have enough for this, got: {short}; {remedy}"
+    elif not isinstance(error, (ValueError, NotImplementedError, train.Diverged)):
         text += f" ({type(error).__name__}; --debug shows where)"
     return "; ".join([text, *getattr(error, "__notes__", [])])
 

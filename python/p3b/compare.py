@@ -35,7 +35,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from . import checkpoint, train
-from .allocator import keep_freed_memory
+from .allocator import keep_freed_memory, out_of_memory
 from .config import Config, recipes
 from .data import Data, create_data
 from .evaluate import evaluate, measure
@@ -264,8 +264,8 @@ def compare(
 
     output: a new folder, or that of an earlier, unfinished or smaller comparison with the same settings. jobs: workers
     at a time (0: one for each GPU, else as many as the cores allow). threads: CPU threads of each (0: one on a CPU, an
-    equal share of the cores beside GPUs). A job that fails is in the results with its error. Raises ValueError for
-    settings that cannot be run, and where the output holds jobs that were made with other settings.
+    equal share of the cores beside GPUs), and of the timed passes. A job that fails is in the results with its error.
+    Raises ValueError for settings that cannot be run, and where the output holds jobs made with other settings.
     """
     from . import compare_report
 
@@ -293,7 +293,9 @@ def compare(
             stop.add_note(f"finished jobs are in {output}; the same command goes on from there")
             raise
         say("measuring throughput")
-        return write(_rates(folder, task, todo, data), plots=True)
+        with _cpu_threads(pool.threads):
+            rates = _rates(folder, task, todo, data)
+        return write(rates, plots=True)
 
 
 @contextlib.contextmanager
@@ -493,6 +495,17 @@ class _TimeLeft:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _cpu_threads(count: int) -> Iterator[None]:
+    """As many threads as the jobs have: on a machine that is busy, more of them wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _rates(folder: Path, task: Task, jobs: Sequence[Job], data: Data) -> dict[str, Any]:
     """Throughput, MACs and peak memory of every finished model: measured, unless the file has them all."""
     names = [job.name for job in jobs if job.name != SOURCE and (folder / "jobs" / job.name / DONE).exists()]
@@ -663,6 +676,8 @@ def _worker(path: Path, source: Path) -> int:
         traceback.print_exc()
         line = " ".join(str(error).split()) or type(error).__name__
         text = line if isinstance(error, (ValueError, train.Diverged)) else f"{type(error).__name__}: {line}"
+        if short := out_of_memory(error):
+            text = f"memory: machine must have enough, got: {short}; a smaller batch_size or fewer --jobs need less"
         (path / ERROR).write_text(text + "\n", encoding="utf-8")
         return 1
     return 0
