@@ -2,10 +2,11 @@
 wanted share of pruned images."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import timm.layers
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .patch import patch, reducing_blocks
@@ -20,7 +21,15 @@ def token_counts(model: nn.Module, reduction: Reduction | None = None) -> list[t
     Args:
         model: a timm VisionTransformer, patched or not.
         reduction: as if patched with this one; None: with the one that it is patched with, if any.
+
+    Raises:
+        NotImplementedError: another model. TypeError, ValueError: a reduction that is none, or not one for this model.
     """
+    _check_model("token_counts", model)
+    if reduction is not None and not isinstance(reduction, Reduction):
+        raise TypeError(
+            f"token_counts: reduction must be ToMe, PPT, EViT, TopK or None, got {type(reduction).__name__}"
+        )
     record = model.__dict__.get(RECORD)
     if reduction is None and record is not None:
         reduction = record.reduction
@@ -67,8 +76,10 @@ def solve_r(model: nn.Module, macs_ratio: float, reduction: Reduction | None = N
 
     Raises:
         ValueError: a ratio that no r reaches, with the smallest that one does. TypeError: a reduction without r.
+        NotImplementedError: another model.
     """
     op = "solve_r"
+    _check_model(op, model)
     if reduction is None:
         record = model.__dict__.get(RECORD)
         reduction = record.reduction if record is not None and record.reduction is not None else ToMe()
@@ -84,6 +95,7 @@ def at_cost(model: nn.Module, macs_ratio: float, reduction: Reduction) -> Reduct
     Keep rates are tried in steps of one patch of the full grid. Arguments and errors as `solve_r`.
     """
     op = "at_cost"
+    _check_model(op, model)
     if isinstance(reduction, ToMe | PPT):
         return _with_r(reduction, solve_r(model, macs_ratio, reduction))
     if not isinstance(reduction, EViT | TopK):
@@ -106,20 +118,26 @@ def calibrate(
 
     Args:
         model: patched with a PPT.
-        loader: iterable, read several times, of images `[B, 3, H, W]` or of tuples that start with them.
+        loader: iterable (no iterator), read several times, of images `[B, 3, H, W]` or of tuples that start with them.
         prune_share: in [0, 1], of the (image, block) pairs that are to be pruned and not merged.
         per_block: one threshold for each block of the PPT, found block by block, so that each prunes that share of the
             images; else one number for all, for which blocks differ in their share, and which is met less exactly.
 
     Raises:
         ValueError: the model is not patched with a PPT, an empty loader, a share outside [0, 1].
+        TypeError: a loader that is none, or that can be read only once.
     """
     op = "calibrate"
-    record = model.__dict__.get(RECORD)
+    record = getattr(model, "__dict__", {}).get(RECORD)
     if record is None or not isinstance(record.reduction, PPT):
         raise ValueError(f"{op}: model must be patched with a PPT; call patch(model, PPT(...)) first")
     if isinstance(prune_share, bool) or not isinstance(prune_share, int | float) or not 0 <= prune_share <= 1:
         raise ValueError(f"{op}: prune_share must be a number in [0, 1], got {prune_share!r}")
+    if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+        raise TypeError(
+            f"{op}: loader must be an iterable that can be read several times, got {type(loader).__name__}; "
+            "give a list or a DataLoader"
+        )
     ppt: PPT = record.reduction
     if per_block:
         thresholds = [float("inf")] * len(ppt.blocks)
@@ -135,6 +153,11 @@ def calibrate(
             found = _quantile(torch.cat(list(spreads.values())), prune_share)
     patch(model, dataclasses.replace(ppt, threshold=found), trace=record.trace, linear=record.linear)
     return found
+
+
+def _check_model(op: str, model: nn.Module) -> None:
+    if not isinstance(model, VisionTransformer):
+        raise NotImplementedError(f"{op}: model must be a timm VisionTransformer, got {type(model).__name__}")
 
 
 def _weights(module: nn.Module) -> int:
@@ -210,6 +233,10 @@ def score_spreads(model: nn.Module, loader: Iterable, ppt: PPT) -> dict[int, Ten
             role.reduction = recorder
         for batch in loader:
             images = batch[0] if isinstance(batch, tuple | list) else batch
+            if not isinstance(images, Tensor):
+                raise TypeError(
+                    f"calibrate: loader must give images or tuples that start with them, got {type(images).__name__}"
+                )
             model(images.to(parameter.device, parameter.dtype))
     finally:
         for role, reduction in zip(roles, before, strict=True):

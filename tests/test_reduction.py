@@ -6,6 +6,7 @@ import math
 import pytest
 import timm
 import torch
+from torch import nn
 from vits import family, images, recorded, recorded_model, vit
 
 import p3b_ext.modules
@@ -269,6 +270,13 @@ def test_bad_targets():
         (lambda: at_cost(model, 0.5, 13), TypeError, "at_cost: reduction must be ToMe, PPT, EViT or TopK, got int"),
         (lambda: calibrate(model, [images()], 0.5), ValueError, "calibrate: model must be patched with a PPT"),
         (lambda: calibrate(ppt, [], 0.5), ValueError, "calibrate: loader must give at least one batch"),
+        (lambda: calibrate(ppt, iter([images()]), 0.5), TypeError, "loader must be an iterable that .* several times"),
+        (lambda: calibrate(ppt, 5, 0.5), TypeError, "calibrate: loader must be an iterable .* got int"),
+        (lambda: calibrate(ppt, [{"x": images()}], 0.5), TypeError, "calibrate: loader must give images .* got dict"),
+        (lambda: calibrate(None, [images()], 0.5), ValueError, "calibrate: model must be patched with a PPT"),
+        (lambda: solve_r(nn.Linear(2, 2), 0.5), NotImplementedError, "solve_r: model must be a timm VisionTransf"),
+        (lambda: at_cost(None, 0.5, EViT()), NotImplementedError, "at_cost: model must be a timm VisionTransformer"),
+        (lambda: token_counts(model, 13), TypeError, "token_counts: reduction must be ToMe, .* got int"),
         (lambda: calibrate(ppt, [images()], 1.5), ValueError, r"calibrate: prune_share must be a number in \[0, 1\]"),
         (lambda: patch(family("gap"), PPT(blocks=(1,))), ValueError, "PPT: score must be one of entropy_value, recei"),
         (lambda: token_counts(model, PPT()), ValueError, "PPT: blocks must be between 0 and 3 for this model, got 6"),
