@@ -51,6 +51,24 @@ def test_every_stage_is_timed_and_reported(run, tmp_path, monkeypatch, capsys):
     assert "| fails | failed (exit 3) |" in table and "| ours | 1.5 |" in table
     assert len(capsys.readouterr().out.splitlines()) == len(commands)
 
+    commands["tokens"] = (code("exit(1)"), 60)
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), "tokens"])
+    assert run.main() == 1
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert list(again) == list(results) and again["sees"] == results["sees"]
+    assert again["tokens"]["outcome"] == "failed (exit 1)" and "data" not in again["tokens"]
+
+
+def test_a_benchmark_that_is_cut_short_leaves_its_rows(tmp_path):
+    spec = importlib.util.spec_from_file_location("gpu_bench", HERE / "bench.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    timer = bench.Bench("cpu", True, tmp_path / "rows.json")
+    for case in ("one", "two"):
+        timer.compare(case, [1, 2], {"ours": lambda s: lambda: s}, {"bad": lambda s: lambda: s / 0}, 8.0)
+        rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["what"][:14] for row in rows] == ["ours", "bad (not run: "] * 2 and rows[3]["case"] == "two"
+
 
 def test_unknown_stages_and_scripts(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), "bild"])

@@ -39,8 +39,8 @@ def not_run(error: Exception) -> str:
 
 
 class Bench:
-    def __init__(self, device: str, quick: bool):
-        self.device, self.quick, self.rows = device, quick, []
+    def __init__(self, device: str, quick: bool, output: Path | None = None):
+        self.device, self.quick, self.output, self.rows = device, quick, output, []
         self.gpu = device == "cuda"
         self.native = ["cuda", "triton"] if self.gpu else ["cpu"]
         self.l2 = torch.cuda.get_device_properties(0).L2_cache_size if self.gpu else 1 << 20
@@ -113,7 +113,14 @@ class Bench:
             if row["ours"] and best and row.get("cold_us"):
                 row["times_best_baseline"] = round(best / row["cold_us"], 3)
             print(row, flush=True)
-        self.rows += found
+        self.add(found)
+
+    def add(self, rows: list) -> None:
+        """Keep rows, and write all so far: a stage that runs out of time is killed."""
+        self.rows += rows
+        if self.output:
+            found = {"copy_bytes_per_s": self.bandwidth, "bf16_flop_per_s": self.rate, "rows": self.rows}
+            self.output.write_text(json.dumps(found, indent=1) + "\n")
 
     def sets(self, bytes_: float, make: Call) -> list:
         return [make() for _ in range(2 if self.quick else min(16, max(2, int(2 * self.l2 / bytes_) + 1)))]
@@ -145,7 +152,9 @@ def eager(q, k, v, mask=None) -> Call:
 
 @functools.cache
 def compiled_flex() -> Callable:
-    """FlexAttention, compiled once for each shape."""
+    """FlexAttention, compiled once for each shape, with sizes and with gradients: more often than dynamo's limit of 8,
+    after which it would silently time the uncompiled one."""
+    torch._dynamo.config.recompile_limit = 64
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(q, k, v, log_size):
@@ -368,7 +377,7 @@ def model_case(bench: Bench, name: str, batch: int) -> None:
             row["times_best_baseline"] = round(row["images_per_s"] / max(rates), 3)
             row["share"] = round(row["images_per_s"] / (max(rates) * row["macs_ratio"]), 3)
         print(row, flush=True)
-    bench.rows += found
+    bench.add(found)
 
 
 def training(bench: Bench) -> None:
@@ -409,7 +418,7 @@ def training(bench: Bench) -> None:
         except Exception as error:
             row["what"] += not_run(error)
         print(row, flush=True)
-        bench.rows.append(row)
+        bench.add([row])
 
 
 def main() -> int:
@@ -419,14 +428,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that the script runs")
     options = parser.parse_args()
-    bench = Bench(options.device, options.quick)
+    bench = Bench(options.device, options.quick, options.output)
     bench.peaks()
-    try:
-        {"attention": attention, "tokens": tokens, "models": models, "training": training}[options.suite](bench)
-    finally:
-        if options.output:
-            found = {"copy_bytes_per_s": bench.bandwidth, "bf16_flop_per_s": bench.rate, "rows": bench.rows}
-            options.output.write_text(json.dumps(found, indent=1) + "\n")
+    {"attention": attention, "tokens": tokens, "models": models, "training": training}[options.suite](bench)
     return 0
 
 

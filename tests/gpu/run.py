@@ -1,6 +1,7 @@
 """Stages of tests/gpu/run.sh: each runs in a process of its own, is timed, and is reported even if another fails.
 
-Writes OUT/results.json, OUT/table.md and one log per stage, anew after every stage.
+Writes OUT/results.json, OUT/table.md and one log per stage, anew after every stage. Stages that are named replace
+their own part of an earlier results.json.
 """
 
 import argparse
@@ -98,6 +99,8 @@ def rehearsal(out: Path) -> dict[str, tuple[list, int]]:
 
 def run_stage(name: str, command: list, seconds: float, out: Path, environment: dict) -> dict:
     extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name in ("memcheck", "racecheck") else {}
+    data = out / f"{name}.json"
+    data.unlink(missing_ok=True)  # of an earlier run
     start = time.perf_counter()
     with (out / f"{name}.log").open("w") as log:
         try:
@@ -120,7 +123,6 @@ def run_stage(name: str, command: list, seconds: float, out: Path, environment: 
         "seconds": round(time.perf_counter() - start, 1),
         "last_line": (lines or [""])[-1][-200:],
     }
-    data = out / f"{name}.json"
     if data.exists():
         record["data"] = json.loads(data.read_text())
     return record
@@ -152,7 +154,8 @@ def main() -> int:
     unknown = [name for name in options.stages if name not in known]
     if unknown:
         parser.error(f"no stage named {', '.join(unknown)}; there are {', '.join(known)}")
-    results: dict[str, dict] = {}
+    earlier = out / "results.json"
+    results: dict[str, dict] = json.loads(earlier.read_text()) if options.stages and earlier.exists() else {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT / 'tests'}", "TORCH_CUDA_ARCH_LIST": architecture()}
@@ -172,7 +175,7 @@ def main() -> int:
             print(f"{name:12s} {results[name]['seconds']:6.1f} s  {results[name]['outcome']}", flush=True)
             (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
             (out / "table.md").write_text(table(results))
-    return int(any(r["outcome"] != "passed" for r in results.values()))
+    return int(any(results[name]["outcome"] != "passed" for name in options.stages or known))
 
 
 if __name__ == "__main__":
