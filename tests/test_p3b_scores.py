@@ -77,6 +77,14 @@ def test_published_r_in_proportion(model):
     assert [case.r for case in cases] == [0, 3, 6, 9]  # 50 of 196 of 36, and thirds of it
 
 
+def test_a_model_without_class_token():
+    torch.manual_seed(0)
+    shape = dict(depth=4, embed_dim=24, num_heads=3, img_size=24, patch_size=4, num_classes=5)
+    model = vit(class_token=False, global_pool="avg", **shape)
+    cases = scores.sweep(model, list(batches(1)), rs=[3], calibration=[images for images, _ in batches(1)])
+    assert {case.score for case in cases} == {None, "entropy_value", "received"} and len(cases) == 6
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -275,6 +275,8 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch, kind):
 
 
 def test_what_cannot_be_described_says_so(tmp_path):
+    with pytest.raises(NotImplementedError, match="save: mlp must be timm's Mlp, got GluMlp"):
+        p3b.save(vits.family("registers_dinov2"), tmp_path / "run")
     with pytest.raises(NotImplementedError, match="global_pool must be"):
         p3b.save(vits.family("map"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -362,6 +362,9 @@ def test_bench_of_several_runs(run, tmp_path, capsys):
     own = [name for name in names[5:] if name.startswith("run + ToMe")]
     assert len(own) == 2 and macs[own[0]] <= 0.91 and macs[own[1]] <= 0.62
     assert all(macs[name] <= 0.62 for name in names[5:] if name.startswith("again"))
+    capsys.readouterr()
+    assert main(["bench", str(run), str(again), f"{run}/"]) == 2
+    assert "model: folders of runs must be different ones" in capsys.readouterr().err
     assert all(row["top1"] is not None for row in rows.values()) and (out / "bench.png").stat().st_size > 1000
     assert "each of several must be the folder of a run" in fails(capsys, "bench", run, "vit_tiny_patch16_224")
     assert "img_size: flag must be left out" in fails(capsys, "bench", run, again, "--img-size", "16")

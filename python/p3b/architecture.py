@@ -52,6 +52,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     _expect(isinstance(model.patch_embed.norm, nn.Identity), "patch_embed.norm", "none", model.patch_embed.norm)
     _expect(model.num_classes > 0, "head", "a classifier", model.head)
     block = model.blocks[0]
+    _expect(isinstance(block.mlp, timm.layers.Mlp), "mlp", "timm's Mlp", block.mlp)  # a GluMlp is none
     norm_layer, eps = _norm(block.norm1)
     has_norm, has_fc_norm = (
         not isinstance(model.norm, nn.Identity),

@@ -208,6 +208,8 @@ def several_runs(
             raise ValueError(f"model: each of several must be the folder of a run, got {folder!r}")
         small, meta = load_run(folder)
         name = Path(folder).resolve().name
+        if [Path(other).resolve() for other in folders].count(Path(folder).resolve()) > 1:
+            raise ValueError(f"model: folders of runs must be different ones, got {folder!r} twice")
         models[name if name not in models else folder] = small
         first = first or meta
         for key, was, now in [

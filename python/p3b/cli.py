@@ -358,7 +358,8 @@ def _bench(options: argparse.Namespace) -> None:
         model.to(device, dtype)
     names, base = _listed(options.reductions), models[bases[0]]
     if not names:
-        names = [name for name in reductions.NAMES if base.has_class_token or name != "evit"]
+        classed = all(models[name].has_class_token for name in bases)
+        names = [name for name in reductions.NAMES if classed or name != "evit"]
     size = (base.patch_embed.proj.in_channels, *base.patch_embed.img_size)
     if data is None:
         images = torch.randn(options.batch_size, *size, generator=torch.Generator().manual_seed(0))
@@ -412,7 +413,7 @@ def _scores(options: argparse.Namespace) -> None:
         cases = scores.sweep(
             model.to(device),
             data.val,
-            scores=_listed(options.scores) or scores.SCORES,
+            scores=_listed(options.scores) or None,
             modes=_listed(options.modes) or scores.MODES,
             rs=[_number("r", text, int) for text in _listed(options.r)],
             blocks=[_number("blocks", text, int) for text in _listed(options.blocks)] or None,
@@ -897,7 +898,7 @@ def _parser() -> argparse.ArgumentParser:
         "--scores",
         default="",
         metavar="LIST",
-        help="of cls_value,entropy_value,cls (default: these), to_cls,received",
+        help="of cls_value,entropy_value,cls (default: these; without class token entropy_value,received), to_cls",
     )
     scores.add_argument("--modes", default="", metavar="LIST", help="of prune,merge,ppt (default: all)")
     scores.add_argument(

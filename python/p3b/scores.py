@@ -62,7 +62,7 @@ def sweep(
     model: VisionTransformer,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
-    scores: Sequence[str] = SCORES,
+    scores: Sequence[str] | None = None,
     modes: Sequence[str] = MODES,
     rs: Sequence[int] = (),
     blocks: Sequence[int] | None = None,
@@ -72,13 +72,16 @@ def sweep(
 ) -> list[Case]:
     """Accuracy of the model, unreduced (r = 0) and with every mode, score and r.
 
-    rs: tokens per reducing block; default: the published 50 of 196 in proportion, and a third and two thirds of it.
+    scores: default: SCORES, or those of them and "received" that a model without class token has. rs: tokens per
+    reducing block; default: the published 50 of 196 in proportion, and a third and two thirds of it.
     blocks: where tokens go; default: at a quarter, a half and three quarters of the depth. prune_share: of the
     (image, block) pairs that PPT prunes; its threshold is found for each score and r on `calibration`, batches of
     images. Spread and shares are those of the loader's images. The model is left patched with the last setting.
 
     Raises ValueError for an unknown mode or score, an r below 1, a share outside [0, 1].
     """
+    if scores is None:
+        scores = SCORES if model.has_class_token else ("entropy_value", "received")
     for what, given, known in (("modes", modes, MODES), ("scores", scores, plan.SCORES)):
         wrong = [name for name in given if name not in known]
         if wrong or not given:
