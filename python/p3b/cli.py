@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `p3b demo | prune | finetune | evaluate | report | bench | visualize | export`.
+"""The command line: `p3b demo | prune | finetune | evaluate | report | bench | scores | compare | visualize | export`.
 
 Settings come from flags or from a TOML or JSON file (`--config`) with the same keys; flags win. Both end up
 in the same two dataclasses, `Job` (what to train on and where to) and `Config` (how), which check them. A
