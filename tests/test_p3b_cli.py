@@ -401,6 +401,25 @@ def test_what_a_killed_process_leaves_stops_nobody(config, monkeypatch, tmp_path
     assert "must be free for the run, got a folder that holds other files" in error
 
 
+def test_a_run_does_not_go_on_with_other_images(config, monkeypatch, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("heron", "owl"):
+        (tmp_path / "birds" / name).mkdir(parents=True)
+        for i in range(6):
+            picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            picture.save(tmp_path / "birds" / name / f"{i}.png")
+    settings = config(data=str(tmp_path / "birds"), classes=None, batch_size=4)
+    with monkeypatch.context() as patched:
+        patched.setattr("p3b.cli.measure", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
+        run_fails(capsys, "finetune", *settings, "--output", tmp_path / "run")
+    added = tmp_path / "birds" / "owl" / "9.png"
+    picture.save(added)
+    error = fails(capsys, "finetune", "--resume", tmp_path / "run")
+    assert "resume: training images must be those that the run began with (10 images, " in error
+    added.unlink()
+    assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
+
+
 def test_a_killed_run_goes_on_where_it_was(config, tmp_path, capsys):
     """kill -9 while it warms up, prunes, fine-tunes; each time --resume; the numbers of the run that was left alone."""
     arguments = config(final_epoch=4, finetune_epochs=3, sparse_epoch=3, start_epoch=1)

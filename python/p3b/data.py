@@ -16,6 +16,7 @@ import difflib
 import itertools
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ VAL_SPLITS = ("validation", "val", "test")  # where timm is not told which part 
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 AUGMENTS = ("none", "light", "strong")
 MAX_CHECKED = 50_000  # image files whose headers are read before training: seconds on a local disk
+FINGERPRINTED = 256  # images of an array set whose pixels tell it from another
 SPLIT_SEED = 0  # the split of a set without one is part of the set: it does not move with the run's seed
 
 
@@ -225,6 +227,11 @@ class Loader:
         """Make the next pass the one of this epoch."""
         self.epoch = epoch
 
+    def fingerprint(self) -> str:
+        """Which images these are, for a run that goes on later: their number, labels, and names and sizes or, of
+        arrays, some pixels."""
+        return f"{self.count} images"
+
     def part(self, rank: int, world: int) -> Loader:
         """The same batches as process `rank` of `world` reads them; images are shared, not copied."""
         if not 0 <= rank < world:
@@ -288,6 +295,12 @@ class ArrayLoader(Loader):
         self.epoch += 1
         for index, *draws in zip(*(self._mine(rows.to(self.images.device)) for rows in tables), strict=True):
             yield self._prepare(self.images[index].float(), draws), self.labels[index]
+
+    def fingerprint(self) -> str:
+        """As `Loader.fingerprint`."""
+        some = self.images[:: max(1, self.count // FINGERPRINTED)].cpu().numpy()
+        parts = [str(tuple(self.images.shape)).encode(), self.labels.cpu().numpy().tobytes(), some.tobytes()]
+        return f"{super().fingerprint()}, {zlib.crc32(b''.join(parts)):08x}"
 
     def _draw_moves(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """What `shift_and_flip` takes, for `count` images."""
@@ -533,6 +546,17 @@ class FileLoader(Loader):
         self.dataset, self.workers, self.pin = dataset, workers, pin
         self._keys: list[list[tuple[int, int, int]]] = []  # what the DataLoader asks the workers for
         self._loader: torch.utils.data.DataLoader | None = None
+
+    def fingerprint(self) -> str:
+        """As `Loader.fingerprint`."""
+        read = self.dataset.read
+        if not isinstance(read, _FolderReader):
+            return super().fingerprint()
+        code = 0
+        for path, label in read.samples:
+            size = os.path.getsize(path) if self.count <= MAX_CHECKED else 0
+            code = zlib.crc32(f"{path}|{label}|{size}".encode(errors="surrogateescape"), code)
+        return f"{super().fingerprint()}, {code:08x}"
 
     def part(self, rank: int, world: int) -> Loader:
         """As `Loader.part`."""
@@ -830,7 +854,11 @@ def _class_images(folder: str) -> dict[str, list[str]]:
     extensions = get_img_extensions(as_set=True)
     classes: dict[str, list[str]] = {}
     loose, empty = 0, []
-    for path, folders, files in os.walk(folder, followlinks=True):
+
+    def unreadable(error: OSError) -> None:  # os.walk would pass over the folder, and a class be missing
+        raise ValueError(f"data: {error.filename} must be a readable folder, got: {error.strerror}") from error
+
+    for path, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # .git, __MACOSX, ...
         images = sorted(os.path.join(path, f) for f in files if os.path.splitext(f)[1].lower() in extensions)
         if path == folder:

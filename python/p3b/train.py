@@ -116,10 +116,11 @@ def prune(
         raise ValueError("config: distill must have a teacher, or start_epoch 1 or more to make one, got neither")
     device, group = _device(config), Processes()
     saved = load_state(Path(state_dir)) if resume else None
-    _check_state(saved, config)
+    images = _images(train_loader, val_loader) if state_dir is not None else None
+    _check_state(saved, config, images)
     seed_all(config.seed)
     model = copy.deepcopy(model).to(device)
-    keep = Keeper(state_dir, config, group)
+    keep = Keeper(state_dir, config, group, images)
     teachers = Teacher(model, teacher, config, device)
     patch(model, reduction)
     try:
@@ -210,8 +211,9 @@ def finetune(
         raise ValueError("config: distill must have a teacher here, got none")
     device, group = _device(config), Processes()
     saved = load_state(Path(state_dir)) if resume else None
-    _check_state(saved, config)
-    keep = Keeper(state_dir, config, group)
+    images = _images(train_loader, val_loader) if state_dir is not None else None
+    _check_state(saved, config, images)
+    keep = Keeper(state_dir, config, group, images)
     model.to(device)
     tuning = None
     if saved is not None:
@@ -315,8 +317,10 @@ def _finetune(
 class Keeper:
     """Writes the state of a run after every epoch, where a folder for it is given; the first process does."""
 
-    def __init__(self, folder: str | Path | None, config: Config, group: Processes) -> None:
-        self.folder, self.config, self.group = folder, config, group
+    def __init__(
+        self, folder: str | Path | None, config: Config, group: Processes, images: dict[str, Any] | None = None
+    ) -> None:
+        self.folder, self.config, self.group, self.images = folder, config, group, images
 
     def save(self, phase: str, epoch: int, **parts: Any) -> None:
         """phase and epoch: what comes next."""
@@ -325,6 +329,7 @@ class Keeper:
         random = self.group.all_gather(random_state())
         if self.group.first:
             state = {"phase": phase, "epoch": epoch, "config": self.config.to_dict(), "random": random}
+            state["images"] = self.images
             save_state(Path(self.folder), state | parts)
         self.group.barrier()
 
@@ -566,8 +571,19 @@ def _config(config: Config | None) -> Config:
     return config or Config()
 
 
-def _check_state(saved: dict[str, Any] | None, config: Config) -> None:
-    """ValueError where a state was written under other settings: the rest of the run would be another run."""
+def _images(*loaders: Batches) -> dict[str, Any]:
+    """What tells the images of a run from others: fingerprints where the loaders have them (p3b.data.Loader)."""
+    found = {}
+    for name, loader in zip(("training", "validation"), loaders, strict=True):
+        fingerprint = getattr(loader, "fingerprint", None)
+        if fingerprint is not None:
+            found[f"{name} images"] = fingerprint()
+    return found
+
+
+def _check_state(saved: dict[str, Any] | None, config: Config, images: dict[str, Any] | None) -> None:
+    """ValueError where a state was written under other settings or with other images: the rest of the run would be
+    another run."""
     if saved is None:
         return
     free = ("device",)
@@ -575,6 +591,10 @@ def _check_state(saved: dict[str, Any] | None, config: Config) -> None:
     for key in now:
         if key not in free and now[key] != then.get(key, now[key]):
             raise ValueError(f"resume: {key} must be the run's {then[key]!r}, got {now[key]!r}")
+    before = saved.get("images") or {}
+    for key, value in (images or {}).items():
+        if before.get(key, value) != value:
+            raise ValueError(f"resume: {key} must be those that the run began with ({before[key]}), got {value}")
 
 
 def _steps_per_epoch(loader: Batches, config: Config) -> int:
