@@ -688,3 +688,20 @@ def test_a_set_that_was_not_downloaded(tmp_path):
 def test_settings_are_checked(setting, message):
     with pytest.raises(ValueError, match=message):
         create_data("digits", **setting)
+
+
+def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for name in ("heron", "owl", "rook"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    scandir = os.scandir
+
+    def denied(path="."):  # permissions do not hold for root, who may run this
+        if str(path).endswith("owl"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ValueError, match=r"owl must be a readable folder, got: Permission denied"):
+        create_data(tmp_path, img_size=8)
