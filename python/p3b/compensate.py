@@ -81,7 +81,9 @@ def checked_gates(model: VisionTransformer) -> Gates:
     if gates is None:
         raise ValueError("compensate: model must have gates (p3b.gates.attach), got one without")
     if gates.embedding is not None:
-        raise NotImplementedError("compensate: gates must be of sub-blocks, got a shared embedding")
+        raise NotImplementedError(
+            "compensate: method must leave the channels of the embedding alone, got one that prunes them (savit does)"
+        )
     for block in gates.blocks:
         branch = getattr(model.blocks[block.block], block.kind)
         if not isinstance(branch.norm, nn.Identity):
