@@ -276,6 +276,8 @@ def draw(found: Comparison) -> Any:
         axis.plot(*zip(*points, strict=True), color=color, marker=marker, mfc=fill, ms=7, lw=1.2, ls=line, label=label)
         for row, point in zip(rows, points, strict=True):
             text = row.name.removeprefix(f"{model} + ") if kind else row.name
+            if several:  # the legend names model and reduction
+                text = text.removeprefix(kind).strip() if kind else ""
             offset = (6, -11 if next(below) else 5)
             axis.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=7, color=color)
     axis.margins(x=0.16, y=0.12)
