@@ -32,12 +32,7 @@ RUNTIME = {"pt2": "torch.export", "onnx": "onnxruntime"}
 ONNX_RUNTIMES = [name for name in export.READERS["onnx"] if importlib.util.find_spec(name) is not None]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pruned(name="deit", **options):

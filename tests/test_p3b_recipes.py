@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import p3b
 from p3b.cli import Job, main
@@ -19,12 +18,7 @@ FINETUNED = ("cifar100", "paper-finetune")
 RUNS = [(name, "finetune" if name in FINETUNED else "prune") for name in p3b.recipes()]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flags(settings):

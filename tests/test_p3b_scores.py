@@ -14,13 +14,7 @@ from p3b.cli import main
 from p3b.evaluate import evaluate
 from p3b_ext.tuning import score_spreads
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -20,12 +20,7 @@ BENCH = Path(__file__).parent / "bench"
 ONE_LINE = re.compile(r"p3b \w+: [^\n]+\n")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     """Lets this process keep what it frees, for its next step; returns whether the C library has such a switch.
 
     glibc hands large freed blocks back to the kernel, which clears every page of them again when the next training step
-    asks: a fifth of the step of a small ViT on a CPU. The process stays as large as it once was. Whoever has set
+    asks, which a small ViT on a CPU notices. The process stays as large as it once was. Whoever has set
     glibc's own variables (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) is overruled.
     """
     try:
