@@ -37,8 +37,8 @@ def _tiles(n: int, d: int, dtype: torch.dtype, backward: bool, gated: bool) -> t
     registers, and with mask, sizes and gate steps of 16 do away with the 184 (8.0) and 240 (9.0) bytes of spills that
     steps of 32 cost; float32 products run on FMA units from registers and want 8 warps (backward: 8 bytes of spills
     instead of 552). D = 128 backward spills 2040 bytes with 64 rows on compute capability 8.0; with 32 rows and 8 warps
-    nothing, gated 112 (8.0) and 312 (9.0) instead of 352 and 424 with 4 warps (16 rows spill nothing, but read all of
-    Q, K and V twice as often). No choice was timed.
+    nothing, with mask, sizes and gate 160 (8.0) and 200 (9.0). 16 rows spill nothing, but read all of Q, K and V twice
+    as often. No choice was timed.
     """
     if dtype == torch.float32:
         return (32, 32, 8, 1) if backward or d > 64 else (64, 64, 8, 1)
@@ -67,6 +67,25 @@ def _load_rows(base, rows, stride, N, D, BOUND: tl.constexpr, BLOCK_D: tl.conste
             tile = tl.load(pointers)
         else:
             tile = tl.load(pointers, mask=channels[None, :] < D, other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_keys(
+    base, keys, stride, mask_ptr, N, D,
+    BOUND: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """_load_rows of keys or their values; masked ones are not read but taken as zeros: 0 * NaN would be NaN."""
+    if HAS_MASK:
+        channels = tl.arange(0, BLOCK_D)
+        pointers = base + keys.to(tl.int64)[:, None] * stride + channels[None, :]
+        allowed = tl.load(mask_ptr + keys, mask=keys < N, other=0) != 0
+        if EVEN_D:
+            tile = tl.load(pointers, mask=allowed[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=allowed[:, None] & (channels[None, :] < D), other=0.0)
+    else:
+        tile = _load_rows(base, keys, stride, N, D, BOUND, BLOCK_D, EVEN_D)
     return tile
 
 
@@ -119,7 +138,7 @@ def _attend(
 ):  # fmt: skip
     """One block of keys of the online softmax. row_moment is sum_j e^(s_j - max) (s_j - max), which entropy needs."""
     keys = start + tl.arange(0, BLOCK)
-    k = _load_rows(k_base, keys, stride_kn, N, D, BOUND, BLOCK_D, EVEN_D)
+    k = _load_keys(k_base, keys, stride_kn, mask_ptr, N, D, BOUND, BLOCK_D, EVEN_D, HAS_MASK)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if BOUND or HAS_SIZE or HAS_MASK:
         s += _key_bias(size_ptr, mask_ptr, keys, N, HAS_SIZE, HAS_MASK)[None, :]
@@ -133,7 +152,7 @@ def _attend(
         row_moment = rescale * (row_moment + row_sum * moved)
         row_moment += tl.sum(tl.where(p > 0.0, p * shifted, 0.0), 1)
     row_sum = row_sum * rescale + tl.sum(p, 1)
-    v = _load_rows(v_base, keys, stride_vn, N, D, BOUND, BLOCK_D, EVEN_D)
+    v = _load_keys(v_base, keys, stride_vn, mask_ptr, N, D, BOUND, BLOCK_D, EVEN_D, HAS_MASK)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return acc, new_max, row_sum, row_moment
 
@@ -207,7 +226,7 @@ def _forward_kernel(
             cls_sum = 0.0
             for start in range(0, N, STEP):
                 keys = start + tl.arange(0, STEP)
-                k = _load_rows(k_ptr, keys, stride_kn, N, D, True, BLOCK_D, EVEN_D).to(tl.float32)
+                k = _load_keys(k_ptr, keys, stride_kn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK).to(tl.float32)
                 s = tl.sum(k * q_cls[None, :], 1) * scale
                 s += _key_bias(size_ptr, mask_ptr, keys, N, HAS_SIZE, HAS_MASK)
                 tl.store(cls_ptr + keys, s, mask=keys < N)
@@ -270,11 +289,11 @@ def _backward_queries(
 ):  # fmt: skip
     """What one block of keys adds to the gradient of the program's own queries."""
     keys = start + tl.arange(0, BLOCK)
-    k = _load_rows(k_base, keys, stride_kn, N, D, BOUND, BLOCK_D, EVEN_D)
+    k = _load_keys(k_base, keys, stride_kn, mask_ptr, N, D, BOUND, BLOCK_D, EVEN_D, HAS_MASK)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None]
     if BOUND or HAS_SIZE or HAS_MASK:
         s += _key_bias(size_ptr, mask_ptr, keys, N, HAS_SIZE, HAS_MASK)[None, :]
-    v = _load_rows(v_base, keys, stride_vn, N, D, BOUND, BLOCK_D, EVEN_D)
+    v = _load_keys(v_base, keys, stride_vn, mask_ptr, N, D, BOUND, BLOCK_D, EVEN_D, HAS_MASK)
     grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
     grad_s = tl.exp(s) * (grad_p - delta[:, None])
     return tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision="ieee")
@@ -311,8 +330,8 @@ def _backward_kernel(
     full = N // STEP * STEP
 
     rows = block * OWN + tl.arange(0, OWN)
-    k = _load_rows(k_ptr, rows, stride_kn, N, D, True, BLOCK_D, EVEN_D)
-    v = _load_rows(v_ptr, rows, stride_vn, N, D, True, BLOCK_D, EVEN_D)
+    k = _load_keys(k_ptr, rows, stride_kn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK)
+    v = _load_keys(v_ptr, rows, stride_vn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK)
     if HAS_GATE:
         gate = _load_gate(gate_ptr, h, stride_ch, D, BLOCK_D)
         k = _scaled(k, gate * gate)
@@ -339,9 +358,9 @@ def _backward_kernel(
         _store_rows(grad_qkv_ptr + H * D, rows, 3 * H * D, grad_k * (gate * gate)[None, :], N, D, BLOCK_D)
         _store_rows(grad_qkv_ptr + 2 * H * D, rows, 3 * H * D, grad_v * gate[None, :], N, D, BLOCK_D)
         # Read again after the stores, so that k and v do not occupy registers through the loop.
-        k = _load_rows(k_ptr, rows, stride_kn, N, D, True, BLOCK_D, EVEN_D).to(tl.float32)
+        k = _load_keys(k_ptr, rows, stride_kn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK).to(tl.float32)
         part = 2.0 * gate * tl.sum(k * grad_k, 0)
-        v = _load_rows(v_ptr, rows, stride_vn, N, D, True, BLOCK_D, EVEN_D).to(tl.float32)
+        v = _load_keys(v_ptr, rows, stride_vn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK).to(tl.float32)
         part += tl.sum(v * grad_v, 0)
         channels = tl.arange(0, BLOCK_D)
         tl.store(gate_part_ptr + ((b * blocks + block) * H + h) * D + channels, part, mask=channels < D)
@@ -415,10 +434,11 @@ def _columns_kernel(
             k_cls = k_cls * gate * gate
         q = _load_rows(q_ptr, rows, stride_qn, N, D, True, BLOCK_D, EVEN_D).to(tl.float32)
         s = tl.sum(q * k_cls[None, :], 1) * scale
-        s += _key_bias(size_ptr, mask_ptr, rows * 0, N, HAS_SIZE, HAS_MASK)
+        bias = _key_bias(size_ptr, mask_ptr, rows * 0, N, HAS_SIZE, HAS_MASK)
+        s = tl.where(bias == float("-inf"), bias, s + bias)  # key 0 may be masked and hold NaN
         tl.store(to_cls_ptr + head * N + rows, tl.exp(s - _load_lse(lse_ptr, rows, N)), mask=rows < N)
     if WITH_RECEIVED:
-        k = _load_rows(k_ptr, rows, stride_kn, N, D, True, BLOCK_D, EVEN_D)
+        k = _load_keys(k_ptr, rows, stride_kn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK)
         if HAS_GATE:
             k = _scaled(k, gate * gate)
         bias = _key_bias(size_ptr, mask_ptr, rows, N, HAS_SIZE, HAS_MASK)

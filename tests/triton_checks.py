@@ -133,6 +133,22 @@ def test_attention_without_extras():
             assert value.shape == (0,), key
 
 
+@pytest.mark.parametrize("case,dtype", [(c, t) for c, t in CASES if c.mask], ids=name)
+def test_attention_never_reads_masked_keys(case, dtype):
+    """NaN in masked keys and their values reaches nothing but the norms of those values."""
+    inputs = case.inputs(dtype, device=DEVICE)
+    grad_out = torch.randn(case.B, case.N, case.H, case.D).to(DEVICE, dtype)
+    want = attention_all(attention, inputs, grad_out)
+    masked = ~inputs["key_mask"][:, None, :, None]
+    poisoned = {n: inputs[n].masked_fill(masked, torch.nan) for n in ("k", "v")}
+    result = attention_all(attention, inputs | poisoned, grad_out)
+    for key, value in result.items():
+        if key == "value_norm":
+            assert torch.equal(value.isnan(), ~inputs["key_mask"])
+        else:
+            torch.testing.assert_close(value, want[key])
+
+
 def test_attention_extreme_logits():
     """Logits of +-1e4, where only differences of the exponents survive, and rows whose lse is strongly negative."""
     inputs = AttentionCase(1, 1, 33, 32, logits=1e4 / 32**0.5).inputs(torch.float32, device=DEVICE)

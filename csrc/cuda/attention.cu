@@ -100,14 +100,21 @@ __device__ __forceinline__ void forward_step(float (&o)[kTiles][kD / 8][4], RowS
   }
 }
 
-// Sum of squares of the gated values, one thread per row of a chunk.
+// Sum of squares of the gated values, one thread per row of a chunk. A masked token has a value too, which is not in
+// the tile: it comes from v, the chunk's rows in global memory.
 template <class T, int kD>
-__device__ __forceinline__ void value_squares(const T* values, const float* gate, int rows, int N, float* out) {
+__device__ __forceinline__ void value_squares(const T* values, const T* v, int64_t stride, int columns, const bool* mask, const float* gate, int rows,
+                                              int N, float* out) {
   for (int row = threadIdx.x; row < rows && row < N; row += blockDim.x) {
     float sum = 0;
+    const bool masked = mask && !mask[row];
 #pragma unroll 1
-    for (int piece = 0; piece < kD / 8; piece++) {
-      const Pack16<T> x = load16(values + tile_offset<kD>(row, piece));
+    for (int piece = 0; piece * 8 < columns; piece++) {
+      Pack16<T> x;
+      if (masked)
+        x = load16(v + row * stride + piece * 8);
+      else
+        x = load16(values + tile_offset<kD>(row, piece));
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float y = to_float(x.at[i]) * (gate ? gate[piece * 8 + i] : 1.f);
@@ -134,14 +141,15 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 32    ? 4
   const T* q = static_cast<const T*>(a.q) + b * a.q_strides.batch + h * a.q_strides.head;
   const T* k = static_cast<const T*>(a.k) + b * a.k_strides.batch + h * a.k_strides.head;
   const T* v = static_cast<const T*>(a.v) + b * a.v_strides.batch + h * a.v_strides.head;
+  const bool* mask = mask_of(a, b);
   const float scale = a.scale * kLog2e;
 
   auto chunk_rows = [&](int c) { return min(kChunk, static_cast<int>(round_up(a.N - c * kChunk, 16))); };
   auto load = [&](int c) {
     if (c < chunks) {
       const int slot = c % a.stages * kChunk;
-      load_tile<kD>(all_keys + slot * kD, k, a.k_strides.row, c * kChunk, chunk_rows(c), a.N, a.columns);
-      load_tile<kD>(all_values + slot * kD, v, a.v_strides.row, c * kChunk, chunk_rows(c), a.N, a.columns);
+      load_tile<kD>(all_keys + slot * kD, k, a.k_strides.row, c * kChunk, chunk_rows(c), a.N, a.columns, mask);
+      load_tile<kD>(all_values + slot * kD, v, a.v_strides.row, c * kChunk, chunk_rows(c), a.N, a.columns, mask);
       for (int i = threadIdx.x; i < kChunk; i += blockDim.x) bias[slot + i] = key_bias(a, b, c * kChunk + i);
     }
     cp_async_commit();  // an empty group too: then chunk c has landed when stages - 1 groups are pending
@@ -175,7 +183,8 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 32    ? 4
         if (gate) gate_tile<kD>(keys, chunk_rows(c), gate, true);
         __syncthreads();
         if (a.value_squares && block == 0)
-          value_squares<T, kD>(values, gate, kChunk, a.N - c * kChunk, a.value_squares + static_cast<int64_t>(head) * a.N + c * kChunk);
+          value_squares<T, kD>(values, v + c * kChunk * a.v_strides.row, a.v_strides.row, a.columns, mask ? mask + c * kChunk : nullptr, gate, kChunk,
+                               a.N - c * kChunk, a.value_squares + static_cast<int64_t>(head) * a.N + c * kChunk);
       }
       if (first < a.N) {
 #pragma unroll 1
@@ -236,7 +245,7 @@ __global__ void __launch_bounds__(128) columns_kernel(ColumnArguments a) {
   if (gate) load_gate(a, h, gate, kD);
   __syncthreads();
   uint32_t keys[kD / 16][4];
-  load_fragments<kD>(keys, k, a.k_strides.row, first, a.N, a.columns);
+  load_fragments<kD>(keys, k, a.k_strides.row, first, a.N, a.columns, mask_of(a, b));
   if (gate) gate_fragments<kD, T>(keys, gate, true);
   const float bias[2] = {key_bias(a, b, first + lane / 4), key_bias(a, b, first + lane / 4 + 8)};
   const float scale = a.scale * kLog2e;

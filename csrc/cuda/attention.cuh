@@ -64,6 +64,9 @@ __device__ __forceinline__ float key_bias(const AttentionArguments& a, int64_t b
   return a.token_size ? log2f(a.token_size[b * a.N + n]) : 0.f;
 }
 
+// The key mask of one image, or null. Rows that it forbids are not read but taken as zeros: 0 * NaN would be NaN.
+__device__ __forceinline__ const bool* mask_of(const AttentionArguments& a, int64_t b) { return a.key_mask ? a.key_mask + b * a.N : nullptr; }
+
 // log2-sum-exp2 of a query; a row without keys or beyond N gives weight 0 to everything.
 __device__ __forceinline__ float row_lse(const AttentionArguments& a, const float* lse, int64_t head, int n) {
   if (n >= a.N) return -kMasked;
@@ -79,13 +82,15 @@ __device__ __forceinline__ int tile_offset(int row, int piece) {
   return row * kD + swizzled * 8;
 }
 
-// Starts the copy of rows [first, first + rows) of one head; rows beyond N and channels beyond `columns` become zero.
+// Starts the copy of rows [first, first + rows) of one head; masked rows, rows beyond N and channels beyond `columns`
+// become zero.
 template <int kD, class T>
-__device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride, int first, int rows, int N, int columns) {
+__device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride, int first, int rows, int N, int columns,
+                                          const bool* mask = nullptr) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * (kD / 8); i += blockDim.x) {
     const int row = i / (kD / 8), piece = i % (kD / 8);
-    const bool valid = first + row < N && piece * 8 < columns;
+    const bool valid = first + row < N && piece * 8 < columns && (!mask || mask[first + row]);
     cp_async16(tile + tile_offset<kD>(row, piece), valid ? head + (first + row) * stride + piece * 8 : head, valid);
   }
 }
@@ -120,18 +125,20 @@ __device__ __forceinline__ void load_gate(const AttentionArguments& a, int h, fl
   for (int d = threadIdx.x; d < width; d += blockDim.x) gate[d] = d < a.D ? a.channel_gate[h * a.gate_head + d] : 0.f;
 }
 
-// A operand of mma: 16 rows of one head straight from global memory, 16 bytes per lane.
+// A operand of mma: 16 rows of one head straight from global memory, 16 bytes per lane; zeros as in load_tile.
 template <int kD, class T>
-__device__ __forceinline__ void load_fragments(uint32_t (&f)[kD / 16][4], const T* head, int64_t stride, int first, int N, int columns) {
+__device__ __forceinline__ void load_fragments(uint32_t (&f)[kD / 16][4], const T* head, int64_t stride, int first, int N, int columns,
+                                               const bool* mask = nullptr) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int row = first + lane / 4 + 8 * r;
+    const bool valid = row < N && (!mask || mask[row]);
 #pragma unroll
     for (int g = 0; g < kD / 32; g++) {
       const int column = (g * 4 + lane % 4) * 8;
       uint4 raw = {0, 0, 0, 0};
-      if (row < N && column < columns) raw = *reinterpret_cast<const uint4*>(head + row * stride + column);
+      if (valid && column < columns) raw = *reinterpret_cast<const uint4*>(head + row * stride + column);
       uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
       quad_transpose(w);
 #pragma unroll

@@ -105,6 +105,7 @@ template <class T, int kD>
 __device__ __forceinline__ void finish_keys(const BackwardArguments& a, const Head<T>& head, KeyJob<kD>& job, int first, const float* gate,
                                             float* sums) {
   const int lane = threadIdx.x % 32;
+  const bool* mask = mask_of(a, head.b);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int n = first + lane / 4 + 8 * r;
@@ -120,7 +121,7 @@ __device__ __forceinline__ void finish_keys(const BackwardArguments& a, const He
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const int n = first + lane / 4 + 8 * r;
-        if (n >= a.N || column >= a.columns) continue;
+        if (n >= a.N || column >= a.columns || (mask && !mask[n])) continue;
         uint32_t words[2];
         memcpy(&words[0], head.k() + n * a.k_strides.row + column, 4);
         memcpy(&words[1], head.v() + n * a.v_strides.row + column, 4);
@@ -176,9 +177,9 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
   float* sums = a.gate_partial ? bias + rows + kD : nullptr;  // [warps][kD]
   const Head<T> head(a, blockIdx.x);
 
-  load_tile<kD>(keys, head.k(), a.k_strides.row, 0, rows, a.N, a.columns);
+  load_tile<kD>(keys, head.k(), a.k_strides.row, 0, rows, a.N, a.columns, mask_of(a, head.b));
   load_tile<kD>(queries, head.q(), a.q_strides.row, 0, rows, a.N, a.columns);
-  load_tile<kD>(values, head.v(), a.v_strides.row, 0, rows, a.N, a.columns);
+  load_tile<kD>(values, head.v(), a.v_strides.row, 0, rows, a.N, a.columns, mask_of(a, head.b));
   load_tile<kD>(grads, head.out(a.grad_out), head.out_row(), 0, rows, a.N, a.columns);
   cp_async_commit();
   for (int i = threadIdx.x; i < rows; i += blockDim.x) {
@@ -248,9 +249,10 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
     if (c < chunks) {
       T *one = ring + c % 2 * 2 * kChunk * kD, *two = one + kChunk * kD;
       float* number = numbers + c % 2 * 2 * kChunk;
-      load_tile<kD>(one, keys_here ? head.q() : head.k(), keys_here ? a.q_strides.row : a.k_strides.row, c * kChunk, kChunk, a.N, a.columns);
+      const bool* mask = keys_here ? nullptr : mask_of(a, head.b);
+      load_tile<kD>(one, keys_here ? head.q() : head.k(), keys_here ? a.q_strides.row : a.k_strides.row, c * kChunk, kChunk, a.N, a.columns, mask);
       load_tile<kD>(two, keys_here ? head.out(a.grad_out) : head.v(), keys_here ? head.out_row() : a.v_strides.row, c * kChunk, kChunk, a.N,
-                    a.columns);
+                    a.columns, mask);
       for (int i = threadIdx.x; i < kChunk; i += blockDim.x) {
         const int n = c * kChunk + i;
         number[i] = keys_here ? row_lse(a, a.lse, head.index, n) : key_bias(a, head.b, n);
@@ -269,8 +271,9 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
   const float scale = a.scale * kLog2e;
   uint32_t x[kD / 16][4], y[kD / 16][4];  // k and v, or q and grad_out
   float row[2][2];                        // bias, or lse and delta
-  load_fragments<kD>(x, keys_here ? head.k() : head.q(), keys_here ? a.k_strides.row : a.q_strides.row, first, a.N, a.columns);
-  load_fragments<kD>(y, keys_here ? head.v() : head.out(a.grad_out), keys_here ? a.v_strides.row : head.out_row(), first, a.N, a.columns);
+  const bool* mask = keys_here ? mask_of(a, head.b) : nullptr;
+  load_fragments<kD>(x, keys_here ? head.k() : head.q(), keys_here ? a.k_strides.row : a.q_strides.row, first, a.N, a.columns, mask);
+  load_fragments<kD>(y, keys_here ? head.v() : head.out(a.grad_out), keys_here ? a.v_strides.row : head.out_row(), first, a.N, a.columns, mask);
   if (keys_here && gate) {
     gate_fragments<kD, T>(x, gate, true);
     gate_fragments<kD, T>(y, gate, false);

@@ -16,14 +16,15 @@ struct Tiling {
   static constexpr int kLogits = kTile + 4;         // row of a tile of weights
 };
 
-// Starts the copy of rows [first, first + kTile) of one head; rows beyond N and channels beyond `columns` become zero.
+// Starts the copy of rows [first, first + kTile) of one head; masked rows, rows beyond N and channels beyond `columns`
+// become zero.
 template <int kD>
-__device__ __forceinline__ void load_rows(float* tile, const float* head, int64_t stride, int first, int N, int columns) {
+__device__ __forceinline__ void load_rows(float* tile, const float* head, int64_t stride, int first, int N, int columns, const bool* mask = nullptr) {
   using Tl = Tiling<kD>;
 #pragma unroll 2
   for (int i = threadIdx.x; i < Tl::kTile * (kD / 4); i += kThreads) {
     const int row = i / (kD / 4), column = i % (kD / 4) * 4;
-    const bool valid = first + row < N && column < columns;
+    const bool valid = first + row < N && column < columns && (!mask || mask[first + row]);
     cp_async16(tile + row * Tl::kStride + column, valid ? head + (first + row) * stride + column : head, valid);
   }
 }
@@ -127,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2) float_forward_kernel(ForwardArgum
   const int first = block * Tl::kTile, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
   const int64_t b = head / a.H, rows = static_cast<int64_t>(head) * a.N;
   const bool gated = a.channel_gate;
+  const bool* mask = mask_of(a, b);
   if (gated) load_gate(a, h, gate, kD);
   load_rows<kD>(queries, head_of(a.q, a.q_strides, b, h), a.q_strides.row, first, a.N, a.columns);
   __syncthreads();
@@ -136,8 +138,8 @@ __global__ void __launch_bounds__(kThreads, 2) float_forward_kernel(ForwardArgum
   for (int i = 0; i < Tl::kPer; i++) m[i] = kUnset;
   const float scale = a.scale * kLog2e;
   for (int j0 = 0; j0 < a.N; j0 += Tl::kTile) {
-    load_rows<kD>(keys, head_of(a.k, a.k_strides, b, h), a.k_strides.row, j0, a.N, a.columns);
-    load_rows<kD>(values, head_of(a.v, a.v_strides, b, h), a.v_strides.row, j0, a.N, a.columns);
+    load_rows<kD>(keys, head_of(a.k, a.k_strides, b, h), a.k_strides.row, j0, a.N, a.columns, mask);
+    load_rows<kD>(values, head_of(a.v, a.v_strides, b, h), a.v_strides.row, j0, a.N, a.columns, mask);
     cp_async_commit();
     cp_async_wait(0);
     if (gated) gate_rows<kD>(keys, gate, true);
@@ -145,8 +147,10 @@ __global__ void __launch_bounds__(kThreads, 2) float_forward_kernel(ForwardArgum
     if (a.value_squares && block == 0) {
       for (int row = threadIdx.x / 4; row < Tl::kTile; row += kThreads / 4) {
         float sum = 0;
-        for (int d = threadIdx.x % 4; d < kD; d += 4) {
-          const float x = values[row * Tl::kStride + d] * (gated ? gate[d] : 1.f);
+        const bool masked = mask && j0 + row < a.N && !mask[j0 + row];  // has a value too, which is not in the tile
+        const float* from = masked ? head_of(a.v, a.v_strides, b, h) + (j0 + row) * a.v_strides.row : values + row * Tl::kStride;
+        for (int d = threadIdx.x % 4; d < a.columns; d += 4) {
+          const float x = from[d] * (gated ? gate[d] : 1.f);
           sum = fmaf(x, x, sum);
         }
         sum = group_sum(sum, 4);
@@ -218,7 +222,7 @@ __global__ void __launch_bounds__(kThreads) float_columns_kernel(ColumnArguments
   const int64_t b = head / a.H, rows = static_cast<int64_t>(head) * a.N;
   if (a.channel_gate) load_gate(a, h, gate, kD);
   __syncthreads();
-  load_rows<kD>(keys, head_of(a.k, a.k_strides, b, h), a.k_strides.row, first, a.N, a.columns);
+  load_rows<kD>(keys, head_of(a.k, a.k_strides, b, h), a.k_strides.row, first, a.N, a.columns, mask_of(a, b));
   cp_async_commit();
   cp_async_wait(0);
   if (a.channel_gate) gate_rows<kD>(keys, gate, true);
@@ -267,10 +271,12 @@ __device__ __forceinline__ void float_backward_jobs(const BackwardArguments& a, 
   const bool gated = a.channel_gate;
   const float *q = head_of(a.q, a.q_strides, b, h), *k = head_of(a.k, a.k_strides, b, h);
   const float *v = head_of(a.v, a.v_strides, b, h), *grad_out = head_of(a.grad_out, out_strides, b, h);
+  const bool* mask = mask_of(a, b);
+  const bool *own_mask = keys_here ? mask : nullptr, *other_mask = keys_here ? nullptr : mask;
   if (gated) load_gate(a, h, gate, kD);
   __syncthreads();
-  load_rows<kD>(one, keys_here ? k : q, keys_here ? a.k_strides.row : a.q_strides.row, first, a.N, a.columns);
-  load_rows<kD>(two, keys_here ? v : grad_out, keys_here ? a.v_strides.row : out_row, first, a.N, a.columns);
+  load_rows<kD>(one, keys_here ? k : q, keys_here ? a.k_strides.row : a.q_strides.row, first, a.N, a.columns, own_mask);
+  load_rows<kD>(two, keys_here ? v : grad_out, keys_here ? a.v_strides.row : out_row, first, a.N, a.columns, own_mask);
   cp_async_commit();
   cp_async_wait(0);
   if (gated && keys_here) {
@@ -280,8 +286,8 @@ __device__ __forceinline__ void float_backward_jobs(const BackwardArguments& a, 
 
   float grad_one[Tl::kPer][Tl::kChannels] = {}, grad_two[Tl::kPer][Tl::kChannels] = {}, sum[Tl::kPer] = {};
   for (int i0 = 0; i0 < a.N; i0 += Tl::kTile) {
-    load_rows<kD>(three, keys_here ? q : k, keys_here ? a.q_strides.row : a.k_strides.row, i0, a.N, a.columns);
-    load_rows<kD>(four, keys_here ? grad_out : v, keys_here ? out_row : a.v_strides.row, i0, a.N, a.columns);
+    load_rows<kD>(three, keys_here ? q : k, keys_here ? a.q_strides.row : a.k_strides.row, i0, a.N, a.columns, other_mask);
+    load_rows<kD>(four, keys_here ? grad_out : v, keys_here ? out_row : a.v_strides.row, i0, a.N, a.columns, other_mask);
     cp_async_commit();
     cp_async_wait(0);
     if (gated && !keys_here) {
@@ -336,7 +342,7 @@ __device__ __forceinline__ void float_backward_jobs(const BackwardArguments& a, 
 #pragma unroll
       for (int i = 0; i < Tl::kPer; i++) {
         const int n = first + ty + 16 * i;
-        if (a.gate_partial && n < a.N && column < a.columns)
+        if (a.gate_partial && n < a.N && column < a.columns && (!mask || mask[n]))
           of_gate += 2 * a.scale * g * k[n * a.k_strides.row + column] * grad_one[i][d] + v[n * a.v_strides.row + column] * grad_two[i][d];
         grad_one[i][d] *= a.scale * g * g;
         grad_two[i][d] *= g;

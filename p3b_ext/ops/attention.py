@@ -53,7 +53,7 @@ def masked_attention(
         q, k, v: `[B, H, N, D]`, float32, bfloat16 or float16 (float64 on the CPU), any strides; views of a packed
             `[B, N, 3, H, D]` are read in place.
         key_mask: bool `[B, N]`, True = may be attended. A row with no key left gives zeros, entropy 0, lse -inf.
-            What masked keys and their values hold does not matter, as long as it is finite on a GPU.
+            Masked keys and their values are not read: what they hold, NaN included, does not matter.
         token_size: `[B, N]` > 0, adds log(size) to the logits (proportional attention: ToMe, 2023). Differentiable.
         channel_gate: `[D]` or `[H, D]`, multiplies the channels of q, k and v. Differentiable.
         scale: factor of the logits. Default: `D ** -0.5`.

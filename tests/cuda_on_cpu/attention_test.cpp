@@ -264,6 +264,15 @@ static void run_case(const Case& c, unsigned seed) {
   compare(c, type, "entropy", entropy, side.entropy, fine.entropy, 0);
   compare(c, type, "value_norm", norm, side.value_norm, fine.value_norm, 0);
 
+  // From here on masked keys and their values hold NaN, which must reach nothing.
+  for (size_t b = 0; b < B && c.mask; b++)
+    for (size_t h = 0; h < H; h++)
+      for (size_t n = 0; n < N; n++)
+        for (size_t d = 0; d < D && !r.mask[b * N + n]; d++) {
+          const size_t at = b * s.batch + h * s.head + n * s.row + d;
+          const_cast<T*>(static_cast<const T*>(base.k))[at] = const_cast<T*>(static_cast<const T*>(base.v))[at] = nan;
+        }
+
   // Without side outputs the output must be the same, bit for bit.
   std::vector<T> plain(rows * D, nan);
   ForwardArguments without = f;
