@@ -56,8 +56,13 @@ struct MatchMemory {
     merged = reinterpret_cast<uint32_t*>(partner + N);
     keys = reinterpret_cast<uint32_t*>(best);  // an image is pruned or matched
   }
-  static size_t bytes(int N) { return (2 * kDepth * kTileStride + kRowWarps) * 4 + static_cast<size_t>(N) * 16 + ceil_div(N, 32) * 4; }
+  static constexpr int kFixed = (2 * kDepth * kTileStride + kRowWarps) * 4;
+  static size_t bytes(int N) { return kFixed + static_cast<size_t>(N) * 16 + ceil_div(N, 32) * 4; }
 };
+
+// The most tokens that the shared memory of a block holds, of the matching and of the merge's backward.
+inline int64_t most_matched() { return (shared_memory_limit() - MatchMemory::kFixed - 4) * int64_t{8} / 129; }
+inline int64_t most_in_backward() { return shared_memory_limit() / 8; }
 
 // Sum over the block, in one order; every thread gets it. `sums` holds one number per warp.
 __device__ __forceinline__ float block_sum(float x, float* sums) {
@@ -353,6 +358,7 @@ template <class F>
 Tensor match(const char* op, const Match& s, const Tensor& metric_in, F set) {
   const Tensor metric = with_contiguous_rows(metric_in);
   const OnDevice device(metric);
+  check_tokens(op, "metric", s.N, most_matched());
   Tensor slot = empty(metric, {s.B, s.N}, ScalarType::Int), rows = empty(metric, {s.B, s.N, s.D}, ScalarType::Float);
   with_dtype(op, metric, [&](auto zero) {
     using T = decltype(zero);
@@ -467,6 +473,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_backward_op(Tensor grad_y_in, std::opti
   const std::optional<Tensor> size = contiguous(size_in), weight = contiguous(weight_in);
   const std::optional<Tensor> grad_size_out = contiguous(grad_size_out_in);
   const OnDevice device(x);
+  check_tokens(op, "x", s.N, most_in_backward());
   Tensor grad_x = empty(x, {s.B, s.N, s.C}, x.scalar_type());
   Tensor grad_size = size ? empty(x, {s.B, s.N}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
   Tensor grad_weight = weight ? empty(x, {s.B, s.N}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);

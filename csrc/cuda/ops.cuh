@@ -31,6 +31,11 @@ inline int to_int(const char* op, const char* name, int64_t x) {
   return static_cast<int>(x);
 }
 
+// `most` is what the shared memory of a block holds.
+inline void check_tokens(const char* op, const char* name, int64_t count, int64_t most) {
+  P3B_CHECK(count <= most, op, ": ", name, " must have at most ", most, " tokens on this GPU, got ", count);
+}
+
 // Calls f with a value of the tensor's element type.
 template <class F>
 void with_dtype(const char* op, const Tensor& t, F f) {

@@ -101,21 +101,32 @@ struct CombineArguments {
 
 // out[b, m] = sum over the tokens n of slot m, in rising order, of weight_n x_n, over the sum of weights where
 // `normalize`. Every output row is written by one warp, which looks for its tokens itself: no atomics, one order.
-template <class T, int kSize, class Index>
+// kStaged: slots, weights and sizes of the image wait in shared memory; else each look goes to global memory.
+template <class T, int kSize, class Index, bool kStaged>
 __global__ void __launch_bounds__(kRowWarps * 32) combine_kernel(CombineArguments<T, Index> a) {
   P3B_SHARED(memory);
-  int* slot = reinterpret_cast<int*>(memory);
-  float* weight = reinterpret_cast<float*>(slot + a.N);
-  float* size = weight + a.N;
+  int* slots = reinterpret_cast<int*>(memory);
+  float* weights_of = reinterpret_cast<float*>(slots + (kStaged ? a.N : 0));
+  float* sizes_of = weights_of + (kStaged ? a.N : 0);
   const int lane = threadIdx.x % 32, pieces = a.C / kSize;
   const int64_t b = blockIdx.x / a.tiles;
-  for (int n = threadIdx.x; n < a.N; n += blockDim.x) {
+  const auto read_slot = [&](int n) {
     const Index m = a.slot[b * a.N + n];
-    slot[n] = m >= 0 && m < a.M ? static_cast<int>(m) : -1;
-    size[n] = a.size ? a.size[b * a.N + n] : 1.f;
-    weight[n] = a.weight ? a.weight[b * a.N + n] : size[n];
+    return m >= 0 && m < a.M ? static_cast<int>(m) : -1;
+  };
+  const auto read_size = [&](int n) { return a.size ? a.size[b * a.N + n] : 1.f; };
+  const auto read_weight = [&](int n) { return a.weight ? a.weight[b * a.N + n] : read_size(n); };
+  if (kStaged) {
+    for (int n = threadIdx.x; n < a.N; n += blockDim.x) {
+      slots[n] = read_slot(n);
+      sizes_of[n] = read_size(n);
+      weights_of[n] = read_weight(n);
+    }
+    __syncthreads();
   }
-  __syncthreads();
+  const auto slot = [&](int n) { return kStaged ? slots[n] : read_slot(n); };
+  const auto size = [&](int n) { return kStaged ? sizes_of[n] : read_size(n); };
+  const auto weight = [&](int n) { return kStaged ? weights_of[n] : read_weight(n); };
 
   const int first = (blockIdx.x % a.tiles * kRowWarps + threadIdx.x / 32) * kRowsInFlight;
   int head[kRowsInFlight], count[kRowsInFlight];
@@ -127,7 +138,7 @@ __global__ void __launch_bounds__(kRowWarps * 32) combine_kernel(CombineArgument
     weights[r] = sizes[r] = 0;
   }
   for (int n0 = 0; n0 < a.N; n0 += 32) {
-    const int n = n0 + lane, m = n < a.N ? slot[n] : -1;
+    const int n = n0 + lane, m = n < a.N ? slot(n) : -1;
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; r++) {
       const unsigned members = __ballot_sync(kAllLanes, m == first + r);
@@ -135,8 +146,8 @@ __global__ void __launch_bounds__(kRowWarps * 32) combine_kernel(CombineArgument
       if (head[r] < 0) head[r] = n0 + __ffs(members) - 1;
       count[r] += __popc(members);
       if (m == first + r) {
-        weights[r] += weight[n];
-        sizes[r] += size[n];
+        weights[r] += weight(n);
+        sizes[r] += size(n);
       }
     }
   }
@@ -159,19 +170,19 @@ __global__ void __launch_bounds__(kRowWarps * 32) combine_kernel(CombineArgument
       if (active && head[r] >= 0) piece[r] = Piece<T, kSize>::load(x + head[r] * a.x.row + column);
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; r++) {
-      const float w = head[r] >= 0 ? weight[head[r]] : 0.f;
+      const float w = head[r] >= 0 ? weight(head[r]) : 0.f;
 #pragma unroll
       for (int i = 0; i < kSize; i++) sum[r][i] = head[r] >= 0 ? w * to_float(piece[r].at[i]) : 0.f;
       if (count[r] > 1) {
         for (int n0 = head[r] / 32 * 32; n0 < a.N; n0 += 32) {
           const int n = n0 + lane;
-          unsigned members = __ballot_sync(kAllLanes, n < a.N && n > head[r] && slot[n] == first + r);
+          unsigned members = __ballot_sync(kAllLanes, n < a.N && n > head[r] && slot(n) == first + r);
           for (; members; members &= members - 1) {
             const int member = n0 + __ffs(members) - 1;
             if (active) {
               const auto more = Piece<T, kSize>::load(x + member * a.x.row + column);
 #pragma unroll
-              for (int i = 0; i < kSize; i++) sum[r][i] = fmaf(weight[member], to_float(more.at[i]), sum[r][i]);
+              for (int i = 0; i < kSize; i++) sum[r][i] = fmaf(weight(member), to_float(more.at[i]), sum[r][i]);
             }
           }
         }
@@ -192,8 +203,10 @@ cudaError_t combine_rows(CombineArguments<T, Index> a, cudaStream_t stream) {
   constexpr int kWide = 16 / sizeof(T);
   a.tiles = static_cast<int>(ceil_div(a.M, kRowWarps * kRowsInFlight));
   const bool wide = a.C % kWide == 0 && fits16(a.x.data, a.x.batch) && fits16(a.x.data, a.x.row) && fits16(a.out);
-  return launch(wide ? combine_kernel<T, kWide, Index> : combine_kernel<T, 1, Index>, a.B * a.tiles, kRowWarps * 32, static_cast<size_t>(a.N) * 12,
-                stream, a);
+  const size_t bytes = static_cast<size_t>(a.N) * 12;
+  if (bytes > static_cast<size_t>(shared_memory_limit()))
+    return launch(combine_kernel<T, 1, Index, false>, a.B * a.tiles, kRowWarps * 32, 0, stream, a);
+  return launch(wide ? combine_kernel<T, kWide, Index, true> : combine_kernel<T, 1, Index, true>, a.B * a.tiles, kRowWarps * 32, bytes, stream, a);
 }
 
 }  // namespace p3b::cuda

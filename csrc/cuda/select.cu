@@ -37,6 +37,9 @@ struct RankArguments {
 
 namespace {
 
+// The most scores that the shared memory of a block of rank_kernel holds.
+inline int64_t most_ranked() { return shared_memory_limit() / 4 - 2 * kRowWarps; }
+
 // A block scores all tokens of an image, finds out which stay, and places its own: their positions, slots and rows.
 template <class S, class T, int kSize>
 __global__ void __launch_bounds__(kRankThreads) rank_kernel(RankArguments<S, T> a) {
@@ -135,7 +138,8 @@ namespace {
 void rank(const char* op, const Tensor& scores_in, const Scores& s, int64_t keep, bool by_score, int64_t* index, int* slot) {
   const Tensor scores = with_contiguous_rows(scores_in);
   const OnDevice device(scores);
-  const int S = to_int(op, "tokens", s.S), P = to_int(op, "num_prefix", s.num_prefix);
+  check_tokens(op, "scores", s.S, most_ranked());
+  const int S = static_cast<int>(s.S), P = to_int(op, "tokens", s.S + s.num_prefix) - S;
   with_dtype(op, scores, [&](auto zero) {
     using T = decltype(zero);
     check_launch(op, rank_tokens(pointer<T>(scores), scores.stride(0), s.B, S, P, static_cast<int>(keep), by_score, index, slot, device.stream));
@@ -203,6 +207,7 @@ std::tuple<Tensor, Tensor> keep_tokens_op(Tensor x_in, Tensor attention_in, std:
   const Tensor x = with_contiguous_rows(x_in), attention = torch::stable::contiguous(attention_in);
   const std::optional<Tensor> value_norm = contiguous(value_norm_in);
   const OnDevice device(x);
+  check_tokens(op, "x", s.N - num_prefix, most_ranked());
   Tensor y = empty(x, {s.B, num_prefix + keep, s.C}, x.scalar_type()), index = empty(x, {s.B, num_prefix + keep}, ScalarType::Long);
   with_dtype(op, x, [&](auto zero) {
     using T = decltype(zero);

@@ -127,6 +127,16 @@ static void merges(const char* type, int B, int N, int M, int C, int pad, int we
   CombineArguments<T, int> a{in, slot.data(), sized ? size.data() : nullptr, weighted ? weight.data() : nullptr,
                              y.data(), size_out.data(), B, N, M, C, 0, normalize};
   check_true("merge launch", combine_rows(a, nullptr) == cudaSuccess);
+  std::vector<T> unstaged_y(y.size(), from_float<T>(NAN));
+  std::vector<float> unstaged_size(size_out.size(), NAN);
+  CombineArguments<T, int> unstaged = a;
+  unstaged.out = unstaged_y.data(), unstaged.size_out = unstaged_size.data();
+  const int limit = standin::shared_memory_limit;
+  standin::shared_memory_limit = N * 12 - 1;  // too little for what an image's tokens weigh
+  check_true("merge launch without shared memory", combine_rows(unstaged, nullptr) == cudaSuccess);
+  standin::shared_memory_limit = limit;
+  check_true("merged without shared memory", !memcmp(unstaged_y.data(), y.data(), y.size() * sizeof(T)) &&
+                                                 !memcmp(unstaged_size.data(), size_out.data(), size_out.size() * sizeof(float)));
 
   std::vector<double> want_y(y.size()), want_size(B * M), total(B * M);
   auto w = [&](int i) { return double(weighted ? weight[i] : sized ? size[i] : 1.f); };
@@ -168,6 +178,25 @@ static void merges(const char* type, int B, int N, int M, int C, int pad, int we
   }
 }
 
+// What launches refuse is what most_matched and most_in_backward say.
+static void most() {
+  const int limit = standin::shared_memory_limit;
+  standin::shared_memory_limit = 18 << 10;
+  const int matched = int(most_matched()), backward = int(most_in_backward());
+  const std::vector<float> metric(backward + 1);
+  std::vector<float> rows(backward + 1);
+  std::vector<int> slot(backward + 1);
+  for (int more = 0; more < 2; more++) {
+    MatchArguments<float> a{};
+    a.metric = metric.data(), a.row = 1, a.H = 1, a.rows = rows.data(), a.slot = slot.data(), a.B = 1, a.N = matched + more, a.D = 1;
+    check_true("most tokens to match", (match_tokens(a, nullptr) == cudaSuccess) == !more);
+    MergeBackwardArguments<float> back{};
+    back.x = {metric.data(), 0, 0}, back.slot = slot.data(), back.B = 1, back.N = backward + more;
+    check_true("most tokens of a gradient", (merge_backward(back, nullptr) == cudaSuccess) == !more);
+  }
+  standin::shared_memory_limit = limit;
+}
+
 template <class T>
 static void all(const char* type, bool small, double eps) {
   unsigned seed = 1;
@@ -199,6 +228,7 @@ static void all(const char* type, bool small, double eps) {
 int main(int argc, char** argv) {
   const bool small = argc > 1 && std::string(argv[1]) == "small";
   same_in_both_orders([&] { all<float>("float32", true, 1e-6); });
+  most();
   if (!small) all<float>("float32", small, 1e-6);
   all<__half>("float16", argc > 1, 1. / 1024);  // the longer cases once more only where nothing slows them down
   all<__nv_bfloat16>("bfloat16", argc > 1, 1. / 128);

@@ -106,6 +106,47 @@ static void gathers(const char* type, int B, int N, int M, int C, int pad, unsig
   compare(" gather by index");
 }
 
+// The gradient of select_tokens: rows that one token received add up. Sums of eighths are exact, so results are too.
+template <class T>
+static void scatters(const char* type, int B, int rows, int N, int C, int pad, unsigned seed) {
+  Random random(seed);
+  const int64_t row = C + pad, batch = rows * row;
+  std::vector<T> grad(B * batch), out(size_t(B) * N * C, from_float<T>(NAN)), unstaged = out;
+  for (auto& v : grad) v = from_float<T>(float(random.below(33) - 16) / 8);
+  std::vector<int64_t> index(size_t(B) * rows);
+  for (auto& i : index) i = random.below(N + 1) - 1;  // -1: no token
+  CombineArguments<T, int64_t> a{};
+  a.x = {grad.data(), batch, row}, a.slot = index.data(), a.out = out.data();
+  a.B = B, a.N = rows, a.M = N, a.C = C;
+  check_true("scatter launch", combine_rows(a, nullptr) == cudaSuccess);
+  std::vector<double> want(out.size());
+  for (int i = 0; i < B * rows; i++)
+    for (int c = 0; c < C && index[i] >= 0; c++)
+      want[(size_t(i / rows) * N + index[i]) * C + c] += to_float(grad[i / rows * batch + i % rows * row + c]);
+  for (size_t i = 0; i < out.size(); i++) check_close(type, " scattered", to_float(out[i]), to_float(from_float<T>(float(want[i]))), 0);
+
+  const int limit = standin::shared_memory_limit;
+  standin::shared_memory_limit = rows * 12 - 1;  // too little for the index of an image
+  a.out = unstaged.data();
+  check_true("scatter launch without shared memory", combine_rows(a, nullptr) == cudaSuccess);
+  standin::shared_memory_limit = limit;
+  digest(out), digest(unstaged);
+  check_true("scattered without shared memory", !memcmp(out.data(), unstaged.data(), out.size() * sizeof(T)));
+}
+
+// What a launch refuses is what most_ranked says.
+static void most() {
+  const int limit = standin::shared_memory_limit;
+  standin::shared_memory_limit = 1 << 10;
+  const int count = int(most_ranked());
+  const std::vector<float> scores(count + 1);
+  std::vector<int> slot(count + 1);
+  for (int more = 0; more < 2; more++)
+    check_true("most tokens", (rank_tokens<float>(scores.data(), 0, 1, count + more, 0, 1, false, nullptr, slot.data(),
+                                                  nullptr) == cudaSuccess) == !more);
+  standin::shared_memory_limit = limit;
+}
+
 template <class T>
 static void all(const char* type, bool small) {
   unsigned seed = 1;
@@ -128,16 +169,22 @@ static void all(const char* type, bool small) {
   gathers<T>(type, 2, 17, 12, 24, 0, seed++);
   gathers<T>(type, 1, 5, 9, 7, 0, seed++);
   gathers<T>(type, 2, 3, 4, 8, 1, seed++);
-  if (!small) gathers<T>(type, 2, 50, 70, 384, 8, seed++);
+  scatters<T>(type, 2, 40, 17, 24, 0, seed++);
+  scatters<T>(type, 1, 9, 5, 7, 2, seed++);
+  if (small) return;
+  gathers<T>(type, 2, 50, 70, 384, 8, seed++);
+  scatters<T>(type, 2, 138, 197, 384, 8, seed++);
 }
 
 int main(int argc, char** argv) {
   const bool small = argc > 1 && std::string(argv[1]) == "small";
   same_in_both_orders([&] { all<float>("float32", true); });
+  most();
   if (!small) all<float>("float32", small);
   if (!small && argc == 1) {  // the longest images, once
     ranks<float>("float32", 1, 4095, 1, 2000, false, 98);
     keeps<float>("float32", 1, 1, 4096, 0, 3000, 8, 8, true, false, 99);
+    scatters<float>("float32", 1, 20000, 5, 3, 0, 100);  // more than shared memory holds
   }
   all<__half>("float16", argc > 1);  // the longer cases once more only where nothing slows them down
   all<__nv_bfloat16>("bfloat16", argc > 1);
