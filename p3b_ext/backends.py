@@ -120,6 +120,8 @@ def choose(op: str, x: Tensor, family: str) -> str:
         if reason:
             raise NotImplementedError(f"{op}: backend {_forced!r} cannot run this call: {reason}")
         return _forced
+    if x.is_cpu and not UNAVAILABLE["cpu"]:  # the first of ORDER, which can run anything there
+        return "cpu"
     for name in ORDER.get(x.device.type, ("reference",)):
         if not _cannot(name, x, family):
             return name

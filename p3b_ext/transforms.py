@@ -4,6 +4,7 @@ torch.func.{grad, vjp, jacrev, vmap} refuse the autograd.Function that torch.lib
 forward-mode AD passes it by with a zero tangent. While one of them is active, `call` goes through a Function of ours.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -36,13 +37,20 @@ def call(namespace: str, op: str, *args):
     if torch.compiler.is_compiling():  # the tracer knows reverse mode; what it cannot trace here runs eagerly
         if forward_ad._current_level >= 0 and (namespace, op) in _FUNCTIONS:
             raise _no_forward_mode(op)
-    elif _transformed():
+        return getattr(getattr(torch.ops, namespace), op)(*args)
+    if _transformed():
         if (namespace, op) in _FUNCTIONS:
             return _FUNCTIONS[namespace, op].apply(*args)
     elif not torch.is_grad_enabled():  # past the registered gradient, whose Python costs as much as a small call
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(getattr(torch.ops, namespace), op)(*args)
-    return getattr(getattr(torch.ops, namespace), op)(*args)
+            return _overload(namespace, op)(*args)
+    return _overload(namespace, op)(*args)
+
+
+@functools.cache
+def _overload(namespace: str, op: str) -> torch._ops.OpOverload:
+    """The op itself: `torch.ops.<namespace>.<op>` would look for the right overload in every call."""
+    return getattr(getattr(torch.ops, namespace), op).default
 
 
 def _no_forward_mode(op: str) -> NotImplementedError:

@@ -81,7 +81,7 @@ def masked_attention(
     backend = backends.choose(op, q, "attention")
     if token_size is not None:
         backends.check_values(op, "token_size", token_size, backends.positive_finite, "> 0 and finite", backend=backend)
-    q, k, v = (with_rows(t) for t in (q, k, v))
+    q, k, v = with_rows(q), with_rows(k), with_rows(v)
     results = _run(backend, op, q, k, v, key_mask, token_size, channel_gate, scale, bits)
     out = results[0].transpose(1, 2)
     if aux is None:
@@ -190,6 +190,9 @@ def _check(op, q, k, v, key_mask, token_size, channel_gate) -> tuple[Tensor | No
     """Check the arguments; token_size and channel_gate in acc dtype."""
     check_tensor(op, "q", q, "B H N D")
     for name, t in (("k", k), ("v", v)):
+        if isinstance(t, Tensor) and t.layout == q.layout and not t.is_nested and t.device == q.device:
+            if t.dtype == q.dtype and t.shape == q.shape:
+                continue
         check_tensor(op, name, t, "B H N D", q)
         check_shape(op, name, t, tuple(q.shape))
         if t.dtype != q.dtype:
