@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 import p3b
 import p3b_ext
-from p3b.cli import Job, Progress, check_model_name, main
+from p3b.cli import Job, Progress, _parser, check_model_name, main
+from p3b.methods import METHODS
 from p3b.run import new_run_folder
 from p3b.state import load_state
 
@@ -116,6 +118,27 @@ def test_report_and_bench_read_the_folder(demo_run, capsys):
     assert main(["bench", str(demo_run), "--batch-size", "2", "--repeats", "1", "--threads", "1"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^pruned \+ p3b_ext +– +0\.151 ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "scores"])
+def test_batch_size_bounds_a_pass(demo_run, capsys, monkeypatch, command):
+    """No forward pass sees more images than that, and the result is that of larger passes."""
+    seen = []
+
+    def watched(*arguments, forward=VisionTransformer.forward):
+        seen.append(len(arguments[1]))
+        return forward(*arguments)
+
+    monkeypatch.setattr(VisionTransformer, "forward", watched)
+    flags = [] if command == "evaluate" else ["--scores", "cls", "--r", "4"]
+    shown = []
+    for size in ([], ["--batch-size", "7"]):
+        seen.clear()
+        assert main([command, str(demo_run), *flags, *size]) == 0
+        shown.append(capsys.readouterr().out)
+        assert max(seen) == (7 if size else 32)
+    assert shown[0] == shown[1]
+    assert "batch_size: number must be 1 or more, got 0" in fails(capsys, command, demo_run, "--batch-size", "0")
 
 
 def test_evaluate_on_other_images(demo_run, tmp_path, capsys):
@@ -332,10 +355,22 @@ def test_an_output_that_cannot_take_its_place_is_refused(tmp_path, capsys, monke
 
 
 def test_every_command_has_help(capsys):
-    for command in ("demo", "prune", "finetune", "evaluate", "report", "bench"):
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"p3b {p3b_ext.__version__}\n"
+    commands = _parser()._subparsers._group_actions[0].choices
+    assert len(commands) == 10
+    for command, parser in commands.items():
         assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
         assert "example: p3b " + command in text and "None" not in text
+        for action in parser._actions:
+            assert action.help and len(action.help) > 10, (command, action.dest)
+
+
+def test_the_methods_are_in_the_help(capsys):
+    assert main(["prune", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    named = re.search(r"--method TEXT (.*?)\. ", text)[1]
+    assert re.findall(r"[\w+-]+", named.partition(": ")[2]) == list(METHODS)
 
 
 def test_every_setting_is_a_flag_with_a_sentence(capsys):

@@ -171,6 +171,7 @@ def test_bench_of_a_run_with_its_own_images(run, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.md", "bench.png"]
     record = json.loads((out / "bench.json").read_text())
+    assert "of 4 x 3 x 16 x 16" in record["conditions"]
     rows = {row["name"]: row for row in record["rows"]}
     assert list(rows)[:4] == ["dense", "pruned", "dense + p3b_ext", "pruned + p3b_ext"] and len(rows) == 12
     reported = json.loads((run / "metrics.json").read_text())["rows"][1]
@@ -214,7 +215,9 @@ def test_bench_writes_nothing_unasked(run, tmp_path, capsys, monkeypatch):
         (["--reductions", "tome,pppt"], "got 'pppt'; did you mean ppt?"),
         (["--macs-ratio", "0.5,x"], "must hold numbers with commas between, got 'x'"),
         (["--macs-ratio", "0.001"], "macs_ratio must be at least"),
-        (["--macs-ratio", "-1"], "macs_ratio must be above 0, got -1.0"),
+        (["--macs-ratio", "-1"], "macs_ratio: shares must be in (0, 1], got -1.0"),
+        (["--macs-ratio", "0.9,2"], "macs_ratio: shares must be in (0, 1], got 2.0; half the multiplications are 0.5"),
+        (["--macs-ratio", "nan"], "macs_ratio: shares must be in (0, 1], got nan"),
         (["--batch-size", "0"], "batch_size: number must be 1 or more, got 0"),
         (["--repeats", "0"], "repeats: number must be 1 or more, got 0"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
@@ -295,6 +298,9 @@ def test_calibration_reads_training_images():
     data = create_data("digits", img_size=8, batch_size=16)
     batches = bench.calibration_batches(data)
     assert len(batches) == bench.CALIBRATION_BATCHES and batches[0].shape == (16, 1, 8, 8)
+    data.train.set_epoch(0)
+    smaller = bench.calibration_batches(data, 6)
+    assert max(map(len, smaller)) == 6 and torch.equal(torch.cat(smaller), torch.cat(batches))
 
 
 @pytest.mark.parametrize("command", ["bench", "visualize"])

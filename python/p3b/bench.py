@@ -33,6 +33,7 @@ RESULT, PAGE, PLOT = "bench.json", "bench.md", "bench.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE = "dense"
 OURS = " + p3b_ext"  # a model as timm runs it, but for our attention
+BATCH = 64  # images of a pass where nobody says how many
 CALIBRATION_BATCHES = 8
 # Of dense, pruned, and the reductions; distinct in hue and in lightness.
 STYLES = {"dense": ("#5f5e5a", "o"), "pruned": ("#2c2c2a", "D"), "ToMe": ("#185fa5", "s"), "PPT": ("#d85a30", "^")}
@@ -62,7 +63,7 @@ def compare(
     *,
     bases: Sequence[str] = (),
     trained: Mapping[str, Any] | None = None,
-    batch_size: int = 64,
+    batch_size: int = BATCH,
     repeats: int = 15,
     macs_ratios: Sequence[float] = (),
     prune_share: float | None = None,
@@ -75,14 +76,15 @@ def compare(
 
     names: of `reductions.NAMES`; "dense" adds nothing. loader: (images, labels) batches. bases: the models that lose
     tokens; default: the last. trained: the reduction that a model was trained under, which is a row of its own.
-    macs_ratios: bring each reduction to these shares of its model's multiplications, in place of published settings;
-    with several `bases` to these shares of the first one's, and one that costs less already, or cannot come down to
-    a share, goes without. prune_share and calibration: share of images that PPT prunes, and batches to find its
+    macs_ratios: bring each reduction to these shares, in (0, 1], of its model's multiplications, in place of published
+    settings; with several `bases` to these shares of the first one's, and one that costs less already, or cannot come
+    down to a share, goes without. prune_share and calibration: share of images that PPT prunes, and batches to find its
     threshold on (default: the first batch of the loader). unscored: models whose accuracy means nothing. runtimes: of
     `export.RUNTIMES`; every model, and every reduction (except by "compile"), runs in these as well: the same batch, as
     many threads, in turn with the others. step: called with what is being done and the number of steps in all. The
-    models share their weights.
+    models share their weights. ValueError for a share outside (0, 1].
     """
+    check_shares(macs_ratios)
     if calibration is None:
         calibration = [next(iter(loader))[0]]
     twins = {f"{name}{OURS}": p3b_ext.patch(_twin(model)) for name, model in models.items()}
@@ -132,11 +134,18 @@ def _chosen(
         return [p3b_ext.at_cost(base, ratio, first) for ratio in macs_ratios] or [first]
     chosen = []
     for ratio in macs_ratios:
-        share = (1 / ratio if ratio > 1 else ratio) * count_macs(whole) / count_macs(base)
+        share = ratio * count_macs(whole) / count_macs(base)
         if 0 < share < 1:
             with contextlib.suppress(ValueError):  # more than this reduction can do
                 chosen.append(p3b_ext.at_cost(base, share, first))
     return chosen
+
+
+def check_shares(macs_ratios: Sequence[float]) -> None:
+    """ValueError unless all are in (0, 1]."""
+    for ratio in macs_ratios:
+        if not 0 < ratio <= 1:
+            raise ValueError(f"macs_ratio: shares must be in (0, 1], got {ratio}; half the multiplications are 0.5")
 
 
 def models_and_data(
@@ -145,15 +154,15 @@ def models_and_data(
     *,
     device: torch.device,
     img_size: int = 0,
-    batch_size: int = 64,
-    data_root: str | None = None,
+    batch_size: int | None = None,
+    root: str | None = None,
     workers: int = 0,
 ) -> tuple[dict[str, VisionTransformer], Data | None, tuple[str, ...], dict[str, Any]]:
     """The models of a run folder (dense shape and pruned) or of timm, the data, the models without an accuracy, and the
     reductions that models were trained under.
 
-    data_source: as `create_data`, or "run" for a run's own images; None or "": no data. Without data the weights of a
-    timm model are random, which changes no cost.
+    data_source: as `create_data`, or "run" for a run's own images; None or "": no data. batch_size: of the validation
+    images; None: a run's own. Without data the weights of a timm model are random, which changes no cost.
     """
     from .cli import Job, check_model_name, create_model, run_data
 
@@ -166,7 +175,7 @@ def models_and_data(
         data = None
         if data_source:
             source = None if data_source == "run" else data_source
-            data = run_data(meta, source, root=data_root, workers=workers, device=device)
+            data = run_data(meta, source, root=root, workers=workers, device=device, batch_size=batch_size)
         return models, data, (DENSE,), trained  # the dense model's weights were not kept
     check_model_name(name)
     if not data_source:
@@ -175,10 +184,10 @@ def models_and_data(
     normal = timm.get_pretrained_cfg(name)
     settings = dict(
         img_size=img_size or normal.input_size[1:],
-        root=data_root,
+        root=root,
         workers=workers,
         device=device,
-        batch_size=batch_size,
+        batch_size=BATCH,
     )
     data = create_data(data_source, **settings)
     if data.num_classes != normal.num_classes:
@@ -188,11 +197,17 @@ def models_and_data(
         )
     if data.in_chans == 3:  # the weights expect the colours they were trained on
         data = create_data(data_source, mean=normal.mean, std=normal.std, **settings)
-    return {DENSE: p3b_ext.unpatch(create_model(Job(model=name), data))}, data, (), {}
+    return {DENSE: p3b_ext.unpatch(create_model(Job(model=name), data))}, data.validated_in(batch_size), (), {}
 
 
 def several_runs(
-    folders: Sequence[str], data_source: str | None, *, device: torch.device, data_root: str | None, workers: int
+    folders: Sequence[str],
+    data_source: str | None,
+    *,
+    device: torch.device,
+    root: str | None = None,
+    workers: int = 0,
+    batch_size: int | None = None,
 ) -> tuple[dict[str, VisionTransformer], Data | None, dict[str, Any]]:
     """The models of several runs on the same images, by the names of their folders, those images, and the reductions
     that models were trained under.
@@ -221,7 +236,7 @@ def several_runs(
     data = None
     if data_source:
         source = None if data_source == "run" else data_source
-        data = run_data(first, source, root=data_root, workers=workers, device=device)
+        data = run_data(first, source, root=root, workers=workers, device=device, batch_size=batch_size)
     trained = _trained_under(models)
     return {name: p3b_ext.unpatch(model) for name, model in models.items()}, data, trained
 
@@ -231,9 +246,10 @@ def _trained_under(models: Mapping[str, nn.Module]) -> dict[str, Any]:
     return {name: record.reduction for name, record in records.items() if record is not None and record.reduction}
 
 
-def calibration_batches(data: Data) -> list[Tensor]:
-    """A few batches of the training images, to find PPT's threshold on."""
-    return [images for images, _ in itertools.islice(data.train, CALIBRATION_BATCHES)]
+def calibration_batches(data: Data, batch_size: int | None = None) -> list[Tensor]:
+    """A few batches of the training images, to find PPT's threshold on; the same images whatever the batch_size."""
+    batches = [images for images, _ in itertools.islice(data.train, CALIBRATION_BATCHES)]
+    return [part for images in batches for part in images.split(batch_size or len(images))]
 
 
 def write(folder: Path, found: Comparison, *, title: str, conditions: str, command: str) -> None:

@@ -69,7 +69,8 @@ LESS_MEMORY = {  # command -> remedy for a machine without enough
     "export": "a smaller --batch needs less",
 }
 LESS_MEMORY["finetune"] = LESS_MEMORY["prune"]
-LESS_MEMORY |= dict.fromkeys(("evaluate", "scores", "visualize"), "another --device may have more")
+LESS_MEMORY |= dict.fromkeys(("evaluate", "scores"), LESS_MEMORY["bench"])
+LESS_MEMORY["visualize"] = "another --device may have more"
 
 
 @dataclass
@@ -77,9 +78,11 @@ class Job:
     """What is trained on what, and where the result goes."""
 
     model: str = ""
-    """timm's name of a ViT or DeiT, or the folder of an earlier run, whose model is taken further."""
+    """timm's name of a ViT or DeiT (deit_small_patch16_224), or the folder of an earlier run, whose model is taken
+    further."""
     data: str = ""
-    """Image folder (train/CLASS/*.jpg and val/, or CLASS/*.jpg), .npz file, "digits", or a name timm reads."""
+    """Image folder (train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg), .npz file (x_train, y_train, x_test,
+    y_test), "digits", or a name that timm reads (torch/cifar100, hfds/user/name)."""
     output: str = ""
     """New folder for the result; one that holds files already is refused, never overwritten."""
     pretrained: bool = True
@@ -93,7 +96,8 @@ class Job:
     batch_size: int = 64
     """Images per training step."""
     workers: int = -1
-    """Processes that decode image files; -1: one for each core but one with a GPU, none without."""
+    """Processes that decode image files; 0: training does it itself; -1: one for each core but one beside a GPU, none
+    on a CPU."""
     augment: str = "light"
     """Augmentation of training images: none, light (crop or shift, flip) or strong (RandAugment, random erasing)."""
     auto_augment: str = "rand-m9-mstd0.5-inc1"
@@ -123,7 +127,8 @@ class Job:
     reduction: str = ""
     """Token reduction that the model is pruned under and keeps: tome, ppt, evit or topk; nothing keeps all tokens."""
     reduction_settings: dict = dataclasses.field(default_factory=dict)
-    """Its settings in place of the published ones, as JSON: {"r": 8, "blocks": [3, 6, 9], "prune_share": 0.5}."""
+    """Its settings in place of the published ones (r, keep_rate, blocks counted from 0, score, threshold, prune_share),
+    as JSON: {"r": 8, "blocks": [3, 6, 9], "prune_share": 0.5}."""
     teacher: str = ""
     """Folder of a run whose model fine-tuning asks too, with the weight --distill; prune makes its own by default."""
     tensorboard: bool = False
@@ -319,9 +324,10 @@ def _reduction(job: Job, model: nn.Module, data: Data) -> Any:
 
 def _evaluate(options: argparse.Namespace) -> None:
     _threads(options.threads)
+    _check_counts(options, "batch_size")
     model, meta = load_run(options.folder)
     device = _device(options.device)
-    data = run_data(meta, options.data, root=options.data_root, workers=options.workers, device=device)
+    data = run_data(meta, options.data, **_data_flags(options, device), batch_size=options.batch_size)
     found = evaluate(model.to(device), data.val)
     print(f"top-1 {found['top1']:.2f} %   top-5 {found['top5']:.2f} %   loss {found['loss']:.4f}   ", end="")
     print(f"({found['images']:,} images of {data.description})")
@@ -339,20 +345,22 @@ def _bench(options: argparse.Namespace) -> None:
 
     _threads(options.threads)
     device, dtype = _device(options.device), bench.DTYPES[options.dtype]
-    for name in ("batch_size", "repeats"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name}: number must be 1 or more, got {getattr(options, name)}")
+    _check_counts(options, "batch_size", "repeats")
     runtimes = _listed(options.runtimes)
     check_runtimes(runtimes, device, dtype)
-    where = dict(device=device, data_root=options.data_root, workers=options.workers)
+    macs_ratios = [_number("macs_ratio", text) for text in _listed(options.macs_ratio)]
+    bench.check_shares(macs_ratios)
+    where = _data_flags(options, device) | dict(batch_size=options.batch_size)
+    batch_size = options.batch_size or bench.BATCH
     if len(options.model) > 1:
         if options.img_size:
             raise ValueError(f"img_size: flag must be left out for the folders of runs, got {options.img_size}")
         models, data, trained = bench.several_runs(options.model, options.data, **where)
         bases, unscored = list(models), ()
     else:
-        settings = dict(img_size=options.img_size, batch_size=options.batch_size)
-        models, data, unscored, trained = bench.models_and_data(*options.model, options.data, **where, **settings)
+        models, data, unscored, trained = bench.models_and_data(
+            *options.model, options.data, **where, img_size=options.img_size
+        )
         bases = list(models)[-1:]
     for model in models.values():
         model.to(device, dtype)
@@ -362,11 +370,11 @@ def _bench(options: argparse.Namespace) -> None:
         names = [name for name in reductions.NAMES if classed or name != "evit"]
     size = (base.patch_embed.proj.in_channels, *base.patch_embed.img_size)
     if data is None:
-        images = torch.randn(options.batch_size, *size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0))
         loader, calibration = [(images, None)], [images]
         unscored = tuple(models)
     else:
-        loader, calibration = data.val, bench.calibration_batches(data)
+        loader, calibration = data.val, bench.calibration_batches(data, options.batch_size)
     with _writing(options.output) as folder, _steps("bench") as step:
         found = bench.compare(
             models,
@@ -374,16 +382,16 @@ def _bench(options: argparse.Namespace) -> None:
             loader,
             bases=bases,
             trained=trained,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             repeats=options.repeats,
-            macs_ratios=[_number("macs_ratio", text) for text in _listed(options.macs_ratio)],
+            macs_ratios=macs_ratios,
             prune_share=options.prune_share,
             calibration=calibration,
             unscored=unscored,
             runtimes=runtimes,
             step=step,
         )
-        how = conditions((options.batch_size, *size), device, dtype)
+        how = conditions((batch_size, *size), device, dtype)
         others = [f"{name} {importlib.metadata.version(name)}" for name in runtimes if name != "compile"]
         how += f" {', '.join(others)}, as many threads." if others else ""
         if data is not None:
@@ -406,9 +414,10 @@ def _scores(options: argparse.Namespace) -> None:
     from . import bench, scores
 
     _threads(options.threads)
+    _check_counts(options, "batch_size")
     device = _device(options.device)
     model, meta = load_run(options.folder)
-    data = run_data(meta, options.data, root=options.data_root, workers=options.workers, device=device)
+    data = run_data(meta, options.data, **_data_flags(options, device), batch_size=options.batch_size)
     with _writing(options.output) as folder, _steps("scores") as step:
         cases = scores.sweep(
             model.to(device),
@@ -418,7 +427,7 @@ def _scores(options: argparse.Namespace) -> None:
             rs=[_number("r", text, int) for text in _listed(options.r)],
             blocks=[_number("blocks", text, int) for text in _listed(options.blocks)] or None,
             prune_share=options.prune_share,
-            calibration=bench.calibration_batches(data),
+            calibration=bench.calibration_batches(data, options.batch_size),
             step=step,
         )
         shown = scores.tables(cases)
@@ -607,10 +616,24 @@ def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
     return create_model(job, data).to(device), data, False
 
 
+def _data_flags(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What the flags say about reading images."""
+    return dict(root=options.data_root, workers=options.workers, device=device)
+
+
 def run_data(
-    meta: Mapping[str, Any], source: str | None, *, root: str | None, workers: int, device: torch.device
+    meta: Mapping[str, Any],
+    source: str | None,
+    *,
+    root: str | None,
+    workers: int,
+    device: torch.device,
+    batch_size: int | None = None,
 ) -> Data:
-    """The data of a run, or others read as the run's were; ValueError unless they have the model's classes."""
+    """The data of a run, or others read as the run's were; ValueError unless they have the model's classes.
+
+    batch_size: of the validation images; None: the run's.
+    """
     settings = dict(meta["data"])
     if source:
         settings |= dict(source=source, root=root or settings.get("root"))
@@ -623,7 +646,7 @@ def run_data(
     if names[0] != names[1] and numbered not in names:
         own, other = (", ".join(some[:5]) + (", ..." if len(some) > 5 else "") for some in names)
         raise ValueError(f"data: classes must be the model's ({own}), got {other}")
-    return data
+    return data.validated_in(batch_size)
 
 
 def check_model_name(name: str) -> None:
@@ -782,13 +805,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}{near} (see {self.prog} --help)\n")
 
 
+IMG_SIZE = "edge of the images in pixels, for a timm name (default: what it was trained with)"
+
+
 def _parser() -> argparse.ArgumentParser:
+    from .bench import BATCH
+    from .compare import comparisons
+
     parser = _Parser(
         prog="p3b",
         description="Make a Vision Transformer small for your own images: prune it by block benefit, fine-tune it, "
         "compare it with the dense model.",
-        epilog="start with: p3b demo",
+        epilog="start with: p3b demo; p3b COMMAND --help explains a command",
     )
+    parser.add_argument("--version", action="version", version=f"p3b {p3b_ext.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, run: Any, text: str, example: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -802,15 +832,37 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, parser=sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name != "report":
-            default = "1" if name == "demo" else "all cores"
-            sub.add_argument("--threads", type=int, default=0, metavar="N", help=f"CPU threads (default: {default})")
+            text = {
+                "demo": "CPU threads (default: 1)",
+                "compare": "CPU threads of each run (default: 1; beside GPUs an equal share of the cores)",
+            }.get(name, "CPU threads (default: all cores)")
+            sub.add_argument("--threads", type=int, default=0, metavar="N", help=text)
         return sub
+
+    def device_flag(sub: argparse.ArgumentParser) -> None:
+        text = "auto, cpu, cuda, cuda:1, ... (default: auto, a GPU where there is one)"
+        sub.add_argument("--device", default="auto", metavar="NAME", help=text)
+
+    def image_flags(sub: argparse.ArgumentParser, text: str) -> None:
+        sub.add_argument("--data", metavar="SOURCE", help=text)
+        sub.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")
+        text = "processes that decode image files (default: 0, the command itself does)"
+        sub.add_argument("--workers", type=int, default=0, metavar="N", help=text)
+
+    def batch_flag(sub: argparse.ArgumentParser, default: str) -> None:
+        sub.add_argument("--batch-size", type=int, metavar="N", help=f"images per pass (default: {default})")
+
+    of_run = "folder of a run (the --output of p3b prune or finetune)"
+    other_images = "other images than the run's own, named as for p3b prune; read at the same size"
+    dtypes = dict(default="float32", choices=("float32", "bfloat16", "float16"))
+    dtypes["help"] = "of weights and images (default: float32)"
 
     demo = command("demo", _demo, "the whole method on scikit-learn's digits, in minutes on two cores", "p3b demo")
     demo.add_argument(
         "--output", metavar="DIR", help="new folder for the result (default: runs/demo, runs/demo-2, ...)"
     )
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same accuracies and masks")
+    text = "same seed, same accuracies and masks (default: 0)"
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help=text)
     demo.add_argument("--quick", action="store_true", help="a few seconds: everything runs, nothing is learnt")
 
     prune = command(
@@ -838,18 +890,20 @@ def _parser() -> argparse.ArgumentParser:
         _add_flags(sub, "how", Config)
 
     evaluate = command(
-        "evaluate", _evaluate, "accuracy of a run's model", "p3b evaluate runs/photos --data other_photos/"
+        "evaluate",
+        _evaluate,
+        "accuracy (top-1, top-5) and loss of a run's model on its validation images, or on others",
+        "p3b evaluate runs/photos --data other_photos/",
     )
-    evaluate.add_argument("folder", metavar="FOLDER", help="folder of a run")
-    evaluate.add_argument("--data", metavar="SOURCE", help="other images than the run's own (read at the same size)")
-    evaluate.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")
-    evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode image files")
-    evaluate.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:1, ...")
+    evaluate.add_argument("folder", metavar="FOLDER", help=of_run)
+    image_flags(evaluate, other_images)
+    batch_flag(evaluate, "the run's")
+    device_flag(evaluate)
 
     report = command(
         "report", _report, "write report.md and its pictures again from a run's records", "p3b report runs/photos"
     )
-    report.add_argument("folder", metavar="FOLDER", help="folder of a run")
+    report.add_argument("folder", metavar="FOLDER", help=of_run)
 
     bench = command(
         "bench",
@@ -861,14 +915,17 @@ def _parser() -> argparse.ArgumentParser:
         "model", nargs="+", metavar="FOLDER|MODEL", help="folder of a run, or a timm name; or several folders of runs"
     )
     bench.add_argument(
-        "--reductions", default="", metavar="LIST", help="of tome,ppt,evit,topk (default: all; dense: none)"
+        "--reductions",
+        default="",
+        metavar="LIST",
+        help="token reductions to try, of tome,ppt,evit,topk (default: all; dense: none)",
     )
     bench.add_argument(
         "--macs-ratio",
         default="",
         metavar="LIST",
-        help="bring every reduction to these shares of the model's multiplications (of several: of the first one's), "
-        "as 0.8,0.65,0.5, in place of the published settings",
+        help="bring every reduction to these shares, in (0, 1], of the model's multiplications (of several: of the "
+        "first one's), as 0.8,0.65,0.5, in place of the published settings",
     )
     bench.add_argument(
         "--runtimes",
@@ -876,16 +933,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="time the models also in these: onnxruntime,openvino,compile (torch.compile)",
     )
-    bench.add_argument("--data", metavar="SOURCE", help="images to measure accuracy on; run: the run's own")
-    bench.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")
-    bench.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode image files")
-    bench.add_argument("--output", metavar="DIR", help="new folder for the table (markdown and JSON) and a plot")
-    bench.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per pass (default: 64)")
-    bench.add_argument("--img-size", type=int, default=0, metavar="N", help="edge in pixels, for a timm name")
+    image_flags(bench, "images to measure accuracy on; run: the run's own (default: none, costs alone)")
+    text = "new folder for the table (markdown and JSON) and a plot (default: print only)"
+    bench.add_argument("--output", metavar="DIR", help=text)
+    batch_flag(bench, f"{BATCH}, and the run's where accuracy is measured")
+    bench.add_argument("--img-size", type=int, default=0, metavar="N", help=IMG_SIZE)
     bench.add_argument("--repeats", type=int, default=15, metavar="N", help="timed passes of each model (default: 15)")
-    bench.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and images"
-    )
+    bench.add_argument("--dtype", **dtypes)
 
     scores = command(
         "scores",
@@ -893,30 +947,40 @@ def _parser() -> argparse.ArgumentParser:
         "token scores on a run's model: pruning, merging and PPT by each of them, at several costs",
         "p3b scores runs/photos --output runs/photos-scores",
     )
-    scores.add_argument("folder", metavar="FOLDER", help="folder of a run")
+    scores.add_argument("folder", metavar="FOLDER", help=of_run)
     scores.add_argument(
         "--scores",
         default="",
         metavar="LIST",
-        help="of cls_value,entropy_value,cls (default: these; without class token entropy_value,received), to_cls",
+        help="scores to try, of cls_value,entropy_value,cls,to_cls,received (default: the first three; for a model "
+        "without class token entropy_value,received)",
     )
-    scores.add_argument("--modes", default="", metavar="LIST", help="of prune,merge,ppt (default: all)")
+    scores.add_argument(
+        "--modes",
+        default="",
+        metavar="LIST",
+        help="of prune (the lowest scores go), merge (similar tokens, no score), ppt (either, image by image) "
+        "(default: all)",
+    )
     scores.add_argument(
         "--r",
         default="",
         metavar="LIST",
-        help="tokens that a block loses (default: 50 of 196 in proportion; 2/3, 1/3)",
+        help="tokens that each of the blocks loses, as 16,33,50 (default: 50 of 196 patches, as many in proportion of "
+        "others, and a third and two thirds of it)",
     )
     scores.add_argument(
-        "--blocks", default="", metavar="LIST", help="blocks that lose tokens (default: at 1/4, 1/2, 3/4)"
+        "--blocks",
+        default="",
+        metavar="LIST",
+        help="blocks that lose tokens, counted from 0, as 3,6,9 (default: at 1/4, 1/2 and 3/4 of the depth)",
     )
-    scores.add_argument(
-        "--prune-share", type=float, default=0.5, metavar="X", help="share of images that PPT prunes (default: 0.5)"
-    )
-    scores.add_argument("--data", metavar="SOURCE", help="other images than the run's own (read at the same size)")
-    scores.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")
-    scores.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode image files")
-    scores.add_argument("--output", metavar="DIR", help="new folder for the tables (markdown and JSON) and a plot")
+    text = "share, in [0, 1], of the images that ppt prunes; it merges in the others (default: 0.5)"
+    scores.add_argument("--prune-share", type=float, default=0.5, metavar="X", help=text)
+    image_flags(scores, other_images)
+    batch_flag(scores, "the run's")
+    text = "new folder for the tables (markdown and JSON) and a plot (default: print only)"
+    scores.add_argument("--output", metavar="DIR", help=text)
 
     compare = command(
         "compare",
@@ -924,7 +988,8 @@ def _parser() -> argparse.ArgumentParser:
         "compare pruning methods on one task, over ratios and seeds: the table and the plots",
         "p3b compare fashion-5k --source mnist.npz --data fashion_mnist.npz --output runs/fashion",
     )
-    compare.add_argument("config", metavar="CONFIG", help="TOML file of a comparison, or the name of one that ships")
+    text = f"TOML file of a comparison, or the name of one that ships with p3b: {', '.join(comparisons())}"
+    compare.add_argument("config", metavar="CONFIG", help=text)
     compare.add_argument(
         "--output", required=True, metavar="DIR", help="new folder, or that of a comparison to go on with"
     )
@@ -932,11 +997,11 @@ def _parser() -> argparse.ArgumentParser:
         "--source", metavar="SOURCE", help="images that the models learn first, in place of the file's"
     )
     compare.add_argument("--data", metavar="SOURCE", help="images that they are pruned on, in place of the file's")
-    for name in ("methods", "ratios", "seeds"):
-        compare.add_argument(f"--{name}", default="", metavar="LIST", help=f"only these {name}, in place of the file's")
-    compare.add_argument(
-        "--jobs", type=int, default=0, metavar="N", help="runs at a time (default: one for each GPU, or each core)"
-    )
+    for name, some in (("methods", "p3b,taylor"), ("ratios", "0.5,0.75"), ("seeds", "0,1,2")):
+        text = f"only these {name}, as {some}, in place of the file's"
+        compare.add_argument(f"--{name}", default="", metavar="LIST", help=text)
+    text = "runs at a time (default: one for each GPU, else the cores divided by --threads)"
+    compare.add_argument("--jobs", type=int, default=0, metavar="N", help=text)
 
     visualize = command(
         "visualize",
@@ -946,7 +1011,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     visualize.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     visualize.add_argument("--model", required=True, metavar="NAME|FOLDER", help="a timm name, or the folder of a run")
-    visualize.add_argument("--output", required=True, metavar="DIR", help="new folder for one PNG an image")
+    visualize.add_argument("--output", required=True, metavar="DIR", help="new folder for one PNG of each image")
     visualize.add_argument(
         "--reduction", default="tome", metavar="NAME", help="tome, ppt, evit or topk (default: tome)"
     )
@@ -963,42 +1028,45 @@ def _parser() -> argparse.ArgumentParser:
     sizes = export.add_mutually_exclusive_group()
     sizes.add_argument("--batch", type=int, metavar="N", help="the one number of images that the file takes")
     sizes.add_argument("--dynamic-batch", action="store_true", help="the file takes any number of images (default)")
+    export.add_argument("--dtype", **dtypes)
+    image_flags(export, "images to check the file on as well; run: the run's own (default: random ones alone)")
     export.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights and images"
-    )
-    export.add_argument("--data", metavar="SOURCE", help="images to check the file on as well; run: the run's own")
-    export.add_argument("--data-root", metavar="DIR", help="folder of the data sets that timm reads by name")
-    export.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode image files")
-    export.add_argument(
-        "--reduction", default="", metavar="NAME", help="lose tokens on the way: tome, ppt, evit or topk"
+        "--reduction",
+        default="",
+        metavar="NAME",
+        help="lose tokens on the way: tome, ppt, evit or topk (default: as the run was trained)",
     )
     for sub in (visualize, export):
         _add_reduction_flags(sub)
     for sub in (bench, visualize, export):
-        sub.add_argument(
-            "--prune-share", type=float, metavar="X", help="find ppt's threshold so that it prunes this share"
-        )
+        text = "find ppt's threshold so that it prunes this share, in [0, 1], of the images (default: published)"
+        sub.add_argument("--prune-share", type=float, metavar="X", help=text)
     for sub in (bench, visualize, scores):
-        sub.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda, cuda:1, ...")
+        device_flag(sub)
     return parser
 
 
 def _add_reduction_flags(parser: argparse.ArgumentParser) -> None:
     """The settings of --reduction, and where a timm model comes from."""
-    parser.add_argument("--r", type=int, metavar="N", help="tokens to lose in a block (tome, ppt)")
+    text = "tokens that each of the blocks loses (tome, ppt; default: the published 13 and 50, scaled to the model)"
+    parser.add_argument("--r", type=int, metavar="N", help=text)
+    text = "share, in (0, 1], of the tokens that stay in each of the blocks (evit, topk; default: 0.7)"
+    parser.add_argument("--keep-rate", type=float, metavar="X", help=text)
+    text = "blocks that lose tokens, counted from 0, as 3,6,9 (default: tome all, else at 1/4, 1/2, 3/4 of the depth)"
+    parser.add_argument("--blocks", default="", metavar="LIST", help=text)
     parser.add_argument(
-        "--keep-rate", type=float, metavar="X", help="share of the tokens that stay in a block (evit, topk)"
+        "--score",
+        metavar="NAME",
+        help="what ranks tokens (ppt, topk): cls_value, entropy_value, cls, to_cls or received (default: cls_value; "
+        "for a model without class token received)",
     )
-    parser.add_argument("--blocks", default="", metavar="LIST", help="blocks that lose tokens, as 3,6,9")
-    parser.add_argument(
-        "--score", metavar="NAME", help="what ranks tokens (ppt, topk): cls_value, entropy_value, cls, ..."
-    )
-    parser.add_argument(
-        "--threshold", type=float, metavar="X", help="variance of scores from which on ppt prunes an image"
-    )
-    parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="timm's weights")
-    parser.add_argument("--checkpoint", default="", metavar="FILE", help="these weights for a timm model instead")
-    parser.add_argument("--img-size", type=int, default=0, metavar="N", help="edge in pixels, for a timm name")
+    text = "variance of an image's scores (their sum is 1) from which on ppt prunes it (default: 7e-5, for 196 patches)"
+    parser.add_argument("--threshold", type=float, metavar="X", help=text)
+    text = "timm's pre-trained weights, for a timm name (default: yes)"
+    parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "these weights for a timm name instead: a .safetensors or PyTorch file"
+    parser.add_argument("--checkpoint", default="", metavar="FILE", help=text)
+    parser.add_argument("--img-size", type=int, default=0, metavar="N", help=IMG_SIZE)
 
 
 class Progress:
@@ -1087,6 +1155,14 @@ def _writing(output: str | None) -> contextlib.AbstractContextManager[Path | Non
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_counts(options: argparse.Namespace, *names: str) -> None:
+    """ValueError for the first of these flags that is given and below 1."""
+    for name in names:
+        count = getattr(options, name)
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: number must be 1 or more, got {count}")
 
 
 def _number(name: str, text: str, kind: type = float) -> Any:

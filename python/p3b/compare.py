@@ -127,8 +127,13 @@ class Task:
                 setattr(self, name, _built(Stage, stage, f"[{name}]"))
         for name in ("methods", "ratios", "seeds"):
             values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
+            if not values or len(set(map(repr, values))) != len(values):
                 raise ValueError(f"compare: {name} must be a list without repeats, got {values!r}")
+        for ratio in self.ratios:
+            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+                raise TypeError(f"compare: ratios must be numbers, got {ratio!r}")
+        if len({_short(ratio) for ratio in self.ratios}) != len(self.ratios):
+            raise ValueError(f"compare: ratios must differ in their first six digits, got {self.ratios!r}")
         named = [name for name, given in self.settings.items() if "method" in given and name not in (*METHODS, DENSE)]
         for name in named:
             if not re.fullmatch(r"[\w+][\w+.-]*", name, re.ASCII) or name == SOURCE:
@@ -219,10 +224,15 @@ class Task:
                     name = f"{DENSE}-s{seed}"
                 else:
                     Config.from_dict(config)
-                    epochs, name = None, f"{method}-{ratio:g}-s{seed}"
+                    epochs, name = None, f"{method}-{_short(ratio)}-s{seed}"
                 spec = common | dict(stage=stage, config=config, epochs=epochs, source=before)
                 jobs.append(Job(name, method, ratio, seed, spec))
         return jobs
+
+
+def _short(ratio: float) -> str:
+    """A ratio as the names of jobs have it."""
+    return f"{ratio:g}"
 
 
 def _resolved(stage: Stage) -> dict[str, Any]:

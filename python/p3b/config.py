@@ -25,7 +25,8 @@ class Config:
     """
 
     method: str = "p3b"
-    """What decides which channels stay: "p3b", "p3b+" or one of its rivals (p3b.methods.METHODS)."""
+    """What decides which channels stay: p3b, p3b+, uniform, random, magnitude-l1, magnitude-l2, taylor, vtp, wdpruning,
+    savit, isomorphic. (p3b+: p3b with its improved defaults; the others are rivals.)"""
     prune_ratio: float = 0.5
     """Share of the model's cost (all of it, what lies outside the blocks included) that the pruned model
     gives up, in (0, 1)."""
@@ -57,8 +58,8 @@ class Config:
     gamma: float = 0.2
     """Weight of the newest importance in its running mean, in (0, 1]."""
     momentum: str = "published"
-    """"published" divides by the parameters kept so far and averages; "sqrt" goes to the fixed point of that
-    rule, sqrt(f / w), at once."""
+    """How benefit becomes importance: "published" divides it by the parameters kept so far and averages; "sqrt" goes at
+    once to the fixed point of that rule, the square root of benefit over size."""
     temperature: float = 10.0
     """Upper end T of the smooth clamp that turns benefit into importance."""
     min_kept_share: float = 0.05
@@ -98,7 +99,7 @@ class Config:
     probe_share: float = 1.0
     """Share of each batch that the probes read and learn from, in (0, 1]."""
     probe_every: int = 1
-    """The probes read every how-manieth step."""
+    """The probes read the stream and learn in one step of this many; 1: in every step."""
     probe_lr: float = 5e-4
     """Learning rate of the probes, constant. Patch probes other than "conv" learn at ten times this rate, which makes
     their benefit agree with its own (docs/results/probes.md)."""
@@ -106,7 +107,7 @@ class Config:
     """Weight decay of the probes' weights."""
 
     opt: str = "adamw"
-    """Optimizer of the model, a name that timm's create_optimizer_v2 knows."""
+    """Optimizer of the model, a name that timm's create_optimizer_v2 knows: adamw, sgd, lamb, lion, ..."""
     lr: float = 5e-4
     """Learning rate of the prune run, constant."""
     weight_decay: float = 0.05
@@ -115,7 +116,7 @@ class Config:
     """Peak learning rate of fine-tuning."""
     schedule: str = "one-cycle"
     """Learning rate over fine-tuning: "one-cycle" (10 % warm-up, then cosine to zero), "cosine" or
-    "constant"."""
+    "constant". (The prune run's is constant.)"""
     label_smoothing: float = 0.1
     """Smoothing of integer labels, in [0, 1); soft targets are taken as they come."""
     mixup: float = 0.0

@@ -68,6 +68,10 @@ class Data:
         """The same data as process `rank` of `world` reads it; `part(0, 1)` is all of it."""
         return dataclasses.replace(self, train=self.train.part(rank, world), val=self.val.part(rank, world))
 
+    def validated_in(self, batch_size: int | None) -> Data:
+        """The same data with validation images in batches of this size; None: as they are."""
+        return self if batch_size is None else dataclasses.replace(self, val=self.val.sized(batch_size))
+
 
 def create_data(
     source: str | os.PathLike[str],
@@ -245,6 +249,13 @@ class Loader:
             raise ValueError(f"data: batch_size must be {wanted}, got {self.batch_size}")
         loader = copy.copy(self)
         loader.rank, loader.world = rank, world
+        return loader
+
+    def sized(self, batch_size: int) -> Loader:
+        """The same images in batches of another size. (Those of validation: what is drawn for training images depends
+        on their batch.)"""
+        loader = self.part(self.rank, self.world)
+        loader.batch_size = batch_size
         return loader
 
     def _order(self, generator: torch.Generator) -> Tensor:
