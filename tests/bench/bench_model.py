@@ -45,13 +45,14 @@ LARGEST_ERROR = 2e-3  # of the logits in float32, relative to their largest; a b
 
 class PlainToMe(nn.Module):
     """ToMe in plain PyTorch (methods: Bolya et al.): matching and merging by gather and scatter, proportional attention
-    as a float mask through scaled_dot_product_attention, which is faster than the published softmax by hand."""
+    as a float mask through scaled_dot_product_attention, which on a CPU is faster than the published softmax by hand
+    (fused=False)."""
 
-    def __init__(self, model: nn.Module, r: int) -> None:
+    def __init__(self, model: nn.Module, r: int, fused: bool = True) -> None:
         super().__init__()
         if model.num_prefix_tokens != 1:
             raise ValueError(f"bench_model: model must have one prefix token, got {model.num_prefix_tokens}")
-        self.model, self.r = model, r
+        self.model, self.r, self.fused = model, r, fused
 
     def forward(self, x: Tensor) -> Tensor:
         model = self.model
@@ -69,8 +70,13 @@ class PlainToMe(nn.Module):
         batch, n, channels = x.shape
         q, k, v = attn.qkv(x).reshape(batch, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None if size is None else size.log()[:, None, None, :].to(q.dtype)
-        y = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, attn_mask=mask, scale=attn.scale)
-        return attn.proj(y.transpose(1, 2).reshape(batch, n, channels)), k.mean(1)
+        q, metric, k = attn.q_norm(q), k.mean(1), attn.k_norm(k)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale)
+        else:
+            logits = (q * attn.scale) @ k.transpose(-2, -1)
+            y = (logits if mask is None else logits + mask).softmax(-1) @ v
+        return attn.proj(y.transpose(1, 2).reshape(batch, n, channels)), metric
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """Kernels and whole models on a GPU beside the strongest alternatives.
 
-    bench.py {attention,tokens,models,training} --output FILE
+    bench.py {attention,tokens,models,training,compiled} --output FILE
 
 A case is timed in CUDA graphs: cold, over sets of buffers that together exceed twice the L2 cache, and warm, over one.
 The figure is the median of several replays, per call. Copy bandwidth and bf16 rate are measured in the same run;
@@ -9,7 +9,6 @@ its reason.
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import json
@@ -27,6 +26,11 @@ import p3b_ext
 from p3b_ext.ops.merge import match_tokens, merge_tokens
 from p3b_ext.ops.select import keep_tokens, select_tokens, topk_tokens
 from p3b_ext.plan import plan_ppt, score_spread
+from p3b_ext.tuning import count_macs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from bench_merge import tome
+from bench_model import PlainToMe, twin
 
 Call = Callable[[], object]
 ALL_AUX = ("lse", "cls_attention", "entropy", "value_norm")
@@ -91,8 +95,20 @@ class Bench:
         self.rate = 2 * n**3 / self.time([lambda: a @ b])
         print(f"copy {self.bandwidth / 1e12:.2f} TB/s, bf16 product {self.rate / 1e12:.0f} TFLOP/s", flush=True)
 
-    def compare(self, case: str, sets: list, ours: dict, baselines: dict, bytes_: float, flops: float = 0.0) -> None:
-        """Time functions of one set of buffers; sets are rotated where cold."""
+    def compare(
+        self,
+        case: str,
+        sets: list,
+        ours: dict,
+        baselines: dict,
+        bytes_: float,
+        flops: float = 0.0,
+        plain: dict[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Time functions of one set of buffers; sets are rotated where cold. Returns the cold times of ours.
+
+        Ours are named "backend" or "backend + features"; `over_plain` relates the latter to the former, or to `plain`.
+        """
         bound = max(bytes_ / self.bandwidth, flops / self.rate)
         found: list[dict] = []
         for what, make in [*ours.items(), *baselines.items()]:
@@ -112,8 +128,14 @@ class Bench:
         for row in found:
             if row["ours"] and best and row.get("cold_us"):
                 row["times_best_baseline"] = round(best / row["cold_us"], 3)
+        times = {r["what"]: r["cold_us"] for r in found if r["ours"] and "cold_us" in r}
+        for row in found:
+            base = (plain or times).get(row["what"].split(" + ")[0])
+            if row["what"] in times and base and (plain or " + " in row["what"]):
+                row["over_plain"] = round(row["cold_us"] / base, 3)
             print(row, flush=True)
         self.add(found)
+        return times
 
     def add(self, rows: list) -> None:
         """Keep rows, and write all so far: a stage that runs out of time is killed."""
@@ -217,12 +239,12 @@ def attention_case(bench: Bench, B: int, H: int, N: int, D: int) -> None:
     ours = {b: plain(b) for b in bench.native} | {f"{b} + 4 side outputs": with_aux(b) for b in bench.native}
     base = {n: lambda s, kind=kind: sdpa(kind, *s["x"]) for n, kind in kinds.items()}
     base |= {"flex": lambda s: flex(*s["x"]), "eager": lambda s: eager(*s["x"])}
-    bench.compare(f"{case} forward", sets, ours, base, 4 * tensor, flops)
+    times = bench.compare(f"{case} forward", sets, ours, base, 4 * tensor, flops)
 
     ours = {b: with_sizes(b) for b in bench.native}
     base = {n: lambda s, kind=kind: sdpa(kind, *s["x"], s["bias"]) for n, kind in kinds.items()}
     base |= {"flex": lambda s: flex(*s["x"], s["log_size"]), "eager": lambda s: eager(*s["x"], s["bias"])}
-    bench.compare(f"{case} forward, sizes", sets, ours, base, 4 * tensor, flops)
+    bench.compare(f"{case} forward, sizes", sets, ours, base, 4 * tensor, flops, times)
 
     ours = {b: gradients(b) for b in bench.native}
     ours |= {f"{b} + gate gradients": gate_gradients(b) for b in bench.native}
@@ -234,25 +256,6 @@ def attention_case(bench: Bench, B: int, H: int, N: int, D: int) -> None:
     bench.compare(f"{case} backward", sets, ours, base, 8 * tensor, 2.5 * flops)
 
 
-def tome_in_pytorch(metric: torch.Tensor, x: torch.Tensor, size: torch.Tensor, r: int):
-    """Bipartite matching and merging in PyTorch's own operations, as a user writes the published formulas."""
-    m = metric / metric.norm(dim=-1, keepdim=True)
-    scores = m[:, ::2] @ m[:, 1::2].transpose(-1, -2)
-    scores[:, 0] = -torch.inf
-    best, partner = scores.max(-1)
-    order = best.argsort(-1, descending=True)
-    merged, kept = order[:, :r, None], order[:, r:, None].sort(1).values
-    target = partner[..., None].gather(1, merged)
-
-    def combine(t):
-        a, b, c = t[:, ::2], t[:, 1::2], t.shape[-1]
-        b = b.scatter_reduce(1, target.expand(-1, -1, c), a.gather(1, merged.expand(-1, -1, c)), "sum")
-        return torch.cat([a.gather(1, kept.expand(-1, -1, c)), b], 1)
-
-    total = combine(size[..., None])
-    return combine(x * size[..., None].to(x.dtype)) / total.to(x.dtype), total
-
-
 def tokens(bench: Bench) -> None:
     for shape in [(2, 17, 16, 3)] if bench.quick else [(256, 197, 768, 16), (256, 197, 384, 13)]:
         tokens_case(bench, *shape)
@@ -260,7 +263,7 @@ def tokens(bench: Bench) -> None:
 
 def tokens_case(bench: Bench, B: int, N: int, C: int, r: int) -> None:
     M, K = N - r, 1 + (N - 1) * 7 // 10
-    compiled = torch.compile(tome_in_pytorch, dynamic=False)
+    compiled = torch.compile(tome, dynamic=False)
 
     def make() -> dict:
         x = torch.randn(B, N, C, device=bench.device, dtype=torch.bfloat16)
@@ -305,13 +308,13 @@ def tokens_case(bench: Bench, B: int, N: int, C: int, r: int) -> None:
     bytes_ = 2.0 * B * C * (N + M)
     sets = bench.sets(bytes_, make)
     base = {
-        "PyTorch": lambda s: lambda: tome_in_pytorch(s["metric"], s["x"], s["size"], r),
-        "PyTorch compiled": lambda s: lambda: compiled(s["metric"], s["x"], s["size"], r),
+        "PyTorch": lambda s: lambda: tome(s["x"], s["metric"], s["size"], r),
+        "PyTorch compiled": lambda s: lambda: compiled(s["x"], s["metric"], s["size"], r),
     }
     bench.compare(f"B{B} C{C} {N}->{M} match + merge", sets, {b: merge(b) for b in bench.native}, base, bytes_)
     base = {
-        "PyTorch": lambda s: lambda: tome_in_pytorch(s["keys"].mean(1), s["x"], s["size"], r),
-        "PyTorch compiled": lambda s: lambda: compiled(s["keys"].mean(1), s["x"], s["size"], r),
+        "PyTorch": lambda s: lambda: tome(s["x"], s["keys"].mean(1), s["size"], r),
+        "PyTorch compiled": lambda s: lambda: compiled(s["x"], s["keys"].mean(1), s["size"], r),
     }
     case, of_keys = f"B{B} C{C} {N}->{M}", 2.0 * B * N * C
     bench.compare(
@@ -324,54 +327,77 @@ def tokens_case(bench: Bench, B: int, N: int, C: int, r: int) -> None:
     bench.compare(f"B{B} C{C} {N}->{K} select", sets, {b: select(b) for b in bench.native}, base, 4.0 * B * C * K)
 
 
-def macs(depth: int, width: int, n: int, removed: Callable[[int], int]) -> float:
-    """Multiply-adds of the blocks, r tokens leaving between attention and MLP."""
-    total = 0.0
-    for block in range(depth):
-        total += 4 * n * width**2 + 2 * n * n * width
-        n -= min(removed(block), (n - 1) // 2)
-        total += 8 * n * width**2
-    return total
+MODELS = ["deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224"]
 
 
 def models(bench: Bench) -> None:
-    names = ["deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224"]
-    for name in ["vit_tiny_patch16_224"] if bench.quick else names:
-        model_case(bench, name, 2 if bench.quick else 256)
+    """Whole models, captured: dense with each SDPA backend, ours, and ToMe in plain PyTorch."""
+    for name in ["vit_tiny_patch16_224"] if bench.quick else MODELS:
+        ours, plain, fewer = model_case(bench, name)
+        kinds = {f"timm, {kind.name.lower()}": on_sdpa(kind, plain["timm"]) for kind in KINDS}
+        rest = {what: model for what, model in plain.items() if what != "timm"}
+        add_models(bench, name, kinds | ours | rest, kinds, fewer)
 
 
-def model_case(bench: Bench, name: str, batch: int) -> None:
+def compiled(bench: Bench) -> None:
+    """The same through torch.compile. One model after the other: minutes, and what is cut short keeps its rows."""
+    for name in ["vit_tiny_patch16_224"] if bench.quick else MODELS:
+        ours, plain, fewer = model_case(bench, name)
+        for what, model in ({"timm": plain["timm"]} | ours | plain).items():
+            torch._dynamo.reset()  # models share forwards, and dynamo gives up after 8 versions of one
+            run = torch.compile(model, dynamic=False)
+            add_models(bench, name, {f"{what}, compiled": run}, {"timm, compiled": run}, fewer)
+
+
+def model_case(bench: Bench, name: str) -> tuple[dict, dict, dict]:
+    """Ours and plain PyTorch's by name, on the same weights, and how many times fewer MACs than dense those have."""
     import timm
 
-    images = torch.randn(batch, 3, 224, 224, device=bench.device, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    with torch.device(bench.device):  # drawing the weights of ViT-L on a CPU takes seconds
+        model = timm.create_model(name).to(torch.bfloat16).eval()
+    depth, r = len(model.blocks), 8 if "large" in name else 13
+    tome_r, ppt = p3b_ext.ToMe(r=r), p3b_ext.PPT(r=50, blocks=tuple(depth * i // 4 for i in (1, 2, 3)))
+    ours = {"dense, patched": p3b_ext.patch(twin(model))}
+    ours |= {f"ToMe r={r}": p3b_ext.patch(twin(model), tome_r), "PPT r=50": p3b_ext.patch(twin(model), ppt)}
+    # Half of the images above the threshold in every block, so that both policies run in one batch.
+    p3b_ext.calibrate(ours["PPT r=50"], [images_of(bench)], 0.5, per_block=True)
+    plain = {"timm": model, "ToMe in PyTorch, softmax as published": PlainToMe(twin(model), r, fused=False)}
+    plain["ToMe in PyTorch, SDPA"] = PlainToMe(twin(model), r)
+    dense = count_macs(model)
+    fewer = {"ToMe": dense / count_macs(model, tome_r), "PPT": dense / count_macs(model, ppt)}
+    return ours, plain, fewer
 
-    def seconds(reduction=None, kind=None, patched=True) -> float:
-        torch.manual_seed(0)
-        model = timm.create_model(name).to(bench.device, torch.bfloat16).eval()
-        if patched:
-            p3b_ext.patch(model, reduction)
-        with torch.inference_mode(), sdpa_kernel(kind) if kind else contextlib.nullcontext():
-            return bench.time([lambda: model(images)], replays=7)
 
-    model = timm.create_model(name)
-    depth, width, r = len(model.blocks), model.embed_dim, 8 if "large" in name else 13
-    dense = macs(depth, width, 197, lambda _: 0)
-    variants = {f"dense, {kind.name.lower()}": (1.0, dict(kind=kind, patched=False)) for kind in KINDS}
-    variants["dense, patched"] = (1.0, {})
-    variants[f"ToMe r={r}"] = (dense / macs(depth, width, 197, lambda _: r), dict(reduction=p3b_ext.ToMe(r=r)))
-    if depth == 12:
-        ratio = dense / macs(depth, width, 197, lambda block: 50 if block in (3, 6, 9) else 0)
-        variants["PPT r=50"] = (ratio, dict(reduction=p3b_ext.PPT(r=50)))
-    found = []
-    for what, (ratio, options) in variants.items():
-        row = {"case": f"{name} batch {batch} bf16", "what": what, "macs_ratio": round(ratio, 3)}
+def images_of(bench: Bench) -> torch.Tensor:
+    generator = torch.Generator(bench.device).manual_seed(0)
+    shape = (2 if bench.quick else 256, 3, 224, 224)
+    return torch.randn(shape, generator=generator, device=bench.device, dtype=torch.bfloat16)
+
+
+def on_sdpa(kind: SDPBackend, model: Callable) -> Callable:
+    def run(images: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(kind):
+            return model(images)
+
+    return run
+
+
+def add_models(bench: Bench, name: str, runs: dict, dense: dict, fewer: dict) -> None:
+    """Time models; `times_best_baseline` and `share` (of that times the MACs ratio) relate to the best of `dense`."""
+    images, found = images_of(bench), []
+    for what, model in runs.items():
+        row = {"case": f"{name} batch {len(images)} bf16", "what": what}
+        row["macs_ratio"] = round(fewer.get(what.split()[0], 1.0), 3)
         try:
-            time_ = seconds(**options)
-            row |= {"cold_us": round(time_ * 1e6), "images_per_s": round(batch / time_, 1)}
+            with torch.inference_mode():
+                seconds = bench.time([functools.partial(model, images)], replays=7)
+            row |= {"cold_us": round(seconds * 1e6), "images_per_s": round(len(images) / seconds, 1)}
         except Exception as error:
             row["what"] += not_run(error)
         found.append(row)
-    rates = [row["images_per_s"] for row in found[: len(KINDS)] if "images_per_s" in row]
+    same = [row for row in [*bench.rows, *found] if row["case"] == found[0]["case"]]
+    rates = [row["images_per_s"] for row in same if row["what"] in dense and "images_per_s" in row]
     for row in found:
         if rates and "images_per_s" in row:
             row["times_best_baseline"] = round(row["images_per_s"] / max(rates), 3)
@@ -421,16 +447,19 @@ def training(bench: Bench) -> None:
         bench.add([row])
 
 
+SUITES = {"attention": attention, "tokens": tokens, "models": models, "training": training, "compiled": compiled}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=["attention", "tokens", "models", "training"])
+    parser.add_argument("suite", choices=list(SUITES))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that the script runs")
     options = parser.parse_args()
     bench = Bench(options.device, options.quick, options.output)
     bench.peaks()
-    {"attention": attention, "tokens": tokens, "models": models, "training": training}[options.suite](bench)
+    SUITES[options.suite](bench)
     return 0
 
 

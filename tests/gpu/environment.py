@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def main() -> int:
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "python": sys.version.split()[0],
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": output("git", "rev-parse", "HEAD") or os.environ.get("P3B_COMMIT", ""),  # a copy without .git
         "changed": output("git", "status", "--short", "--untracked-files=no").splitlines(),
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count
         if torch.cuda.is_available()
