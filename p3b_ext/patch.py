@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .linear import OneDnnLinear, prefer_onednn
 from .modules import Attention
+from .ops.checks import check_int
 from .reduced import RECORD, ROLE, Final, ReducingBlock, ReducingModel, Role, own_halves, subclass
 from .reduction import Reduction
 
@@ -81,7 +82,12 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Give a patched model its classes back, in place; a model that is not patched stays as it is. Returns model."""
+    """Give a patched model its classes back, in place; a model that is not patched stays as it is. Returns model.
+
+    Raises:
+        TypeError: model is no nn.Module.
+    """
+    _check_module("unpatch", model)
     record = model.__dict__.get(RECORD)
     if record is None:
         return model
@@ -106,8 +112,9 @@ def token_map(model: nn.Module, block: int | None = None) -> Tensor:
         slot int32 `[B, N_first]`: row among the tokens of that block's output, -1 = dropped. N_first counts the prefix.
 
     Raises:
-        ValueError: the model has no trace, or the block does not exist.
+        ValueError: the model has no trace, or the block does not exist. TypeError: model is no nn.Module, block no int.
     """
+    _check_module("token_map", model)
     record = model.__dict__.get(RECORD)
     if record is None or not record.trace:
         raise ValueError("token_map: model must be patched with trace=True; call patch(model, reduction, trace=True)")
@@ -115,9 +122,7 @@ def token_map(model: nn.Module, block: int | None = None) -> Tensor:
     if not slots:
         raise ValueError("token_map: model must have run since it was patched, got no forward")
     depth = len(model.blocks)
-    block = depth - 1 if block is None else block
-    if not 0 <= block < depth:
-        raise ValueError(f"token_map: block must be between 0 and {depth - 1}, got {block}")
+    block = depth - 1 if block is None else check_int("token_map", "block", block, 0, depth - 1)
     if block < record.first:  # nothing has moved yet
         batch, n = slots[0].shape
         return torch.arange(n, dtype=torch.int32, device=slots[0].device).expand(batch, n)
@@ -139,6 +144,11 @@ def reducing_blocks(model: VisionTransformer, reduction: Reduction) -> list[int]
 
 
 # Checks and choices ------------------------------------------------------------------------------------------------
+
+
+def _check_module(op: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
 
 
 def _check_options(model, reduction, trace, linear) -> None:

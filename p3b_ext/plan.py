@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backends import check_values, positive_finite
 from .ops.attention import AttentionAux
-from .ops.checks import check_device, check_int, check_number, check_shape, check_tensor
+from .ops.checks import MOST_TOKENS, check_device, check_int, check_number, check_shape, check_tensor
 from .ops.merge import check_metric, choose_for, match_or_prune, match_tokens, merge_tokens, unmerge_tokens
 from .ops.select import ORDERS, prune_slots, select_tokens, topk_tokens
 from .reference import acc_dtype
@@ -198,6 +198,7 @@ def plan_prune(scores: Tensor, r: int, num_prefix: int = 1, order: str = "positi
     op = "plan_prune"
     check_tensor(op, "scores", scores, "B N-num_prefix")
     r = check_int(op, "r", r, 0)
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0, MOST_TOKENS)
     keep = scores.shape[1] - min(r, scores.shape[1])
     index = topk_tokens(scores, keep, num_prefix, order)
     return _selection(index, scores.shape[1] + num_prefix)
@@ -215,7 +216,7 @@ def plan_fuse(scores: Tensor, keep: int, num_prefix: int = 1, weight: Tensor | N
     check_tensor(op, "scores", scores, "B N-num_prefix")
     batch, n = scores.shape
     keep = check_int(op, "keep", keep, 0, n)
-    num_prefix = check_int(op, "num_prefix", num_prefix, 0)
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0, MOST_TOKENS)
     slot = prune_slots(scores, n - keep, num_prefix)
     if keep == n:
         return TokenPlan(slot, num_prefix + n, index=torch.arange(num_prefix + n, device=slot.device).expand_as(slot))
@@ -248,16 +249,18 @@ def plan_merge(
             (ToMe's every-k-th variant, which merges all of them: give a large r). "random": r tokens of each image,
             drawn anew (ToMe's random variant). A bool tensor `[B, N]` with at least r sources and one destination per
             image.
-        generator: for "random".
+        generator: for "random", on metric's device.
 
     Raises:
-        ValueError: r negative, NaN in metric, a source mask with too few. TypeError: r not an int.
+        ValueError: r negative, NaN in metric, a source mask with too few, a generator on another device.
+        TypeError: r not an int, generator not a torch.Generator.
     """
     op = "plan_merge"
     check_metric(op, metric)
     batch, n = metric.shape[0], metric.shape[-2]
     r = check_int(op, "r", r, 0)
     num_prefix = check_int(op, "num_prefix", num_prefix, 0, n)
+    _check_generator(op, generator, metric)
     free = n - num_prefix
     if source is None:
         r = min(r, free // 2)
@@ -279,6 +282,15 @@ def plan_merge(
         mask = (~destination).expand(batch, -1)
     mask = torch.cat([mask.new_zeros(batch, num_prefix), mask], 1)
     return TokenPlan(match_tokens(metric, r, num_prefix, mask), n - r)
+
+
+def _check_generator(op: str, generator: torch.Generator | None, metric: Tensor) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator.device.type != metric.device.type:
+        raise ValueError(f"{op}: generator must be on {metric.device}, got one on {generator.device}")
 
 
 def plan_ppt(

@@ -448,6 +448,9 @@ def test_bad_input():
         (lambda: patch(vit(), linear="mkl"), ValueError, "patch: linear must be one of auto, torch, onednn, got 'mkl'"),
         (lambda: patch(vit(), PPT()), ValueError, "PPT: blocks must be between 0 and 3 for this model, got 6"),
         (lambda: patch(vit(), ToMe([1] * 5)), ValueError, "ToMe: r must have at most 4 entries .*, got 5"),
+        (lambda: patch(3), NotImplementedError, "patch: model must be a timm VisionTransformer, got int"),
+        (lambda: unpatch(3), TypeError, r"unpatch: model must be an nn.Module, got int"),
+        (lambda: token_map(3), TypeError, r"token_map: model must be an nn.Module, got int"),
         (lambda: token_map(vit()), ValueError, "token_map: model must be patched with trace=True"),
         (lambda: token_map(patch(vit(), ToMe(2))), ValueError, "token_map: model must be patched with trace=True"),
         (lambda: token_map(patch(vit(), ToMe(2), trace=True)), ValueError, "token_map: model must have run"),
@@ -458,5 +461,7 @@ def test_bad_input():
     model(images(1))
     with pytest.raises(ValueError, match="token_map: block must be between 0 and 3, got 4"):
         token_map(model, 4)
+    with pytest.raises(TypeError, match="token_map: block must be an int, got str"):
+        token_map(model, "last")
     with pytest.raises(NotImplementedError, match="patch: attn_mask must be None with token reduction"):
         model.blocks[0](torch.randn(1, 65, 48), attn_mask=torch.zeros(65, 65))

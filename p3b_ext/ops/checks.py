@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..backends import DTYPES
 
+MOST_TOKENS = 2**31 - 1  # slots are int32
+
 
 def check_tensor(op: str, name: str, x: Tensor, letters: str, like: Tensor | None = None) -> None:
     """x must be a floating-point tensor with one axis per word of `letters`, on the device of `like`."""

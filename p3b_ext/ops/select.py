@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import backends
 from ..reference import acc_dtype
 from ..transforms import call, register_gradient
-from .checks import check_dense, check_device, check_int, check_shape, check_tensor, second_derivative
+from .checks import MOST_TOKENS, check_dense, check_device, check_int, check_shape, check_tensor, second_derivative
 
 ORDERS = ("position", "score")
 
@@ -117,7 +117,7 @@ def keep_tokens(
 
 def _check_scores(op, scores, count_name, count, num_prefix, order) -> tuple[str, int, int, bool]:
     check_tensor(op, "scores", scores, "B N-num_prefix")
-    num_prefix = check_int(op, "num_prefix", num_prefix, 0)
+    num_prefix = check_int(op, "num_prefix", num_prefix, 0, MOST_TOKENS)
     count = check_int(op, count_name, count, 0, scores.shape[1])
     if order not in ORDERS:
         raise ValueError(f"{op}: order must be one of {', '.join(ORDERS)}, got {order!r}")
