@@ -230,7 +230,9 @@ def test_mistakes_are_one_line_and_leave_nothing(config, tmp_path, capsys, chang
 
 def test_flag_mistakes_are_one_line(capsys):
     assert "did you mean" in fails(capsys, "prune", "--prune-rati0", "0.5")
-    assert "unknown flag --epochs 3 (see p3b finetune --help)" in fails(capsys, "finetune", "--epochs", "3")
+    error = fails(capsys, "finetune", "--epochs", "3")
+    assert "unknown flag --epochs 3; did you mean --finetune-epochs? (see p3b finetune --help)" in error
+    assert "unknown flag --steps 3 (see p3b finetune --help)" in fails(capsys, "finetune", "--steps", "3")
     assert "invalid int value: 'x'" in fails(capsys, "prune", "--batch-size", "x")
     assert "invalid choice: 'prunes'" in fails(capsys, "prunes")
 
@@ -366,6 +368,14 @@ def test_every_command_has_help(capsys):
             assert action.help and len(action.help) > 10, (command, action.dest)
 
 
+def test_finetune_has_no_flags_of_pruning(config, tmp_path, capsys):
+    """A flag without effect would be a trap: --lr is the prune run's."""
+    error = fails(capsys, "finetune", "--lr", "1e-4")
+    assert "unknown flag --lr 1e-4; did you mean --finetune-lr?" in error
+    error = fails(capsys, "finetune", *config(reduction="tome"), "--output", tmp_path / "other")
+    assert "reduction must be left out for p3b finetune" in error and not (tmp_path / "other").exists()
+
+
 def test_the_methods_are_in_the_help(capsys):
     assert main(["prune", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -485,12 +495,12 @@ def test_resume_needs_a_run_that_is_not_done(config, tmp_path, capsys):
     assert "must be an unfinished run" in fails(capsys, "prune", "--resume", tmp_path / "nothing")
     folder = tmp_path / "run.unfinished"
     folder.mkdir()
-    settings = {"lr": 1e-3, "model": "vit_tiny_patch16_224", "data": "digits"}
+    settings = {"finetune_lr": 1e-3, "model": "vit_tiny_patch16_224", "data": "digits"}
     (folder / "run.json").write_text(json.dumps({"command": "finetune", "settings": settings}))
     assert "got an unfinished run" in fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
     assert "must be a run of p3b prune, got one of p3b finetune" in fails(capsys, "prune", "--resume", tmp_path / "run")
-    error = fails(capsys, "finetune", "--resume", tmp_path / "run", "--lr", "0.5")
-    assert "lr must be the run's 0.001, got 0.5" in error
+    error = fails(capsys, "finetune", "--resume", tmp_path / "run", "--finetune-lr", "0.5")
+    assert "finetune_lr must be the run's 0.001, got 0.5" in error
     assert "must be the run's own" in fails(capsys, "finetune", "--resume", tmp_path / "run", "--config", "digits")
 
 

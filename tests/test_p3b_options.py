@@ -11,6 +11,7 @@ import torch
 from test_p3b_train import CLASSES, batches, config, prune, vit
 
 import p3b
+from p3b.cli import FINETUNE
 from p3b.step import FIRST_SCALE, GROW_AFTER, Meter, Step, distillation
 from p3b.train import PruneRun, _optimizer
 from p3b_ext.patch import patch
@@ -168,6 +169,19 @@ def test_compensation_changes_biases_and_nothing_else():
     assert kept.history["accuracy_masked"] == kept.history["accuracy_shrunk"]
     with pytest.raises(NotImplementedError, match="compensate: "):
         prune(vit(qkv_bias=False), compensate=True)
+
+
+def test_finetune_has_a_flag_for_every_setting_that_it_reads(monkeypatch):
+    settings = config(mixup=0.8, ema=0.9, distill=0.5)
+    read = set()
+
+    def noted(self, name):
+        read.add(name)
+        return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(p3b.Config, "__getattribute__", noted)
+    p3b.finetune(vit(), batches(2), batches(1), settings, teacher=vit())
+    assert read & set(p3b.Config.__dataclass_fields__) == set(FINETUNE)
 
 
 def test_compiled_steps_are_the_same_steps(monkeypatch):

@@ -59,6 +59,10 @@ from .run import (
 )
 
 FREE_ON_RESUME = ("device", "workers")  # settings that change how a run is made and not what comes out
+PRUNE_ONLY = ("reduction", "reduction_settings")  # settings of a job that fine-tuning does not have
+FINETUNE = ("opt", "weight_decay", "finetune_lr", "finetune_epochs", "schedule", "label_smoothing", "mixup", "cutmix")
+FINETUNE += ("mix_prob", "mix_switch_prob", "distill", "distill_temperature", "ema", "select", "clip_grad")
+FINETUNE += ("accumulate", "seed", "amp", "compile", "device")  # the Config that fine-tuning reads
 # Errors that a user can cause and mend. Anything else is a defect of this software and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, train.Diverged)
 
@@ -233,6 +237,9 @@ def _train(options: argparse.Namespace, command: str) -> None:
     """`p3b prune` and `p3b finetune`: train in all processes, then save and measure in the first."""
     job, config, resume = _settings(options, command)
     job.require("model", "data", "output")
+    if command == "finetune" and job.reduction:
+        model = "the folder of a run that was pruned under one keeps it"
+        raise ValueError(f"config: reduction must be left out for p3b finetune ({model}), got {job.reduction!r}")
     _threads(options.threads)
     keep_freed_memory()
     settings = dataclasses.asdict(job) | config.to_dict()
@@ -800,7 +807,9 @@ class _Parser(argparse.ArgumentParser):
         """One line and exit code 2 (argparse's own prints the whole usage as well)."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         wrong = next((word for word in message.split() if word.startswith("--")), "")
-        close = difflib.get_close_matches(wrong.split("=")[0], [f for f in flags if f != wrong], n=2, cutoff=0.8)
+        wrong = wrong.split("=")[0]
+        close = difflib.get_close_matches(wrong, [f for f in flags if f != wrong], n=2, cutoff=0.8)
+        close = close or [flag for flag in flags if wrong and flag.endswith(wrong[1:])]  # --epochs: --finetune-epochs
         near = f"; did you mean {' or '.join(close)}?" if close and "unknown flag" in message else ""
         self.exit(2, f"{self.prog}: {message}{near} (see {self.prog} --help)\n")
 
@@ -886,8 +895,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--resume", metavar="DIR", help="go on with the unfinished run that was to be written to DIR, as it was set"
         )
-        _add_flags(sub, "what and where to", Job)
-        _add_flags(sub, "how", Config)
+        alone = sub is finetune
+        _add_flags(sub, "what and where to", Job, PRUNE_ONLY if alone else ())
+        unread = [field.name for field in dataclasses.fields(Config) if field.name not in FINETUNE]
+        _add_flags(sub, "how", Config, unread if alone else ())
 
     evaluate = command(
         "evaluate",
