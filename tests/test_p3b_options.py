@@ -52,6 +52,20 @@ def test_an_overflowing_float16_loss_halves_its_scale_and_leaves_everything_else
     assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
 
 
+def test_an_overflowing_float16_step_leaves_the_scores_clean():
+    run = PruneRun(patch(vit()), config(start_epoch=0, amp="float16"), 6)
+    first, second = batches(2)
+    run.step([first], Meter(run.device))
+    kept = [run.gates.score_sum.clone(), run.gates.energy_sum.clone(), run.gates.count.clone()]
+    assert kept[0].any() and kept[2] == 1
+    run.step.scale.fill_(2.0**127)
+    run.step([second], Meter(run.device))
+    assert run.step.skipped == 1 and not run.gates.grad.any()
+    for before, now in zip(kept, (run.gates.score_sum, run.gates.energy_sum, run.gates.count), strict=True):
+        assert torch.equal(before, now)
+    assert all(p.isfinite().all() for p in (*run.model.parameters(), *run.method.probes.parameters()))
+
+
 def test_the_float16_scale_grows_again():
     step = step_of(amp="float16")
     step.since_growth.fill_(GROW_AFTER - 1)

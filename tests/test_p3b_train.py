@@ -2,6 +2,7 @@
 down."""
 
 import copy
+import gc
 import json
 
 import pytest
@@ -253,6 +254,48 @@ def test_non_finite_gradients_change_nothing(bad):
         run.step([(images, good[1][1])], meter)
     with pytest.raises(RuntimeError, match=r"10 steps in a row that are not .*epoch 3"):
         run.step.check("epoch 3")
+
+
+@pytest.mark.parametrize("call", [p3b.prune, p3b.finetune])
+def test_ten_broken_steps_end_the_run_in_the_middle_of_an_epoch(call):
+    """An epoch may take hours; the error says where it stopped."""
+    drawn = []
+
+    class Broken(list):
+        def __iter__(self):
+            for images, labels in super().__iter__():
+                drawn.append(len(labels))
+                yield images / 0, labels
+
+    where = "prune epoch 0, step 1[0-3] of 60" if call is p3b.prune else "finetune epoch 0, step 1[0-3] of 60"
+    with pytest.raises(p3b.Diverged, match=rf"got 1\d steps in a row that are not \({where}\)"):
+        call(vit(depth=1), Broken(batches(60, size=2)), batches(1, 1), config())
+    assert 10 <= len(drawn) <= 13
+
+
+def test_what_pruning_held_is_gone_when_fine_tuning_begins():
+    """The optimizer's state of the whole model is three times its size."""
+
+    class Looking(Recorder):
+        def phase(self, name, total_epochs):
+            found = [each for each in gc.get_objects() if isinstance(each, (PruneRun, Step))]
+            self.calls.append((name, len(found)))
+
+    gc.collect()
+    progress = Looking()
+    p3b.prune(vit(), batches(2), batches(1, 1), config(finetune_epochs=1), progress=progress)
+    assert [call for call in progress.calls if call[0] in ("prune", "finetune")] == [("prune", 2), ("finetune", 1)]
+
+
+def test_the_best_epoch_is_one_of_the_pruned_model():
+    result = prune(select="best", finetune_epochs=3, finetune_lr=0.3, schedule="constant")  # which spoils it
+    by_phase = {"prune": [], "finetune": []}
+    for record in result.history["epochs"]:
+        by_phase[record["phase"]].append(record["val_accuracy"])
+    assert max(by_phase["prune"]) > max(by_phase["finetune"]) == result.summary["accuracy_final"], by_phase
+    assert result.summary["final_params"] == sum(p.numel() for p in result.model.parameters())
+    right = sum(int((result.model.eval()(x).argmax(1) == y).sum()) for x, y in batches(2, 1))
+    assert 100 * right / (2 * BATCH) == pytest.approx(result.summary["accuracy_final"])
 
 
 def test_clipping():

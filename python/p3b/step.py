@@ -197,7 +197,7 @@ class Step:
         optimizer.zero_grad(set_to_none=True)
 
     def check(self, where: str) -> None:
-        """Raises Diverged after ten steps in a row without a finite gradient; one host read, so once an epoch."""
+        """Raises Diverged after ten steps in a row without a finite gradient; one host read, so not every step."""
         if self.longest_skip >= MAX_SKIPPED:
             raise Diverged(
                 f"train: gradients must be finite, got {int(self.longest_skip)} steps in a row that are not "

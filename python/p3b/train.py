@@ -8,6 +8,7 @@ that a run which was killed goes on from its last whole epoch and ends as if not
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import random
@@ -38,7 +39,7 @@ from .step import REMEDY, Diverged, Meter, Step, autocast, groups
 from .surgery import cut, shrink
 
 MEAN_BATCHES = 16  # training batches that mean activations are taken over
-REPORTS_PER_EPOCH = 20  # how often loss and accuracy are read back for the progress bar
+REPORTS_PER_EPOCH = 20  # how often skipped steps, loss and accuracy are read back
 FUSED = ("adam", "adamw", "sgd")  # optimizers that PyTorch runs as one kernel, on CPU and CUDA
 
 
@@ -144,6 +145,8 @@ def prune(
                 keep.save("prune", epoch + 1, run=run.state(), teacher=teachers.state())
             history = run.finish(train_loader, val_loader)
             tuning = None
+            del run  # with the optimizer's state of the whole model; it and its step hold each other
+            gc.collect()
             keep.save("finetune", 0, history=history, tuning=None, teacher=teachers.state(), **_small(model))
         else:
             history, tuning = saved["history"], saved["tuning"]
@@ -282,8 +285,10 @@ def _finetune(
             scheduler.step()
             if average is not None:
                 average.update(model)
-            _report(progress, meter, "finetune", epoch, i, steps, params)
-        step.check(f"finetune epoch {epoch}")
+            if _due(i, steps):
+                step.check(f"finetune epoch {epoch}, step {i + 1} of {steps}")
+                _report(progress, meter, "finetune", epoch, i, steps, params)
+        step.check(f"finetune epoch {epoch}")  # a stream may end before its length says
         accuracy = _accuracy(judged, val_loader, config, device, group)
         record = _record("finetune", epoch, meter, accuracy, params, group)
         history["epochs"].append(record)
@@ -429,8 +434,10 @@ class PruneRun:
                 self.update()
             self.step(batches, meter)
             self.count += 1
-            _report(progress, meter, "prune", epoch, i, self.steps_per_epoch, self.params)
-        self.step.check(f"prune epoch {epoch}")
+            if _due(i, self.steps_per_epoch):
+                self.step.check(f"prune epoch {epoch}, step {i + 1} of {self.steps_per_epoch}")
+                _report(progress, meter, "prune", epoch, i, self.steps_per_epoch, self.params)
+        self.step.check(f"prune epoch {epoch}")  # a stream may end before its length says
         accuracy = _accuracy(self.model, val_loader, self.config, self.device, self.processes)
         record = _record("prune", epoch, meter, accuracy, self.params, self.processes)
         record["keep_ratio"] = self.named(self.gates.kept_cost(self.config.budget) / self.method.full)
@@ -558,8 +565,13 @@ def _record(phase: str, epoch: int, meter: Meter, accuracy: float, params: int, 
     }
 
 
+def _due(step: int, steps: int) -> bool:
+    """Whether the host reads what the device counted; the last step of an epoch always is."""
+    return step % max(1, steps // REPORTS_PER_EPOCH) == 0 or step == steps - 1
+
+
 def _report(progress: Progress, meter: Meter, phase: str, epoch: int, step: int, steps: int, params: int) -> None:
-    if isinstance(progress, Silent) or (step % max(1, steps // REPORTS_PER_EPOCH) and step != steps - 1):
+    if isinstance(progress, Silent):
         return
     loss, accuracy = meter.read()
     progress.step(phase=phase, epoch=epoch, step=step, steps=steps, loss=loss, accuracy=accuracy, params=params)
