@@ -220,6 +220,17 @@ def test_compiled_steps_are_the_same_steps(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("method", ["savit", "wdpruning"])  # other gates, and a loss of the method's own
+def test_rivals_compile_too(monkeypatch, method):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: whole(model, backend="eager", fullgraph=True))
+    short = dict(start_epoch=0, sparse_epoch=1, final_epoch=1, finetune_epochs=1, method=method, train=batches(2))
+    plain, fast = prune(**short), prune(compile=True, **short)
+    assert plain.model.p3b_kept == fast.model.p3b_kept
+    losses = [[e["loss"] for e in result.history["epochs"]] for result in (plain, fast)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_the_command_line_under_torchrun(tmp_path):
     settings = {
