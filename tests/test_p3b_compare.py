@@ -324,6 +324,14 @@ def test_a_method_twice_with_other_settings():
     assert found["floored-0.5-s1"] == ("p3b+", 0.1, "sqrt", 1)
 
 
+def test_a_method_that_distils_asks_the_dense_model_of_its_seed(tmp_path):
+    values = tomllib.loads(TINY + "[settings.asking]\nmethod = 'p3b'\ndistill = 0.5\n")
+    values |= {"methods": ["asking"], "seeds": [1]}
+    result = compare(Task(**values), tmp_path / "run", say=quietly)  # start_epoch 0: no teacher of its own
+    assert Inside.started == ["source", "dense-s1", "asking-0.5-s1"]
+    assert [row["name"] for row in result["jobs"] if "error" in row] == []
+
+
 @pytest.mark.parametrize("name", comparisons())
 def test_the_shipped_comparisons_can_be_run(name):
     jobs = (

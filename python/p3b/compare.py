@@ -119,7 +119,8 @@ class Task:
     """[trainer]: settings of p3b.Config for all jobs."""
     settings: dict = field(default_factory=dict)
     """[settings."p3b+"]: settings of p3b.Config for one method, or for "dense". With a `method` among them the name is
-    a new one that `methods` may list: [settings.floored] with method = "p3b" and floor = 0.1."""
+    a new one that `methods` may list: [settings.floored] with method = "p3b" and floor = 0.1. A method with `distill`
+    asks the dense model of its seed."""
 
     def __post_init__(self) -> None:
         for name, stage in (("source", self.source), ("target", self.target)):
@@ -226,6 +227,8 @@ class Task:
                     Config.from_dict(config)
                     epochs, name = None, f"{method}-{_short(ratio)}-s{seed}"
                 spec = common | dict(stage=stage, config=config, epochs=epochs, source=before)
+                if method is not None and config.get("distill"):
+                    spec["teacher"] = f"{DENSE}-s{seed}"
                 jobs.append(Job(name, method, ratio, seed, spec))
         return jobs
 
@@ -298,7 +301,10 @@ def compare(
                 if waiting[0].error:
                     raise ValueError(f"compare: the source stage must succeed, got: {waiting[0].error}")
                 waiting = waiting[1:]
-            pool.run(waiting, write)
+            teachers = {job.spec["teacher"] for job in waiting if "teacher" in job.spec}
+            first = [job for job in waiting if job.name in teachers]
+            pool.run(first, write)
+            pool.run([job for job in waiting if job not in first], write)
         except KeyboardInterrupt as stop:
             stop.add_note(f"finished jobs are in {output}; the same command goes on from there")
             raise
@@ -648,7 +654,8 @@ def _work(path: Path, source: Path) -> None:
     again = dict(state_dir=path, resume=resumed)
     if spec["epochs"] is None:
         progress = _Told(path, config.final_epoch + config.finetune_epochs)
-        trained = train.prune(model, data.train, checked, config, progress=progress, **again)
+        teacher = checkpoint.load(path.parent / spec["teacher"]) if "teacher" in spec else None
+        trained = train.prune(model, data.train, checked, config, progress=progress, teacher=teacher, **again)
         model, history = trained.model, trained.history
     else:
         progress = _Told(path, spec["epochs"])
