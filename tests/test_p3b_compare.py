@@ -319,9 +319,9 @@ def test_a_method_twice_with_other_settings():
     values = tomllib.loads(TINY + "[settings.floored]\nmethod = 'p3b+'\nfloor = 0.1\n")
     values["methods"] = ["p3b", "floored"]
     configs = {job.name: Config.from_dict(job.spec["config"]) for job in Task(**values).jobs() if job.method}
-    found = {name: (c.method, c.floor, c.momentum, c.seed) for name, c in configs.items()}
-    assert found["p3b-0.5-s0"] == ("p3b", 0.0, "published", 0)
-    assert found["floored-0.5-s1"] == ("p3b+", 0.1, "sqrt", 1)
+    found = {name: (c.method, c.floor, c.rank_across, c.seed) for name, c in configs.items()}
+    assert found["p3b-0.5-s0"] == ("p3b", 0.0, "gate", 0)
+    assert found["floored-0.5-s1"] == ("p3b+", 0.1, "block", 1)
 
 
 def test_a_method_that_distils_asks_the_dense_model_of_its_seed(tmp_path):

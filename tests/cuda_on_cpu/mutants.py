@@ -129,6 +129,20 @@ MUTANTS = [
         "n > head[r] && slot(n) == first + r",
         "n > head[r] + 1 && slot(n) == first + r",
     ),
+    Mutant(
+        "merge: images beyond shared memory have no weights",
+        "merge",
+        "rows.cuh",
+        "kStaged ? weights_of[n] : read_weight(n)",
+        "kStaged ? weights_of[n] : 1.f",
+    ),
+    Mutant(
+        "scatter: images beyond shared memory are staged",
+        "select",
+        "rows.cuh",
+        "if (bytes > static_cast<size_t>(shared_memory_limit()))",
+        "if (false)",
+    ),
     Mutant("merge: sum not divided", "merge", "rows.cuh", "sum[r][i] / factor[r]", "sum[r][i]"),
     Mutant("merge backward: mean of the row left out", "merge", "merge.cu", "- mean[r] * to_float(y[r].at[i])", ""),
     Mutant(
@@ -193,6 +207,20 @@ MUTANTS = [
         "attention.cuh",
         "const bool valid = first + row < N && piece",
         "const bool valid = first + row <= N && piece",
+    ),
+    Mutant(
+        "tile: masked rows are read",
+        "attention",
+        "attention.cuh",
+        "piece * 8 < columns && (!mask || mask[first + row])",
+        "piece * 8 < columns",
+    ),
+    Mutant(
+        "fragments: masked rows are read",
+        "attention",
+        "attention.cuh",
+        "row < N && (!mask || mask[row])",
+        "row < N",
     ),
     Mutant(
         "backward: scale left out of grad_q",

@@ -24,7 +24,7 @@ METHODS = {
     "isomorphic": "isomorphic:Isomorphic",
 }
 
-SETTINGS: dict[str, dict[str, object]] = {"p3b+": {"momentum": "sqrt"}}
+SETTINGS: dict[str, dict[str, object]] = {"p3b+": {"rank_across": "block"}}
 """Defaults of Config that a method changes (Config.from_dict); what is given explicitly wins."""
 
 
