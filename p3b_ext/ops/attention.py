@@ -53,7 +53,7 @@ def masked_attention(
         q, k, v: `[B, H, N, D]`, float32, bfloat16 or float16 (float64 on the CPU), any strides; views of a packed
             `[B, N, 3, H, D]` are read in place.
         key_mask: bool `[B, N]`, True = may be attended. A row with no key left gives zeros, entropy 0, lse -inf.
-            Masked keys and their values are not read: what they hold, NaN included, does not matter.
+            What masked keys and their values hold, NaN included, reaches nothing but the value norm of that token.
         token_size: `[B, N]` > 0, adds log(size) to the logits (proportional attention: ToMe, 2023). Differentiable.
         channel_gate: `[D]` or `[H, D]`, multiplies the channels of q, k and v. Differentiable.
         scale: factor of the logits. Default: `D ** -0.5`.
@@ -190,6 +190,7 @@ def _check(op, q, k, v, key_mask, token_size, channel_gate) -> tuple[Tensor | No
     """Check the arguments; token_size and channel_gate in acc dtype."""
     check_tensor(op, "q", q, "B H N D")
     for name, t in (("k", k), ("v", v)):
+        # what q has passed holds for whatever is like it; most calls stop here
         if isinstance(t, Tensor) and t.layout == q.layout and not t.is_nested and t.device == q.device:
             if t.dtype == q.dtype and t.shape == q.shape:
                 continue

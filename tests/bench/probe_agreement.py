@@ -11,7 +11,8 @@ the last update and as a mean over the second half of the updates; the same of t
 difference of a last keep ratio. "again" is the exact form with other first weights: the noise that is in all of this.
 
 With --runs FORM ... the model is also pruned once by each of these forms of the default Config, and the last keep
-ratios and the accuracy of these separate runs are compared with the exact run's.
+ratios and the accuracy of these separate runs are compared with the exact run's. --folders EXACT RUN ... does the same
+for runs that are done, from their history.json.
 """
 
 import argparse
@@ -107,7 +108,8 @@ class Passengers(P3B):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--folders", type=Path, nargs="+", metavar="RUN", help="in place of DATA: the exact run first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--images", type=int, default=4000, help="training images")
@@ -120,6 +122,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON of all that was measured")
     options = parser.parse_args()
+    if options.folders:
+        histories = [(folder.name, json.loads((folder / "history.json").read_text())) for folder in options.folders]
+        done = {name: {"updates": history["updates"], "summary": history} for name, history in histories}
+        print(*separate(done.pop(options.folders[0].name), done), sep="\n")
+        return
+    if options.data is None:
+        parser.error("DATA or --folders must be given")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="importance")
 
@@ -198,10 +207,10 @@ def keep_ratios(exact: dict, name: str) -> list[list[float]]:
     return found
 
 
-def agreement(found: list[list[float]], wanted: list[list[float]]) -> tuple[float, float]:
-    """Rank correlation at the last update, and its mean over the second half of the updates."""
+def agreement(found: list[list[float]], wanted: list[list[float]]) -> tuple[float, float, float]:
+    """Rank correlation at the last update, and its mean over the second half of the updates and over all of them."""
     ranks = [float(spearmanr(a, b)[0]) for a, b in zip(found, wanted, strict=True)]
-    return ranks[-1], statistics.mean(ranks[len(ranks) // 2 :])
+    return ranks[-1], statistics.mean(ranks[len(ranks) // 2 :]), statistics.mean(ranks)
 
 
 def passengers(exact: dict) -> list[str]:
@@ -215,7 +224,7 @@ def passengers(exact: dict) -> list[str]:
         if name in ("cls", "exact"):
             continue
         found = keep_ratios(exact, name)
-        last, half = agreement(found, wanted)
+        last, half, _ = agreement(found, wanted)
         both = [(update[name], update["exact"]) for update in updates if update[name] and update["exact"]]
         benefit = agreement(*zip(*both, strict=True))[1]
         apart = max(abs(a - b) for a, b in zip(found[-1], wanted[-1], strict=True))
@@ -225,17 +234,18 @@ def passengers(exact: dict) -> list[str]:
 
 def separate(exact: dict, runs: dict[str, dict]) -> list[str]:
     lines = [
-        "| run | keep ratios, last | second half | masked % | final % |",
-        "|---|---|---|---|---|",
+        "| run | keep ratios, last | second half | all | largest difference | masked % | final % |",
+        "|---|---|---|---|---|---|---|",
     ]
     goals = {
         name: [list(update["goal_keep_ratio"].values()) for update in each["updates"]]
         for name, each in ({"exact": exact} | runs).items()
     }
     for name, each in ({"exact": exact} | runs).items():
-        last, half = agreement(goals[name], goals["exact"])
+        last, half, whole = agreement(goals[name], goals["exact"])
+        apart = max(abs(a - b) for a, b in zip(goals[name][-1], goals["exact"][-1], strict=True))
         masked, final = each["summary"]["accuracy_masked"], each["summary"]["accuracy_final"]
-        lines.append(f"| {name} | {last:.3f} | {half:.3f} | {masked:.2f} | {final:.2f} |")
+        lines.append(f"| {name} | {last:.3f} | {half:.3f} | {whole:.3f} | {apart:.2f} | {masked:.2f} | {final:.2f} |")
     return lines
 
 
