@@ -429,9 +429,12 @@ def main() -> int:
             print(f"case {number}, {name} on {machine.isa}: {what}\n  {describe(case.args)}", flush=True)
             if failures == 10:
                 break
-    done = ", ".join(f"{name} {counts[name]}" for name in names)
+        done = number + 1 - options.first
+        if done % 10_000 == 0 and done < options.calls:
+            print(f"fuzz: {done} calls, {failures} wrong so far", flush=True)
+    by_op = ", ".join(f"{name} {counts[name]}" for name in names)
     took = time.time() - start
-    print(f"fuzz: {sum(counts.values())} calls in {took:.0f} s, {failures} wrong, on {', '.join(isas)}; {done}")
+    print(f"fuzz: {sum(counts.values())} calls in {took:.0f} s, {failures} wrong, on {', '.join(isas)}; {by_op}")
     return 1 if failures else 0
 
 
