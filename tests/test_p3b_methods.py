@@ -103,6 +103,59 @@ def test_a_step_that_is_not_finite_leaves_no_trace(method):
     assert run.gates.values.isfinite().all()
 
 
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on a GPU: what is computed from it stays there, and what the host asks of it is counted."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        asks = ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "unique")
+        if getattr(function, "__name__", "") in asks:
+            OnDevice.reads += 1
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(args[0].as_subclass(torch.Tensor).clone(), *args[1:], **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("method", ["p3b", "p3b+", "uniform", "taylor", "isomorphic"])
+def test_a_mask_update_reads_the_device_once(method):
+    """Two updates in a row, as in a run: the second knows from the first what is kept."""
+    run = start(method)
+    run.count = run.start + 1
+    run.step(batches(1), p3b.step.Meter("cpu"))
+    holders = [run.gates] + ([run.method.benefit] if method.startswith("p3b") else [])
+    for holder in holders:
+        for name, value in vars(holder).items():
+            if isinstance(value, torch.Tensor) and name != "last_score":
+                setattr(holder, name, value.as_subclass(OnDevice))
+            elif name == "older":
+                holder.older = [part.as_subclass(OnDevice) for part in value]
+    for final in (False, True):
+        OnDevice.reads = 0
+        run.update(final)
+        assert OnDevice.reads == 1, final
+    assert run.history["updates"][0]["keep_ratio"] != run.history["updates"][1]["keep_ratio"]
+
+
+def test_masks_written_by_anyone_are_seen_on_the_host():
+    gates = start("p3b").gates
+    for write in (
+        lambda: gates.set(torch.zeros_like(gates.values)),
+        lambda: gates.values.fill_(1.0),
+        lambda: gates.leaves()[0][0].detach().zero_(),
+        lambda: gates.load_state([torch.full_like(t, 0.3) for t in gates.state()]),
+        lambda: gates.set(torch.full_like(gates.values, 0.7)),
+        lambda: gates.harden(),
+    ):
+        write()
+        assert torch.equal(gates.hard_on_host(), gates.values >= 0.5)
+        twin = copy.deepcopy(gates)
+        twin.values.fill_(0.2)
+        assert not twin.hard_on_host().any()
+        assert torch.equal(gates.hard_on_host(), gates.values >= 0.5)
+
+
 @pytest.mark.parametrize("method", ["random", "magnitude-l1", "magnitude-l2"])
 def test_data_do_not_matter(method):
     masks = []

@@ -31,20 +31,26 @@ class Benefit:
         self.sums += torch.where(finite, difference, torch.zeros_like(difference))
         self.count += finite
 
-    def take(self, include_previous: bool = False) -> dict[str, Tensor] | None:
-        """Mean benefit `{criterion: [S]}` since the last call (and the one before), then starts anew; None if
-        nothing was measured."""
-        sums, count = self.sums.clone(), self.count.clone()
+    def gathered(self, include_previous: bool = False) -> Tensor:
+        """What was added since the last call (and the one before), for `take`: `[criteria * S + 1]` on the device; then
+        starts anew."""
+        sums, count = self.sums, self.count
         if include_previous:
             sums, count = sums + self.older[0], count + self.older[1]
+        packed = torch.cat((sums.flatten(), count[None]))
         self.older[0].copy_(self.sums)
         self.older[1].copy_(self.count)
         self.sums.zero_()
         self.count.zero_()
-        packed = torch.cat((sums.flatten(), count[None])).cpu()
+        return packed
+
+    def take(self, include_previous: bool = False, gathered: Tensor | None = None) -> dict[str, Tensor] | None:
+        """Mean benefit `{criterion: [S]}` since the last call (and the one before), then starts anew; None if
+        nothing was measured. gathered: what `gathered` gave, where it is on the host already."""
+        packed = self.gathered(include_previous).cpu() if gathered is None else gathered
         if packed[-1] == 0:
             return None
-        means = packed[:-1].double().view_as(sums) / packed[-1]
+        means = packed[:-1].double().view(len(self.criteria), -1) / packed[-1]
         return dict(zip(self.criteria, means, strict=True))
 
     def state(self) -> list[Tensor]:

@@ -29,6 +29,11 @@ from .masks import HARD, Scores, ratio_masks
 ASLEEP = 1e-3  # masks below this: (m * g)^2 would only repeat the order of the last mask
 
 
+def on_host(*tensors: Tensor) -> list[Tensor]:
+    """Float32 vectors that lie on one device, on the host; one read."""
+    return list(torch.cat(tensors).cpu().split([len(t) for t in tensors]))
+
+
 def sharpening(step: int, sparse_step: int, final_step: int, tau_max: float) -> float:
     """Width tau of the soft mask at a step: `tau_max` until `sparse_step`, then linearly to 0 at
     `final_step`."""
@@ -367,6 +372,7 @@ class Gates:
         self.count = torch.zeros((), device=device)
         self.last_score = torch.zeros(total)
         self.kept_from = HARD
+        self._copy: tuple[tuple[int, int], Tensor] | None = None  # state of `values`, and they themselves on the host
         self.older = [torch.zeros_like(t) for t in (self.score_sum, self.energy_sum, self.count)]
         if embedding:
             shared = self._leaf(self.embedding)
@@ -503,9 +509,19 @@ class Gates:
         """Bool [G]: which elements count as kept (m >= 0.5, unless a method sets `kept_from`)."""
         return self.values >= self.kept_from
 
+    def _state_of_values(self) -> tuple[int, int]:
+        """Changes whenever the masks are written to; of another object in a copy of the gates."""
+        return self.values.data_ptr(), self.values._version
+
+    def hard_on_host(self) -> Tensor:
+        """The same on the host; the device is read only if the masks changed there since the last read or `set`."""
+        if self._copy is None or self._copy[0] != self._state_of_values():
+            self._copy = self._state_of_values(), self.values.cpu()
+        return self._copy[1] >= self.kept_from
+
     def kept_counts(self, hard: Tensor | None = None) -> list[tuple[int, int, int]]:
-        """Kept elements (in, out, inner) per sub-block; one host read."""
-        hard = (self.hard() if hard is None else hard).cpu()
+        """Kept elements (in, out, inner) per sub-block."""
+        hard = self.hard_on_host() if hard is None else hard.cpu()
         return [tuple(int(hard[s].sum()) for s in block.slices()) for block in self.blocks]
 
     def kept_cost(self, unit: str = "params", hard: Tensor | None = None) -> Tensor:
@@ -517,12 +533,12 @@ class Gates:
         """Cost outside the sub-blocks; it shrinks with the embedding where that is gated."""
         if self.embedding is None:
             return self._outside[unit]
-        hard = self.hard() if hard is None else hard
+        hard = self.hard_on_host() if hard is None else hard
         return self._outside[unit] - self._per_embedding[unit] * int((~hard[self.embedding]).sum())
 
     def total(self, unit: str = "params", hard: Tensor | None = None) -> float:
         """Cost of the whole model with the kept channels alone."""
-        hard = self.hard() if hard is None else hard
+        hard = self.hard_on_host() if hard is None else hard.cpu()
         return self.outside(unit, hard) + float(self.kept_cost(unit, hard).sum())
 
     # deciding
@@ -538,6 +554,7 @@ class Gates:
         rank_across: str = "gate",
         round_to: int = 1,
         include_previous: bool = False,
+        gathered: Tensor | None = None,
     ) -> dict[str, dict[str, int]]:
         """New masks from the scores gathered since the last update: ranks, an exact threshold, the soft mask.
 
@@ -548,36 +565,45 @@ class Gates:
         """
         if self.embedding is not None:
             raise NotImplementedError("gates: update must be of gates per sub-block, got a shared embedding; use put")
-        scores = self.window(rank_zero_by, include_previous)
+        scores = self.window(rank_zero_by, include_previous, gathered)
         options = {"scales": scales, "unit": unit, "rank_across": rank_across, "round_to": round_to}
         return self.put(ratio_masks(self.blocks, scores, keep_ratio, tau, **options))
 
-    def window(self, rank_zero_by: str = "gradient", include_previous: bool = False) -> Scores:
-        """The scores gathered since the last call (and the call before), on the host; gathering then starts anew.
-
-        rank_zero_by: what orders the elements whose mask is about 0: "gradient", today's g^2, or "last", their
-        last score.
-        """
+    def gathered(self, include_previous: bool = False) -> Tensor:
+        """What was gathered since the last call (and the call before), for `window`: scores, energies, masks and the
+        number of steps, `[3G + 1]` on the device; gathering then starts anew."""
         sums = [self.score_sum, self.energy_sum, self.count]
         if include_previous:
             sums = [a + b for a, b in zip(sums, self.older, strict=True)]
-        packed = torch.cat((sums[0], sums[1], self.values, sums[2][None])).cpu()
+        packed = torch.cat((sums[0], sums[1], self.values, sums[2][None]))
+        for old, new in zip(self.older, (self.score_sum, self.energy_sum, self.count), strict=True):
+            old.copy_(new)
+            new.zero_()
+        return packed
+
+    def window(
+        self, rank_zero_by: str = "gradient", include_previous: bool = False, gathered: Tensor | None = None
+    ) -> Scores:
+        """The scores gathered since the last call (and the call before), on the host; gathering then starts anew.
+
+        rank_zero_by: what orders the elements whose mask is about 0: "gradient", today's g^2, or "last", their
+        last score. gathered: what `gathered` gave, where it is on the host already (`on_host`).
+        """
+        packed = self.gathered(include_previous).cpu() if gathered is None else gathered
         score, energy, values = packed[:-1].chunk(3)
+        self._copy = self._state_of_values(), values
         steps = packed[-1].clamp_min(1.0)
         score, energy = score / steps, energy / steps
         awake = values >= ASLEEP
         self.last_score = torch.where(awake & (score > 0), score, self.last_score)
-        for old, new in zip(self.older, (self.score_sum, self.energy_sum, self.count), strict=True):
-            old.copy_(new)
-            new.zero_()
         return Scores(score, energy if rank_zero_by == "gradient" else self.last_score, awake)
 
     def put(self, masks: Tensor) -> dict[str, dict[str, int]]:
         """Puts masks `[G]` in place and returns how many elements came back and went, per sub-block:
         {"reactivated": {name: n}, "removed": {name: n}}."""
-        before = self.hard().cpu()
+        before = self.hard_on_host()
         self.set(masks)
-        after = self.hard().cpu()
+        after = self.hard_on_host()
         return {
             what: {block.name: int(which[block.start : block.stop].sum()) for block in self.blocks}
             for what, which in (("reactivated", after & ~before), ("removed", before & ~after))
@@ -598,6 +624,8 @@ class Gates:
         if values.shape != self.values.shape:
             raise ValueError(f"gates: values must be of shape {list(self.values.shape)}, got {list(values.shape)}")
         self.values.copy_(values)
+        if values.device.type == "cpu":
+            self._copy = self._state_of_values(), values.to(self.values.dtype, copy=True)
 
     def harden(self) -> None:
         """Rounds every mask to 0 or 1 (kept from 0.5 on)."""

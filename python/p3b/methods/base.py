@@ -89,9 +89,12 @@ class Method:
         """
         raise NotImplementedError
 
-    def keep(self, goal: Tensor, progress: float, tau: float, final: bool) -> dict[str, Any]:
-        """New masks on the way to the keep ratios `goal` [S], each sub-block's elements by their Taylor scores; what
-        came back and what went, for the history."""
+    def keep(
+        self, goal: Tensor, progress: float, tau: float, final: bool, gathered: Tensor | None = None
+    ) -> dict[str, Any]:
+        """New masks on the way to the keep ratios `goal` [S], each sub-block's elements by their Taylor scores
+        (gathered: `Gates.gathered` on the host, where it was read already); what came back and what went, for the
+        history."""
         config = self.config
         return self.gates.update(
             1 - (1 - goal) * progress,
@@ -102,6 +105,7 @@ class Method:
             rank_across=config.rank_across,
             round_to=config.round_to if final else 1,
             include_previous=final,
+            gathered=gathered,
         )
 
     def target(self, progress: float) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import budget
 from ..benefit import Benefit, Importance
+from ..gates import on_host
 from ..probes import Probes
 from .base import Criterion, Method
 
@@ -65,10 +66,11 @@ class P3B(Method):
 
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
         config = self.config
-        benefit = self.benefit.take(include_previous=final)
+        measured, scored = on_host(self.benefit.gathered(final), self.gates.gathered(final))
+        benefit = self.benefit.take(gathered=measured)
         importance = self.importance.update(benefit, self.gates.kept_cost(config.budget))
         goal = budget.keep_ratios(importance, self.full, self.outside, config.prune_ratio, self.floor)
-        change = self.keep(goal, progress, tau, final)
+        change = self.keep(goal, progress, tau, final, scored)
         named = self.run.named
         return {
             "benefit": {name: named(values) for name, values in (benefit or {}).items()},
