@@ -51,7 +51,7 @@ def same(a, b):
     [
         {},
         {"amp": "float16", "momentum": "sqrt", "accumulate": 2, "mixup": 0.8, "cutmix": 1.0},
-        {"ema": 0.9, "select": "best", "distill": 0.5, "schedule": "cosine"},
+        {"ema": 0.9, "select": "best", "distill": 0.5, "schedule": "cosine", "warmup_epochs": 1, "min_lr": 1e-5},
     ],
     ids=["default", "float16", "averaged"],
 )

@@ -252,7 +252,7 @@ def test_an_attention_that_tells_tokens_apart_is_not_emptied():
         model = p3b_ext.patch(vit(), reduction)
         train = p3b.train.PruneRun(model, Config(start_epoch=0, sparse_epoch=1, final_epoch=1), 6)
         worst = torch.tensor([-9.0, 1, -9, 1, -9, 1], dtype=torch.float64)
-        train.method.benefit.take = lambda include_previous=False: {"cls": worst, "patch": worst}
+        train.method.benefit.take = lambda gathered: {"cls": worst, "patch": worst}
         train.update(final=True)
         return [min(kept) for kept in train.gates.kept_counts()]
 

@@ -354,7 +354,7 @@ def test_a_block_whose_benefit_rises_late_regains_channels():
             run.count += 1
         benefit = torch.full((len(run.names),), 0.3, dtype=torch.float64)
         benefit[place] = -0.2 if number < 8 else 1.5
-        run.method.benefit.take = lambda include_previous=False, values=benefit: {"cls": values, "patch": values}
+        run.method.benefit.take = lambda gathered, values=benefit: {"cls": values, "patch": values}
         run.update()
     updates = run.history["updates"]
     starved, fed = updates[7], updates[-1]

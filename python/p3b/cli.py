@@ -60,9 +60,9 @@ from .run import (
 
 FREE_ON_RESUME = ("device", "workers")  # settings that change how a run is made and not what comes out
 PRUNE_ONLY = ("reduction", "reduction_settings")  # settings of a job that fine-tuning does not have
-FINETUNE = ("opt", "weight_decay", "finetune_lr", "finetune_epochs", "schedule", "label_smoothing", "mixup", "cutmix")
-FINETUNE += ("mix_prob", "mix_switch_prob", "distill", "distill_temperature", "ema", "select", "clip_grad")
-FINETUNE += ("accumulate", "seed", "amp", "compile", "device")  # the Config that fine-tuning reads
+FINETUNE = ("opt", "weight_decay", "finetune_lr", "finetune_epochs", "schedule", "warmup_epochs", "min_lr", "ema")
+FINETUNE += ("label_smoothing", "mixup", "cutmix", "mix_prob", "mix_switch_prob", "distill", "distill_temperature")
+FINETUNE += ("select", "clip_grad", "accumulate", "seed", "amp", "compile", "device")  # the Config that it reads
 # Errors that a user can cause and mend. Anything else is a defect of this software and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, train.Diverged)
 

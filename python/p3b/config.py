@@ -115,8 +115,12 @@ class Config:
     finetune_lr: float = 1e-3
     """Peak learning rate of fine-tuning."""
     schedule: str = "one-cycle"
-    """Learning rate over fine-tuning: "one-cycle" (10 % warm-up, then cosine to zero), "cosine" or
+    """Learning rate over fine-tuning: "one-cycle" (PyTorch's: 10 % warm-up, then cosine to zero), "cosine" (timm's) or
     "constant". (The prune run's is constant.)"""
+    warmup_epochs: int = 0
+    """Epochs in which the cosine schedule rises to its place from timm's 1e-5 before it follows the cosine."""
+    min_lr: float = 0.0
+    """Where the cosine schedule ends."""
     label_smoothing: float = 0.1
     """Smoothing of integer labels, in [0, 1); soft targets are taken as they come."""
     mixup: float = 0.0
@@ -195,6 +199,10 @@ class Config:
         for decay in ("weight_decay", "probe_weight_decay", "clip_grad", "mixup", "cutmix"):
             self._check(decay, getattr(self, decay) >= 0, "0 or more")
         self._choice("schedule", ("one-cycle", "cosine", "constant"))
+        for name in ("warmup_epochs", "min_lr"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+            self._check(name, self.schedule == "cosine" or not getattr(self, name), "0 unless schedule is cosine")
+        self._check("min_lr", self.min_lr <= self.finetune_lr, f"at most finetune_lr = {self.finetune_lr}")
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         for share in ("mix_prob", "mix_switch_prob", "distill"):
             self._check(share, 0 <= getattr(self, share) <= 1, "in [0, 1]")

@@ -15,7 +15,7 @@ from .data import worker_death
 from .files import write_atomically
 
 STATE = "state.pt"
-FORMAT, VERSION = "p3b-state", 1
+FORMAT, VERSION = "p3b-state", 2
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -198,8 +200,7 @@ def finetune(
     state_dir: str | Path | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Fine-tunes any classifier, in place: timm's optimizer, one-cycle or cosine schedule; returns its
-    history.
+    """Fine-tunes any classifier, in place, with timm's optimizer; returns its history.
 
     epochs: default `config.finetune_epochs`. teacher: asked by `config.distill`. state_dir, resume: as for `prune`. The
     history holds "epochs" (records as in `prune`) and "accuracy_final".
@@ -261,7 +262,7 @@ def _finetune(
     group.broadcast(model.parameters())
     steps = _steps_per_epoch(train_loader, config)
     optimizer = _optimizer(model, config, config.finetune_lr)
-    scheduler = _scheduler(optimizer, config, epochs * steps)
+    schedule = Schedule(optimizer, config, epochs, steps)
     params = sum(p.numel() for p in model.parameters())
     history: dict[str, Any] = {"epochs": []}
     step = Step(model, optimizer, config, device, processes=group, teacher=teacher if config.distill else None)
@@ -272,7 +273,7 @@ def _finetune(
     if saved is not None:
         first, history, best = saved["epochs"], saved["history"], saved["best"]
         step.load_state(saved["step"])
-        scheduler.load_state_dict(saved["scheduler"])
+        schedule.load_state(saved["schedule"])
         if average is not None:
             average.module.load_state_dict(saved["average"])
         set_random_state(saved["random"][group.rank])
@@ -282,7 +283,7 @@ def _finetune(
         meter = Meter(device)
         for i, batches in enumerate(groups(train_loader, epochs_before + epoch, config.accumulate)):
             step(batches, meter)
-            scheduler.step()
+            schedule.step()
             if average is not None:
                 average.update(model)
             if _due(i, steps):
@@ -305,7 +306,7 @@ def _finetune(
                 "history": history,
                 "best": best,
                 "step": step.state(),
-                "scheduler": scheduler.state_dict(),
+                "schedule": schedule.state(),
                 "average": None if average is None else average.module.state_dict(),
                 "random": group.all_gather(random_state()),
             },
@@ -628,15 +629,53 @@ def _optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optim
         raise ValueError(f"train: opt must be an optimizer that timm knows, got {config.opt!r} ({error})") from None
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    if config.schedule == "one-cycle" and steps > 1:
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, peaks, total_steps=steps + 1, pct_start=max(0.1, 2 / (steps + 1)), cycle_momentum=False
-        )
-    if config.schedule == "constant":
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+class Schedule:
+    """The learning rate of a fine-tuning run, set anew after every optimizer step: timm's schedulers, and PyTorch's one
+    cycle, which timm has not."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: Config, epochs: int, steps: int) -> None:
+        if config.warmup_epochs >= epochs:
+            raise ValueError(f"train: warmup_epochs must be below the {epochs} epochs, got {config.warmup_epochs}")
+        self.updates = 0
+        self.cycle: torch.optim.lr_scheduler.OneCycleLR | None = None
+        self.timm: Scheduler | None = None
+        if config.schedule == "one-cycle" and epochs * steps > 1:
+            total = epochs * steps + 1
+            self.cycle = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer,
+                [group["lr"] for group in optimizer.param_groups],
+                total_steps=total,
+                pct_start=max(0.1, 2 / total),
+                cycle_momentum=False,
+            )
+        elif config.schedule != "constant":
+            self.timm, _ = create_scheduler_v2(
+                optimizer,
+                "cosine",
+                num_epochs=epochs,
+                min_lr=config.min_lr,
+                warmup_epochs=config.warmup_epochs,
+                step_on_epochs=False,
+                updates_per_epoch=steps,
+            )
+
+    def step(self) -> None:
+        """After an optimizer step."""
+        self.updates += 1
+        if self.cycle is not None:
+            self.cycle.step()
+        elif self.timm is not None:
+            self.timm.step_update(self.updates)
+
+    def state(self) -> dict[str, Any]:
+        """For `load_state`; the learning rate itself is the optimizer's."""
+        return {"updates": self.updates, "cycle": None if self.cycle is None else self.cycle.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        self.updates = state["updates"]
+        if self.cycle is not None:
+            self.cycle.load_state_dict(state["cycle"])
 
 
 def _device(config: Config) -> torch.device:
