@@ -7,13 +7,16 @@ import vits
 import p3b
 from p3b.compensate import activation_means, compensate
 from p3b.gates import attach
+from p3b.mlp import readers
 
 FAMILIES = ["deit", "distilled", "layer_scale", "qk_norm", "reg4_gap", "pre_norm", "gap"]
+FAMILIES += ["registers_dinov2", "aimv2"]
+BIASES = {"qkv_bias": True, "proj_bias": True}
 CONSTANT = 5  # channels of each gate that are made constant
 
 
 def vit(name="deit", units="channels", seed=0, **options):
-    model = vits.family(name, **({"img_size": (32, 24), "patch_size": 8, "depth": 3, "qkv_bias": True} | options))
+    model = vits.family(name, **({"img_size": (32, 24), "patch_size": 8, "depth": 3} | BIASES | options))
     gates = attach(model, units=units)
     if units == "channels":
         gates.set(torch.rand(gates.values.shape, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.1)
@@ -32,7 +35,8 @@ def make_constant(model):
             norm.weight[:CONSTANT] = 0
             if getattr(norm, "bias", None) is not None:
                 norm.bias[:CONSTANT] = torch.arange(CONSTANT) - 1.5
-        layer.mlp.fc1.weight[:CONSTANT] = 0
+        for linear in readers(layer.mlp):
+            linear.weight.view(-1, layer.mlp.fc2.in_features, linear.in_features)[:, :CONSTANT] = 0
         attn = layer.attn
         rows = torch.arange(attn.qkv.out_features).view(3, attn.num_heads, attn.head_dim)
         first = 0 if isinstance(attn.q_norm, torch.nn.Identity) else 2  # normed channels depend on their neighbours

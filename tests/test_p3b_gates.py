@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import vits
-from timm.layers import RmsNorm
+from timm.layers import GatedMlp, RmsNorm
 from torch import nn
 
 from p3b import Config, gates, shrink
@@ -16,7 +16,7 @@ from p3b_ext.patch import patch, unpatch
 
 FAMILIES = [
     *("deit", "distilled", "augreg_no_qkv_bias", "gap", "layer_scale", "qk_norm", "qk_norm_scale_norm"),
-    *("reg4_gap", "no_embed_class", "pre_norm"),
+    *("reg4_gap", "no_embed_class", "pre_norm", "registers_dinov2", "glu_norm", "aimv2"),
 ]
 SCALES = Config().gate_scales
 
@@ -314,8 +314,8 @@ def test_gates_survive_deepcopy():
     [
         (lambda: nn.Linear(2, 2), "model must be a timm VisionTransformer"),
         (
-            lambda: vits.family("registers_dinov2"),
-            "blocks.0.mlp must be timm's Mlp with Linear layers, got GluMlp",
+            lambda: vits.family("deit", mlp_layer=GatedMlp),
+            "blocks.0.mlp must be timm's Mlp, GluMlp or SwiGLU with Linear layers, got GatedMlp",
         ),
         (lambda: vits.family("res_post"), "blocks.0 must be a pre-norm timm Block"),
     ],

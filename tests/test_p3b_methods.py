@@ -213,6 +213,17 @@ def test_magnitude_is_the_mean_over_all_weights_that_go_with_an_element(method, 
             torch.testing.assert_close(scores[place], norms / norms.mean())
 
 
+def test_magnitude_counts_value_and_gate_of_a_gated_mlp():
+    packed, split = vit("registers_dinov2"), vit("aimv2", qkv_bias=True)
+    with torch.no_grad():
+        packed.blocks[1].mlp.fc1.weight[7 + packed.blocks[1].mlp.fc2.in_features] *= 100
+        split.blocks[1].mlp.fc1_g.weight[7] *= 100
+    for model in (packed, split):
+        run = start("magnitude-l1", model)
+        scores = run.method.scores(False).score[run.gates.blocks[3].slices()[2]]
+        assert int(scores.argmax()) == 7 and len(scores) == model.blocks[1].mlp.fc2.in_features
+
+
 @pytest.mark.parametrize("method", ["magnitude-l1", "magnitude-l2"])
 def test_magnitude_prunes_small_weights_first(method):
     model = vit()
@@ -286,7 +297,7 @@ def test_vtp_learns_from_the_loss_alone_without_penalty():
     assert (values > 1).any() and (values < 1).any()
 
 
-@pytest.mark.parametrize("name", ["deit", "augreg_no_qkv_bias", "layer_scale", "gap"])
+@pytest.mark.parametrize("name", ["deit", "augreg_no_qkv_bias", "layer_scale", "gap", "registers_dinov2", "aimv2"])
 def test_vtp_folds_what_it_learned(name):
     run = start("vtp", vit(name))
     generator = torch.Generator().manual_seed(0)

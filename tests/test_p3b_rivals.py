@@ -17,7 +17,7 @@ from p3b_ext import PPT, ToMe, patch
 
 FAMILIES = [
     *("deit", "distilled", "augreg_no_qkv_bias", "gap", "gap_final_norm", "avgmax", "layer_scale", "qk_norm"),
-    *("qk_norm_scale_norm", "reg4_gap", "no_embed_class", "pre_norm"),
+    *("qk_norm_scale_norm", "reg4_gap", "no_embed_class", "pre_norm", "registers_dinov2", "glu_norm"),
 ]
 UNITS = {
     "heads": {"units": "heads"},

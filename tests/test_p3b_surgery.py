@@ -9,6 +9,7 @@ import pytest
 import torch
 import vits
 from safetensors import SafetensorError
+from timm.layers import GatedMlp
 
 import p3b
 from p3b.checkpoint import read_meta
@@ -17,7 +18,7 @@ from p3b_ext import PPT, ToMe, patch, unpatch
 
 FAMILIES = [
     *("deit", "distilled", "augreg_no_qkv_bias", "gap", "layer_scale", "qk_norm", "qk_norm_scale_norm"),
-    *("reg4_gap", "no_embed_class", "pre_norm"),
+    *("reg4_gap", "no_embed_class", "pre_norm", "registers_dinov2", "glu_norm", "aimv2"),
 ]
 GATES = {"in": 0, "out": 1, "inner": 2}
 
@@ -192,6 +193,12 @@ def test_load_gives_back_what_was_saved(name, tmp_path):
     p3b.save(loaded, tmp_path / "again")  # what was loaded can be saved
 
 
+@pytest.mark.parametrize("ratio", [1.25, 57 / 48, 15 / 11, 2.66667 * 2])
+def test_any_number_of_hidden_channels_comes_back(ratio, tmp_path):
+    model = vit(embed_dim=44, num_heads=4, mlp_ratio=ratio)
+    assert p3b.load(p3b.save(model, tmp_path)).blocks[0].mlp.fc1.weight.shape == model.blocks[0].mlp.fc1.weight.shape
+
+
 def test_a_whole_model_can_be_saved_too(tmp_path):
     model = vit("layer_scale")
     same(p3b.load(p3b.save(model, tmp_path))(images()), model(images()))
@@ -275,8 +282,10 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch, kind):
 
 
 def test_what_cannot_be_described_says_so(tmp_path):
-    with pytest.raises(NotImplementedError, match="save: mlp must be timm's Mlp, got GluMlp"):
-        p3b.save(vits.family("registers_dinov2"), tmp_path / "run")
+    with pytest.raises(
+        NotImplementedError, match="save: mlp must be one of Mlp, GluMlp, SwiGLUPacked, SwiGLU, got GatedMlp"
+    ):
+        p3b.save(vits.family("deit", mlp_layer=GatedMlp), tmp_path / "run")
     with pytest.raises(NotImplementedError, match="global_pool must be"):
         p3b.save(vits.family("map"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.layers import RmsNorm, SwiGLUPacked
+from timm.layers import GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -24,6 +24,19 @@ FAMILIES: dict[str, dict] = {
     "qk_norm": {"qk_norm": True, "norm_layer": RmsNorm},
     "qk_norm_scale_norm": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
     "registers_dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.3, "mlp_layer": SwiGLUPacked},
+    "glu_norm": {"mlp_layer": GluMlp, "scale_mlp_norm": True},
+    "aimv2": {
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+        "qkv_bias": False,
+        "proj_bias": False,
+        "act_layer": "silu",
+        "norm_layer": RmsNorm,
+        "embed_norm_layer": RmsNorm,
+        "mlp_layer": SwiGLU,
+        "mlp_ratio": 2.75,
+    },
     "reg4_gap": {"reg_tokens": 4, "class_token": False, "global_pool": "avg"},
     "no_embed_class": {"no_embed_class": True},
     "pre_norm": {"pre_norm": True},

@@ -4,14 +4,17 @@ registry or a pickle."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import timm.layers
-from timm.layers import LayerScale, PatchEmbed
+from timm.layers import GluMlp, LayerScale, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from . import mlp as mlps
 
 CLASSES = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
 NORMS = {
@@ -29,6 +32,12 @@ ACTIVATIONS = {
     "timm.GELU": timm.layers.GELU,
     "ReLU": nn.ReLU,
     "SiLU": nn.SiLU,
+}
+MLPS = {
+    "Mlp": timm.layers.Mlp,
+    "GluMlp": GluMlp,
+    "SwiGLUPacked": timm.layers.SwiGLUPacked,
+    "SwiGLU": timm.layers.SwiGLU,
 }
 
 
@@ -49,11 +58,13 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
         "token, avg, avgmax, max or none",
         model.attn_pool,
     )
-    _expect(isinstance(model.patch_embed.norm, nn.Identity), "patch_embed.norm", "none", model.patch_embed.norm)
     _expect(model.num_classes > 0, "head", "a classifier", model.head)
     block = model.blocks[0]
-    _expect(isinstance(block.mlp, timm.layers.Mlp), "mlp", "timm's Mlp", block.mlp)  # a GluMlp is none
+    mlp_layer = "SwiGLUPacked" if _packed(block.mlp) else _key(MLPS, block.mlp, "mlp")
     norm_layer, eps = _norm(block.norm1)
+    embed_norm = None if isinstance(model.patch_embed.norm, nn.Identity) else _norm(model.patch_embed.norm)
+    hidden = sum(linear.out_features for linear in mlps.readers(block.mlp))
+    hidden //= 2 if mlp_layer == "SwiGLU" else 1  # of which timm asks for one of its two
     has_norm, has_fc_norm = (
         not isinstance(model.norm, nn.Identity),
         not isinstance(model.fc_norm, nn.Identity),
@@ -68,7 +79,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "mlp_ratio": _ratio(hidden, model.embed_dim),
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
@@ -97,6 +108,8 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
         "norm_layer": norm_layer,
         "norm_eps": eps,
         "act_layer": _key(ACTIVATIONS, block.mlp.act, "activation"),
+        "mlp_layer": mlp_layer,
+        "embed_norm": None if embed_norm is None else list(embed_norm),
     }
 
 
@@ -109,7 +122,25 @@ def build(description: dict[str, Any]) -> VisionTransformer:
     if description["norm_eps"] is not None:
         norm_layer = partial(norm_layer, eps=description["norm_eps"])
     cls = CLASSES[description["class"]]
-    return cls(**arguments, norm_layer=norm_layer, act_layer=ACTIVATIONS[description["act_layer"]])
+    if description.get("embed_norm"):
+        name, eps = description["embed_norm"]
+        arguments["embed_norm_layer"] = partial(NORMS[name], eps=eps)
+    return cls(
+        **arguments,
+        norm_layer=norm_layer,
+        act_layer=ACTIVATIONS[description["act_layer"]],
+        mlp_layer=MLPS[description.get("mlp_layer", "Mlp")],
+    )
+
+
+def _packed(mlp: nn.Module) -> bool:
+    return type(mlp) is GluMlp and not mlp.gate_last
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio of which timm makes `hidden` channels: `int(width * ratio)`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _norm(norm: nn.Module) -> tuple[str, float | None]:

@@ -2,7 +2,7 @@
 """Mean-activation compensation: when channels are about to go, the mean of what they gave moves into the next bias.
 
 Variance-Based Pruning (2025) does so for hidden neurons; here also for what attention hands to its projection and for
-what qkv and fc1 read. Exact where a channel is constant, right on average elsewhere.
+what qkv and the MLP read. Exact where a channel is constant, right on average elsewhere.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from . import mlp as mlps
 from .gates import Gates, SubBlock
 
 Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
@@ -68,9 +69,10 @@ def compensate(
             )
     change = (old_values - new_values).to(gates.values)
     for block in gates.blocks:
-        first, last = _linears(model, block)
+        *readers, last = _linears(model, block)
         reads, _, inner = block.slices()
-        first.bias += first.weight @ (means[block.name]["in"] * change[reads]).to(first.weight.dtype)
+        for first in readers:
+            first.bias += first.weight @ (means[block.name]["in"] * change[reads]).to(first.weight.dtype)
         spread = _spread(model, block, change[inner])
         last.bias += last.weight @ (means[block.name]["inner"] * spread).to(last.weight.dtype)
 
@@ -93,9 +95,10 @@ def checked_gates(model: VisionTransformer) -> Gates:
     return gates
 
 
-def _linears(model: VisionTransformer, block: SubBlock) -> tuple[nn.Linear, nn.Linear]:
+def _linears(model: VisionTransformer, block: SubBlock) -> list[nn.Linear]:
+    """The layers that read what the norm puts out, and last the one that writes."""
     branch = getattr(model.blocks[block.block], block.kind)
-    return (branch.qkv, branch.proj) if block.kind == "attn" else (branch.fc1, branch.fc2)
+    return [branch.qkv, branch.proj] if block.kind == "attn" else [*mlps.readers(branch), branch.fc2]
 
 
 def _spread(model: VisionTransformer, block: SubBlock, inner: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ def _watch(model: VisionTransformer, block: SubBlock, gates: Gates, sums: dict[s
     """Hooks that add up a sub-block's activations before its gates, mean over tokens, sum over images."""
     layer = model.blocks[block.block]
     norm = layer.norm1 if block.kind == "attn" else layer.norm2
-    first, last = _linears(model, block)
+    first, *_, last = _linears(model, block)
 
     def add(gate: str, x: Tensor) -> None:
         sums[gate] = sums[gate] + x.float().mean(1).sum(0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, Mlp, RmsNorm
+from timm.layers import LayerScale, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from p3b_ext.linear import linear as onednn_linear
 from p3b_ext.tuning import token_counts
 
 from . import budget
+from . import mlp as mlps
 from .masks import HARD, Scores, ratio_masks
 
 ASLEEP = 1e-3  # masks below this: (m * g)^2 would only repeat the order of the last mask
@@ -267,9 +268,8 @@ def sub_blocks(model: nn.Module, units: str = "channels", embedding: bool = Fals
                 attn,
             )
         _expect(getattr(attn, "gate", None) is None, f"{where}.attn", "attention without an output gate", attn)
-        plain = isinstance(mlp, Mlp) and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear)
-        _expect(plain, f"{where}.mlp", "timm's Mlp with Linear layers", mlp)
-        heads, head_dim, hidden = attn.num_heads, attn.head_dim, mlp.fc1.out_features
+        _expect(mlps.known(mlp), f"{where}.mlp", "timm's Mlp, GluMlp or SwiGLU with Linear layers", mlp)
+        heads, head_dim, hidden = attn.num_heads, attn.head_dim, mlp.fc2.in_features
         # one inner element is a channel in each of the heads, or a head of all its channels
         inner, rows = (head_dim, heads) if units == "channels" else (heads, head_dim)
         head_norms = _per_channel(attn.q_norm, head_dim) + _per_channel(attn.k_norm, head_dim)  # heads share them
@@ -290,15 +290,16 @@ def sub_blocks(model: nn.Module, units: str = "channels", embedding: bool = Fals
         sizes = (width, width, inner)
         found.append(SubBlock(f"{where}.attn", "attn", i, sizes, start, params, macs, units, shared))
         start = found[-1].stop
+        ways = mlps.rows_per_channel(mlp)
         params = budget.Cost(
-            a_q=1,
+            a_q=ways,
             q_o=1,
             in_=_per_channel(block.norm2, width),
-            inner=(mlp.fc1.bias is not None) + _per_channel(mlp.norm, hidden),
+            inner=ways * (mlps.readers(mlp)[0].bias is not None) + _per_channel(mlp.norm, hidden),
             out=(mlp.fc2.bias is not None) + _per_channel(block.ls2, width),
             constant=1,
         )
-        macs = budget.Cost(a_q=in_mlp, q_o=in_mlp, in_=0, inner=0, out=0, constant=0)
+        macs = budget.Cost(a_q=ways * in_mlp, q_o=in_mlp, in_=0, inner=0, out=0, constant=0)
         sizes = (width, width, hidden)
         found.append(SubBlock(f"{where}.mlp", "mlp", i, sizes, start, params, macs, units, shared))
         start = found[-1].stop

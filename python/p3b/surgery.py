@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from p3b_ext.patch import patch
 from p3b_ext.reduced import RECORD
 
+from . import mlp as mlps
 from .architecture import describe
 from .gates import Gates, detach
 from .reductions import fitting
@@ -199,8 +200,9 @@ def _cut_embedding(model: VisionTransformer, index: Tensor) -> None:
     norms = [model.norm_pre, model.norm, model.fc_norm]
     for block in model.blocks:
         norms += [block.norm1, block.norm2]
-        for first, last in ((block.attn.qkv, block.attn.proj), (block.mlp.fc1, block.mlp.fc2)):
+        for first in (block.attn.qkv, *mlps.readers(block.mlp)):
             _cut_linear(first, columns=index)
+        for last in (block.attn.proj, block.mlp.fc2):
             _cut_linear(last, rows=index)
         for scale in (block.ls1, block.ls2):
             if isinstance(scale, LayerScale):
@@ -262,8 +264,7 @@ def _constant_output(branch: nn.Module, half: str, inner: Tensor) -> Tensor:
     if len(inner) == 0:
         return out
     if half == "mlp":
-        hidden = branch.fc1.weight.new_zeros(branch.fc1.out_features) if branch.fc1.bias is None else branch.fc1.bias
-        hidden = branch.act(hidden)[inner]
+        hidden = mlps.hidden(branch, last.weight.new_zeros(mlps.readers(branch)[0].in_features))[inner]
         if not isinstance(branch.norm, nn.Identity):
             _cut_norm_plain(branch.norm, inner)
             hidden = branch.norm(hidden)
@@ -280,7 +281,7 @@ def _constant_output(branch: nn.Module, half: str, inner: Tensor) -> Tensor:
 
 
 def _tiled(inner: Tensor, head_dim: int, repeats: int) -> Tensor:
-    """Places of the kept head channels in `repeats` stacked heads."""
+    """Places of the kept channels of a head (or of an MLP's value and gate) in `repeats` of them, stacked."""
     return (torch.arange(repeats, device=inner.device)[:, None] * head_dim + inner).flatten()
 
 
@@ -365,7 +366,8 @@ class _Factor(nn.Module):
 
 
 def _cut_mlp(mlp: nn.Module, reads: Tensor, inner: Tensor) -> None:
-    _cut_linear(mlp.fc1, inner, reads)
+    for first in mlps.readers(mlp):
+        _cut_linear(first, _tiled(inner, mlp.fc2.in_features, first.out_features // mlp.fc2.in_features), reads)
     if not isinstance(mlp.norm, nn.Identity):
         _cut_norm_plain(mlp.norm, inner)
     _cut_linear(mlp.fc2, columns=inner)

@@ -7,6 +7,7 @@ import torch
 from timm.layers import LayerScale
 from torch import Tensor
 
+from .. import mlp as mlps
 from ..gates import SubBlock
 from ..masks import Scores
 from .ranking import GlobalRanking, awake
@@ -36,16 +37,17 @@ class Magnitude(GlobalRanking):
         """Mean of |w|^p per element of the gates in, out and inner."""
         layer = self.model.blocks[block.block]
         if block.kind == "attn":
-            first, last, norm, scale = layer.attn.qkv, layer.attn.proj, layer.norm1, layer.ls1
+            readers, last, norm, scale = [layer.attn.qkv], layer.attn.proj, layer.norm1, layer.ls1
         else:
-            first, last, norm, scale = layer.mlp.fc1, layer.mlp.fc2, layer.norm2, layer.ls2
-        first, last = first.weight.abs().float(), last.weight.abs().float()
+            readers, last, norm, scale = mlps.readers(layer.mlp), layer.mlp.fc2, layer.norm2, layer.ls2
+        first, last = torch.cat([linear.weight for linear in readers]).abs().float(), last.weight.abs().float()
         if norm.weight is not None:
             first = first * norm.weight.abs()
         if isinstance(scale, LayerScale):
             last = last * scale.gamma.abs()[:, None]
         first, last = first.pow(self.power), last.pow(self.power)
-        inner = block.sizes[2]  # channels of a head come back in every head, and in q, k and v
+        # channels of a head come back in every head, and in q, k and v; those of a gated MLP in value and gate
+        inner = block.sizes[2]
         rows = first.reshape(-1, inner, first.shape[1]).transpose(0, 1).flatten(1)
         columns = last.t().reshape(-1, inner, last.shape[0]).transpose(0, 1).flatten(1)
         return first.mean(0), last.mean(1), torch.cat((rows, columns), dim=1).mean(1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import mlp as mlps
 from ..masks import HARD, Scores
 from .ranking import GlobalRanking, awake
 
@@ -64,9 +65,10 @@ class VTP(GlobalRanking):
         for block in self.gates.blocks:
             layer = self.model.blocks[block.block]
             part = getattr(layer, block.kind)
-            first, last = (part.qkv, part.proj) if block.kind == "attn" else (part.fc1, part.fc2)
+            *firsts, last = (part.qkv, part.proj) if block.kind == "attn" else (*mlps.readers(part), part.fc2)
             reads, writes, inner = (values[place] for place in block.slices())
-            first.weight.mul_(reads)
+            for first in firsts:
+                first.weight.mul_(reads)
             last.weight.mul_(writes[:, None])
             if last.bias is not None:
                 last.bias.mul_(writes)
@@ -76,7 +78,7 @@ class VTP(GlobalRanking):
             if block.kind == "mlp":
                 last.weight.mul_(inner)
                 continue
-            rows = inner.repeat(3 * part.num_heads)
+            first, rows = part.qkv, inner.repeat(3 * part.num_heads)
             first.weight.mul_(rows[:, None])
             if first.bias is not None:
                 first.bias.mul_(rows)
