@@ -47,14 +47,15 @@ def token_counts(model: nn.Module, reduction: Reduction | None = None) -> list[t
 def count_macs(model: nn.Module, reduction: Reduction | None = None) -> int:
     """Multiply-adds of one image, by the shapes of the weights and the tokens of each block.
 
-    `N0 * patch_embed + sum over blocks of [n_a * (qkv + proj) + 2 n_a^2 * H * D + n_m * mlp] + heads`, where a layer's
-    name stands for its number of weights, n_a and n_m for the tokens in attention and MLP. DeiT-S: 4.599 G dense,
-    2.94 G with PPT (r = 50), 2.70 G with ToMe (r = 13). Pruned models count with the shapes that they have.
+    `N0 * patch_embed + sum over blocks of [n_a * (qkv + proj) + 2 n_a^2 * H * D + n_m * mlp] + heads` (and what an
+    attention pooling needs), where a layer's name stands for its number of weights, n_a and n_m for the tokens in
+    attention and MLP. DeiT-S: 4.599 G dense, 2.94 G with PPT (r = 50), 2.70 G with ToMe (r = 13). Pruned models count
+    with the shapes that they have.
     Arguments as `token_counts`.
     """
     embed = model.patch_embed.num_patches * _weights(model.patch_embed)
     heads = sum(_weights(m) for name, m in model.named_children() if name.startswith("head"))
-    total = embed + heads
+    total = embed + heads + pool_macs(model, reduction)
     for block, (in_attention, in_mlp) in zip(model.blocks, token_counts(model, reduction), strict=True):
         inside = 0
         for module in block.modules():
@@ -64,6 +65,19 @@ def count_macs(model: nn.Module, reduction: Reduction | None = None) -> int:
                 total += in_attention * weights + 2 * in_attention**2 * module.num_heads * module.head_dim
         total += in_mlp * (_weights(block) - inside)
     return total
+
+
+def pool_macs(model: nn.Module, reduction: Reduction | None = None) -> int:
+    """Multiply-adds of an attention pooling for one image, 0 for a model without. Arguments as `token_counts`."""
+    pool = getattr(model, "attn_pool", None)
+    if pool is None:
+        return 0
+    tokens = token_counts(model, reduction)[-1][1] - (0 if model.pool_include_prefix else model.num_prefix_tokens)
+    if not isinstance(pool, timm.layers.AttentionPoolLatent):  # AttentionPoolPrr: every token asks, nothing is learned
+        return 2 * tokens**2 * pool.num_heads * pool.head_dim
+    queries = sum(_weights(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None)
+    attention = 2 * tokens * pool.num_heads * pool.head_dim
+    return tokens * _weights(pool.kv) + pool.latent_len * (queries + attention)
 
 
 def solve_r(model: nn.Module, macs_ratio: float, reduction: Reduction | None = None) -> int:

@@ -216,7 +216,7 @@ def test_toml_and_flags_agree_and_flags_win(tmp_path, capsys):
         ({"prune_rati": 0.5}, "'prune_rati' in .*did you mean prune_ratio"),
         ({"batch_size": "many"}, "batch_size must be int, got 'many'"),
         ({"checkpoint": __file__}, "must be a readable weights file"),
-        ({"model_kwargs": TINY | {"global_pool": "map"}}, "save: global_pool must be token"),
+        ({"model_kwargs": TINY | {"act_layer": "mish"}}, "save: activation must be one of GELU, "),
         ({"model": "vit_tiny_patch16_224.nonsense"}, "weights must be some that timm knows (vit_tiny_patch16_224.aug"),
         ({"img_size": 3}, "images must be one patch (4 x 4) or more, got 3 x 3"),
         ({"device": "cuda:77"}, "device: name must be a device of this machine"),
@@ -231,7 +231,9 @@ def test_mistakes_are_one_line_and_leave_nothing(config, tmp_path, capsys, chang
 def test_flag_mistakes_are_one_line(capsys):
     assert "did you mean" in fails(capsys, "prune", "--prune-rati0", "0.5")
     error = fails(capsys, "finetune", "--epochs", "3")
-    assert "unknown flag --epochs 3; did you mean --finetune-epochs? (see p3b finetune --help)" in error
+    assert (
+        "unknown flag --epochs 3; did you mean --finetune-epochs or --warmup-epochs? (see p3b finetune --help)" in error
+    )
     assert "unknown flag --steps 3 (see p3b finetune --help)" in fails(capsys, "finetune", "--steps", "3")
     assert "invalid int value: 'x'" in fails(capsys, "prune", "--batch-size", "x")
     assert "invalid choice: 'prunes'" in fails(capsys, "prunes")
@@ -371,7 +373,7 @@ def test_every_command_has_help(capsys):
 def test_finetune_has_no_flags_of_pruning(config, tmp_path, capsys):
     """A flag without effect would be a trap: --lr is the prune run's."""
     error = fails(capsys, "finetune", "--lr", "1e-4")
-    assert "unknown flag --lr 1e-4; did you mean --finetune-lr?" in error
+    assert "unknown flag --lr 1e-4; did you mean --finetune-lr or --min-lr?" in error
     error = fails(capsys, "finetune", *config(reduction="tome"), "--output", tmp_path / "other")
     assert "reduction must be left out for p3b finetune" in error and not (tmp_path / "other").exists()
 

@@ -10,6 +10,7 @@ import torch
 import vits
 from safetensors import SafetensorError
 from timm.layers import GatedMlp
+from torch import nn
 
 import p3b
 from p3b.checkpoint import read_meta
@@ -18,7 +19,7 @@ from p3b_ext import PPT, ToMe, patch, unpatch
 
 FAMILIES = [
     *("deit", "distilled", "augreg_no_qkv_bias", "gap", "layer_scale", "qk_norm", "qk_norm_scale_norm"),
-    *("reg4_gap", "no_embed_class", "pre_norm", "registers_dinov2", "glu_norm", "aimv2"),
+    *("reg4_gap", "no_embed_class", "pre_norm", "registers_dinov2", "glu_norm", "aimv2", "map"),
 ]
 GATES = {"in": 0, "out": 1, "inner": 2}
 
@@ -286,6 +287,6 @@ def test_what_cannot_be_described_says_so(tmp_path):
         NotImplementedError, match="save: mlp must be one of Mlp, GluMlp, SwiGLUPacked, SwiGLU, got GatedMlp"
     ):
         p3b.save(vits.family("deit", mlp_layer=GatedMlp), tmp_path / "run")
-    with pytest.raises(NotImplementedError, match="global_pool must be"):
-        p3b.save(vits.family("map"), tmp_path / "run")
+    with pytest.raises(NotImplementedError, match=r"save: activation must be one of GELU, .*, got Mish"):
+        p3b.save(vits.family("deit", act_layer=nn.Mish), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -141,8 +141,17 @@ def test_taps_leave_the_models_answer_and_its_trace_alone():
 
 
 @each_reduction
-@pytest.mark.parametrize("name", ["deit", "distilled", "layer_scale", "qk_norm"])
+@pytest.mark.parametrize("name", ["deit", "distilled", "layer_scale", "qk_norm", "registers_dinov2"])
 def test_the_masks_cost_is_the_small_models_cost(name, reduction):
+    check_cost(name, reduction)
+
+
+@pytest.mark.parametrize("reduction", [None, p3b_ext.ToMe(3)])
+def test_attention_pooling_costs_too(reduction):
+    check_cost("map", reduction)
+
+
+def check_cost(name, reduction):
     model = p3b_ext.patch(vit(name), reduction)
     dense = costs.count_macs(model, (3, 16, 16))
     gates = masked(model)

@@ -52,12 +52,6 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     name = next((key for key, known in CLASSES.items() if cls is known), None)
     _expect(name is not None, "model", f"one of {', '.join(CLASSES)}", model)
     _expect(type(model.patch_embed) is PatchEmbed, "patch_embed", "timm's PatchEmbed", model.patch_embed)
-    _expect(
-        model.global_pool not in ("map", "prr"),
-        "global_pool",
-        "token, avg, avgmax, max or none",
-        model.attn_pool,
-    )
     _expect(model.num_classes > 0, "head", "a classifier", model.head)
     block = model.blocks[0]
     mlp_layer = "SwiGLUPacked" if _packed(block.mlp) else _key(MLPS, block.mlp, "mlp")

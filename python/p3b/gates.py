@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from p3b_ext.linear import OneDnnLinear
 from p3b_ext.linear import linear as onednn_linear
-from p3b_ext.tuning import token_counts
+from p3b_ext.tuning import pool_macs, token_counts
 
 from . import budget
 from . import mlp as mlps
@@ -307,12 +307,13 @@ def sub_blocks(model: nn.Module, units: str = "channels", embedding: bool = Fals
 
 
 def outside_cost(model: VisionTransformer, blocks: list[SubBlock], unit: str) -> float:
-    """Cost of what is never pruned: parameters outside the sub-blocks, or MACs of patch embedding and
-    classifier for one image."""
+    """Cost of what is never pruned: parameters outside the sub-blocks, or MACs of patch embedding, attention pooling
+    and classifier for one image."""
     if unit == "params":
         return sum(p.numel() for p in model.parameters()) - sum(b.full("params") for b in blocks)
     heads = [m for m in (model.head, getattr(model, "head_dist", None)) if isinstance(m, nn.Linear)]
-    return model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + sum(m.weight.numel() for m in heads)
+    embed = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
+    return embed + sum(m.weight.numel() for m in heads) + pool_macs(model)
 
 
 def embedding_cost(model: VisionTransformer, unit: str) -> float:
