@@ -4,12 +4,14 @@ cost, reactivation."""
 import copy
 
 import pytest
+import timm
 import torch
 import vits
 from timm.layers import GatedMlp, RmsNorm
 from torch import nn
 
 from p3b import Config, gates, shrink
+from p3b.architecture import build, describe
 from p3b.gates import attach, detach, outside_cost, sharpening, sub_blocks
 from p3b.masks import soft_mask
 from p3b_ext.patch import patch, unpatch
@@ -332,3 +334,26 @@ def test_gates_cannot_be_put_on_twice():
         attach(model)
     with pytest.raises(ValueError, match="values must be of shape"):
         gate.set(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"),
+        *("vit_giant_patch14_dinov2", "vit_base_patch16_siglip_224", "vit_base_patch16_clip_quickgelu_224"),
+        *("aimv2_large_patch14_224", "vit_so150m2_patch16_reg1_gap_256", "vit_tiny_r_s16_p8_224"),
+    ],
+)
+def test_models_of_timm_can_be_gated_and_described(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=5)
+    inside = sum(block.full("params") for block in sub_blocks(model))
+    assert inside == sum(p.numel() for p in model.blocks.parameters())
+    if name == "vit_tiny_r_s16_p8_224":  # a ResNet in front
+        with pytest.raises(NotImplementedError, match="patch_embed must be timm's PatchEmbed, got HybridEmbed"):
+            describe(model)
+    else:
+        with torch.device("meta"):
+            again = build(describe(model))
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        assert shapes == {key: value.shape for key, value in again.state_dict().items()}
