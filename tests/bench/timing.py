@@ -6,6 +6,7 @@ Ratios are medians of the ratios inside a turn; times are medians over turns.
 import math
 import os
 import platform
+import random
 import resource
 import statistics
 import time
@@ -54,7 +55,7 @@ def paired(
         function()
     turns: dict[str, list[float]] = {name: [] for name in functions}
     faults: dict[str, list[int]] = {name: [] for name in functions}
-    names = list(functions)
+    names, order = list(functions), random.Random(0)
     end = time.perf_counter() + seconds
     while len(turns[names[0]]) < least_turns or time.perf_counter() < end:
         for name in names:
@@ -63,7 +64,7 @@ def paired(
             functions[name]()
             turns[name].append(clock() - start)
             faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        names = names[1:] + names[:1]  # nobody always runs behind the same neighbour
+        order.shuffle(names)  # nobody always finds the caches as the same neighbour left them
     return {name: Timing(statistics.median(t) * 1e3, statistics.median(faults[name]), t) for name, t in turns.items()}
 
 

@@ -22,7 +22,7 @@ P3B_EXT_CUDA=0 P3B_EXT_SANITIZE=1 "$python" setup.py -q build_ext --build-lib "$
   exit 1
 }
 LD_PRELOAD="$sanitizer $("$CXX" -print-file-name=libstdc++.so)" \
-  ASAN_OPTIONS=detect_leaks=0:handle_segv=1 UBSAN_OPTIONS=print_stacktrace=1 \
+  ASAN_OPTIONS=detect_leaks=0:handle_segv=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" \
   "$python" tests/fuzz/fuzz.py --library "$build/lib" --calls "$calls" --seed "$seed"
 
 # The kernels of AVX-512 over emulated intrinsics. Without UBSan: it makes GCC take minutes over the unrolled tiles.
