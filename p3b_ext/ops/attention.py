@@ -173,6 +173,8 @@ def _fusable(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Ten
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as PyTorch's own attention does."""
+    if not torch._C._is_any_autocast_enabled():  # one question for all devices
+        return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -106,7 +106,8 @@ std::vector<double> sum_parts(const std::vector<A>& x, int64_t heads, int64_t pa
 }
 
 template <class T>
-void check(const char* name, const AttentionKernels& kernels, const Shapes& s, const std::vector<float>& values, double tolerance, double exact) {
+void check(const char* name, const AttentionKernels& kernels, const Shapes& s, const std::vector<float>& values, double tolerance, double exact,
+           double of_gradients) {
   Call<T, float> got(s, values);
   Call<double, double> wanted(s, values);
   for (size_t i = 0; i < got.qkv.size(); i++) wanted.qkv[i] = widen(got.qkv[i]);
@@ -119,13 +120,14 @@ void check(const char* name, const AttentionKernels& kernels, const Shapes& s, c
   compare("entropy", got.entropy, wanted.entropy, exact, s, name);
   compare("value_square", got.square, wanted.square, exact, s, name);
   compare("to_cls", got.to_cls, wanted.to_cls, exact, s, name);
-  compare("grad_qkv", got.grad_qkv, wanted.grad_qkv, tolerance, s, name);
+  compare("grad_qkv", got.grad_qkv, wanted.grad_qkv, of_gradients, s, name);
   const int64_t heads = s.B * s.H, row = got.a.gate_row;
   compare("received", sum_parts(got.received, heads, s.chunks, s.N), sum_parts(wanted.received, heads, s.chunks, s.N), exact, s, name);
   if (s.gate)
-    compare("grad_gate", sum_parts(got.gate_partial, heads, s.chunks + 1, row), sum_parts(wanted.gate_partial, heads, s.chunks + 1, row), tolerance,
-            s, name);
-  compare("grad_size", sum_parts(got.size_partial, heads, s.chunks, s.N), sum_parts(wanted.size_partial, heads, s.chunks, s.N), tolerance, s, name);
+    compare("grad_gate", sum_parts(got.gate_partial, heads, s.chunks + 1, row), sum_parts(wanted.gate_partial, heads, s.chunks + 1, row),
+            of_gradients, s, name);
+  compare("grad_size", sum_parts(got.size_partial, heads, s.chunks, s.N), sum_parts(wanted.size_partial, heads, s.chunks, s.N), of_gradients, s,
+          name);
 }
 
 // Matching and the sums of rows. Rows [N, C] are multiples of a few directions, so that the best partner is often shared: ties.
@@ -218,11 +220,13 @@ int main(int argc, char** argv) {
     s.chunks = random() % 2 ? 1 : up_to(3);
     std::vector<float> values(size_t(s.B * s.N * s.H * s.D * 4 + 2 * s.B * s.N + s.H * s.D));
     for (float& x : values) x = normal(random);
-    check<float>("avx512 float32", *attention_avx512(Storage::kFloat), s, values, 2e-5, 2e-5);
-    check<Half>("avx512 float16", *attention_avx512(Storage::kHalf), s, values, 2e-3, 2e-5);
-    check<BFloat16>("avx512 bfloat16", *attention_avx512(Storage::kBFloat16), s, values, 2e-2, 2e-5);
-    // With a gate the gated inputs are rounded too; lse and entropy then see 2^-9 of the logits.
-    check<BFloat16>("avx512_bf16 bfloat16", *attention_avx512_bf16(Storage::kBFloat16), s, values, s.gate ? 4e-2 : 2e-2, s.gate ? 4e-2 : 2e-5);
+    check<float>("avx512 float32", *attention_avx512(Storage::kFloat), s, values, 2e-5, 2e-5, 2e-5);
+    check<Half>("avx512 float16", *attention_avx512(Storage::kHalf), s, values, 2e-3, 2e-5, 2e-3);
+    check<BFloat16>("avx512 bfloat16", *attention_avx512(Storage::kBFloat16), s, values, 2e-2, 2e-5, 2e-2);
+    // With a gate the gated inputs are rounded too; lse and entropy then see 2^-9 of the logits. Gradients sum differences of such numbers: those
+    // of PyTorch in bfloat16 (N 180, D 4, 300 draws) are off by 1.4 % of the largest in the median, by 4 % in one of a hundred, by 17 % at worst.
+    check<BFloat16>("avx512_bf16 bfloat16", *attention_avx512_bf16(Storage::kBFloat16), s, values, s.gate ? 4e-2 : 2e-2, s.gate ? 4e-2 : 2e-5,
+                    s.gate ? 1e-1 : 2e-2);
     const int64_t N = up_to(120), C = number % 2 ? up_to(200) : 64;
     check_rows<float>("avx512 float32", RowType::kFloat32, N, C, random, 1e-6);
     check_rows<Half>("avx512 float16", RowType::kFloat16, N, C, random, 1e-3);
