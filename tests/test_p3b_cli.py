@@ -192,6 +192,38 @@ def test_finetune_then_prune_the_result(config, tmp_path, capsys):
     assert "Made by" in (dense / "report.md").read_text()
 
 
+def test_a_teacher_knows_the_same_images_and_classes(config, tmp_path, capsys):
+    dense = tmp_path / "dense"
+    assert main(["finetune", *config(), "--output", str(dense)]) == 0
+    output, teacher = tmp_path / "small", {"teacher": str(dense)}
+    error = fails(capsys, "prune", *config(**teacher), "--output", output)
+    assert "distill must be above 0 where there is a teacher, got 0" in error
+    for changes, message in (
+        ({"classes": [5, 7]}, "teacher must have been trained with the classes ['5', '7'], got ['5', '6']"),
+        ({"classes": [6, 5]}, "teacher must have been trained with the classes ['6', '5'], got ['5', '6']"),
+        ({"img_size": 12}, "teacher must have been trained with the img_size [12, 12], got [8, 8]"),
+    ):
+        for command in ("prune", "finetune"):
+            error = run_fails(capsys, command, *config(distill=0.5, **teacher, **changes), "--output", output)
+            assert message in error
+    assert main(["prune", *config(distill=0.5, **teacher), "--output", str(output)]) == 0
+
+
+def test_numbered_classes_of_other_images_are_other_classes(config, tmp_path):
+    """The head is taken over, but what it knew has no accuracy there."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        images = rng.integers(0, 255, (64, 8, 8), np.uint8)
+        np.savez(tmp_path / f"{name}.npz", x_train=images, y_train=[0, 1] * 32, x_test=images, y_test=[0, 1] * 32)
+    arrays = {"classes": None, "data": str(tmp_path / "a.npz")}
+    assert main(["finetune", *config(**arrays), "--output", str(tmp_path / "run")]) == 0
+    for name, scored in (("a", True), ("b", False)):
+        changes = arrays | {"data": str(tmp_path / f"{name}.npz"), "model": str(tmp_path / "run")}
+        assert main(["prune", *config(**changes), "--output", str(tmp_path / name)]) == 0
+        rows = json.loads((tmp_path / name / "metrics.json").read_text())["rows"]
+        assert (rows[0]["top1"] is not None) is scored and rows[1]["top1"] is not None
+
+
 def test_toml_and_flags_agree_and_flags_win(tmp_path, capsys):
     path = tmp_path / "settings.toml"
     path.write_text('model = "vit_tiny_patch16_224"\ndata = "digits"\nprune_ratio = 2.0\n')
@@ -220,6 +252,12 @@ def test_toml_and_flags_agree_and_flags_win(tmp_path, capsys):
         ({"model": "vit_tiny_patch16_224.nonsense"}, "weights must be some that timm knows (vit_tiny_patch16_224.aug"),
         ({"img_size": 3}, "images must be one patch (4 x 4) or more, got 3 x 3"),
         ({"device": "cuda:77"}, "device: name must be a device of this machine"),
+        ({"device": "meta"}, "device: name must be a device of this machine, got 'meta'"),
+        ({"seed": 2**70}, "seed must be 0 or more and below 2^63"),
+        ({"model_kwargs": TINY | {"depth": 0}}, "blocks must be one or more"),
+        ({"reduction": "tome", "reduction_settings": {"prune_share": 0.5}}, "prune_share must be left out for tome"),
+        ({"classes": [0.5, 1]}, "classes must be whole numbers, got [0.5, 1]"),
+        ({"schedule": "cosine", "warmup_epochs": 1, "finetune_epochs": 1}, "warmup_epochs must be below the 1 epochs"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(config, tmp_path, capsys, changes, message):
@@ -236,12 +274,18 @@ def test_flag_mistakes_are_one_line(capsys):
     )
     assert "unknown flag --steps 3 (see p3b finetune --help)" in fails(capsys, "finetune", "--steps", "3")
     assert "invalid int value: 'x'" in fails(capsys, "prune", "--batch-size", "x")
+    assert "invalid JSON value: '{'" in fails(capsys, "prune", "--model-kwargs", "{")
+    assert "threads: count must be at most 1024" in fails(
+        capsys, "prune", "--model", "x", "--data", "digits", "--output", "x", "--threads", "100000"
+    )
     assert "invalid choice: 'prunes'" in fails(capsys, "prunes")
 
 
 def test_a_config_file_that_is_none(tmp_path, capsys):
     (tmp_path / "broken.toml").write_text("a = [")
     assert "must be TOML" in fails(capsys, "prune", "--config", tmp_path / "broken.toml")
+    (tmp_path / "mark.toml").write_bytes(b"\xef\xbb\xbfprune_rati = 0.5")  # a byte order mark is no mistake
+    assert "did you mean prune_ratio" in fails(capsys, "prune", "--config", tmp_path / "mark.toml")
     (tmp_path / "broken.json").write_text("[1]")
     assert "must hold keys and values, got a list" in fails(capsys, "prune", "--config", tmp_path / "broken.json")
     assert "must be a TOML or JSON file" in fails(capsys, "prune", "--config", tmp_path / "none.toml")

@@ -315,6 +315,14 @@ def test_npz(npz):
     assert all(torch.isfinite(x).all() for x, _ in grey.train)  # a constant image has no deviation to divide by
 
 
+def test_labels_beyond_all_images_are_refused_before_they_cost_memory(tmp_path):
+    images = np.zeros((6, 8, 8), np.uint8)
+    for last in (12, 10**12):
+        np.savez(tmp_path / "a.npz", x_train=images, y_train=[0, 1, 2, 0, 1, last], x_test=images, y_test=[0] * 6)
+        with pytest.raises(ValueError, match=f"labels of .*a.npz must be numbered from 0 on, .* 12 images, got {last}"):
+            create_data(tmp_path / "a.npz", img_size=8, batch_size=2)
+
+
 def test_the_first_training_images(npz, folder):
     whole, few = (create_data(npz(), img_size=6, augment="none", train_images=n) for n in (None, 4))
     assert torch.equal(few.train.images, whole.train.images[:4]) and len(few.train.labels) == 4

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -187,6 +188,45 @@ def test_distillation_is_zero_for_equal_answers_and_pulls_towards_the_teacher():
     expected = 4 * (teacher * (teacher / student).log()).sum()
     found = distillation(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 2.0)
     assert found == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_classes": 1}, "teacher must give the model's 4 classes, got [1]"),
+        ({"in_chans": 1}, "teacher must take images [3, 16, 16] as the model does, got "),
+        ({"img_size": 32}, "teacher must take images [3, 16, 16] as the model does, got "),
+    ],
+)
+def test_a_teacher_of_something_else_is_found_before_training(options, message):
+    settings, teacher = config(distill=0.5), vit(**options)
+    steps = []
+    progress = p3b.train.Silent()
+    progress.epoch = steps.append
+    for train in (p3b.prune, p3b.finetune):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train(vit(), batches(), batches(2, 1), settings, teacher=teacher, progress=progress)
+    assert not steps
+
+
+def test_a_warm_up_that_never_ends_is_found_before_training():
+    progress = p3b.train.Silent()
+    progress.epoch = lambda record: pytest.fail("trained")
+    settings = config(schedule="cosine", warmup_epochs=2, finetune_epochs=2)
+    with pytest.raises(ValueError, match="warmup_epochs must be below the 2 epochs, got 2"):
+        p3b.prune(vit(), batches(), batches(2, 1), settings, progress=progress)
+
+
+def test_a_model_without_pooling_says_so():
+    with pytest.raises(
+        ValueError, match=re.escape("model must give logits [B, K], got [16, 17, 4]; set its global_pool")
+    ):
+        prune(vit(global_pool=""))
+
+
+def test_masks_that_miss_the_budget_say_so():
+    with pytest.warns(UserWarning, match=r"the masks prune .* where 50.0% was asked for; a round_to below 1000"):
+        prune(round_to=1000)
 
 
 def test_a_student_of_one_teacher_alone_answers_like_it():

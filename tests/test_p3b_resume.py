@@ -67,6 +67,53 @@ def test_a_run_stopped_in_any_epoch_ends_as_if_it_had_not(tmp_path, options):
         same(whole, run(settings, state_dir=folder, resume=True))
 
 
+class Shuffled:
+    """Batches whose order depends on the epoch, which is counted on where nobody sets it: as `create_data` gives."""
+
+    def __init__(self):
+        self.batches, self.epoch = batches(), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        start = self.epoch % len(self.batches)
+        self.epoch += 1
+        return iter(self.batches[start:] + self.batches[:start])
+
+
+@pytest.mark.parametrize("options", [{"method": "savit"}, {"compensate": True}], ids=["savit", "compensate"])
+def test_what_is_measured_on_training_images_is_measured_on_the_same(tmp_path, options, monkeypatch):
+    settings = config(finetune_epochs=1, **options)
+
+    def shuffled(epochs=99, **where):
+        model = vit(drop_path_rate=0.1)
+        return p3b.prune(model, Shuffled(), batches(2, 1), settings, progress=Power(epochs), **where)
+
+    whole = shuffled()
+    with pytest.raises(Power.Gone):
+        shuffled(settings.start_epoch, state_dir=tmp_path)
+    same(whole, shuffled(state_dir=tmp_path, resume=True))
+    (tmp_path / STATE).unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(p3b.train, "shrink", lambda model: (_ for _ in ()).throw(Power.Gone))
+        with pytest.raises(Power.Gone):  # between the last state of pruning and the first of fine-tuning
+            shuffled(state_dir=tmp_path)
+    same(whole, shuffled(state_dir=tmp_path, resume=True))
+
+
+def test_a_run_goes_on_with_as_many_processes(tmp_path):
+    with pytest.raises(Power.Gone):
+        run(config(), 2, state_dir=tmp_path)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    torch.save(state | {"random": state["random"] * 2}, tmp_path / STATE)
+    with pytest.raises(ValueError, match="resume: processes must be as many as the run's 2, got 1"):
+        run(config(), state_dir=tmp_path, resume=True)
+
+
 def test_a_run_stopped_again_and_again(tmp_path):
     settings = config()
     for _ in itertools.count():

@@ -53,6 +53,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     _expect(name is not None, "model", f"one of {', '.join(CLASSES)}", model)
     _expect(type(model.patch_embed) is PatchEmbed, "patch_embed", "timm's PatchEmbed", model.patch_embed)
     _expect(model.num_classes > 0, "head", "a classifier", model.head)
+    _expect(len(model.blocks) > 0, "blocks", "one or more", model.blocks)
     block = model.blocks[0]
     mlp_layer = "SwiGLUPacked" if _packed(block.mlp) else _key(MLPS, block.mlp, "mlp")
     norm_layer, eps = _norm(block.norm1)

@@ -66,6 +66,8 @@ FINETUNE += ("select", "clip_grad", "accumulate", "seed", "amp", "compile", "dev
 # Errors that a user can cause and mend. Anything else is a defect of this software and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, train.Diverged)
 
+MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many as it is asked for
+
 LESS_MEMORY = {  # command -> remedy for a machine without enough
     "prune": "a smaller --batch-size needs less, and --accumulate then makes steps of as many images",
     "bench": "a smaller --batch-size needs less",
@@ -247,12 +249,18 @@ def _train(options: argparse.Namespace, command: str) -> None:
         with processes(config.device) as (group, device):
             config = dataclasses.replace(config, device=device)
             say = print if group.first else (lambda *_: None)
+            failure: Exception | None = None
             if group.first:
-                folder = stack.enter_context(training_folder(job.output, command, settings, resume=resume))
-            group.barrier()
+                try:
+                    folder = stack.enter_context(training_folder(job.output, command, settings, resume=resume))
+                except USER_ERRORS as error:
+                    failure = error
+            if any(group.all_gather(failure is not None)):
+                raise failure or SystemExit(2)  # the first process says why
             if not group.first:
                 folder = unfinished(job.output)
             model, data, known = model_and_data(job, config)
+            teacher = _teacher(job, config, data)
             if group.first:
                 check_files(data, print)
             checkpoint.check(model)
@@ -260,7 +268,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
             mine = data.part(group.rank, group.world)
             keywords: dict[str, Any] = dict(
                 progress=_progress(job, group, folder),
-                teacher=load_run(job.teacher)[0] if job.teacher else None,
+                teacher=teacher,
                 state_dir=folder,
                 resume=resume,
             )
@@ -299,6 +307,21 @@ def _train(options: argparse.Namespace, command: str) -> None:
     print(f"\nwritten to {job.output}; next: p3b {following}")
 
 
+def _teacher(job: Job, config: Config, data: Data) -> nn.Module | None:
+    """The dense model that fine-tuning asks; ValueError unless it learned from such images and classes."""
+    if not job.teacher:
+        return None
+    if not config.distill:
+        raise ValueError("config: distill must be above 0 where there is a teacher, got 0")
+    teacher, meta = load_run(job.teacher)
+    now = data.settings | {"classes": list(data.class_names)}
+    for key in ("classes", "img_size", "mean", "std"):
+        was = meta["class_names"] if key == "classes" else meta["data"].get(key)
+        if list(was) != list(now[key]):
+            raise ValueError(f"config: teacher must have been trained with the {key} {now[key]}, got {was}")
+    return teacher
+
+
 def _progress(job: Job, group: Processes, folder: Path) -> train.Progress:
     """A bar, and TensorBoard's records where they are asked for; silence in all processes but the first."""
     if not group.first:
@@ -324,6 +347,8 @@ def _reduction(job: Job, model: nn.Module, data: Data) -> Any:
             raise ValueError(f"config: reduction_settings must be of prune_share, {', '.join(known)}, got {key}")
     found = reductions.reduction(job.reduction, model, **given)
     if not isinstance(found, p3b_ext.PPT):
+        if share is not None:
+            raise ValueError(f"config: prune_share must be left out for {job.reduction} (it is ppt's), got {share}")
         return found
     # a copy: the run patches its model itself
     return reductions.apply(copy.deepcopy(model), found, data.train, prune_share=share)
@@ -611,7 +636,9 @@ def model_and_data(job: Job, config: Config) -> tuple[nn.Module, Data, bool]:
             torch.manual_seed(config.seed)
             model.reset_classifier(data.num_classes)
             model.p3b_description["arguments"]["num_classes"] = data.num_classes
-        return model.to(device), data, known
+        # classes 0, 1, ... of other images are other classes, as far as anybody knows
+        numbered = list(data.class_names) == [str(i) for i in range(data.num_classes)]
+        return model.to(device), data, known and (not numbered or data.settings["source"] == before["source"])
     check_model_name(job.model)
     normal = timm.get_pretrained_cfg(job.model)
     size = job.img_size or (normal.input_size[1:] if normal else 224)
@@ -754,7 +781,7 @@ def _read_config(path: str) -> dict[str, Any]:
     if path in recipes():
         return read_recipe(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         have = ", ".join(recipes())
         raise ValueError(f"config: {path} must be a TOML or JSON file or one of {have}, got {error}") from error
@@ -785,7 +812,7 @@ def _add_flags(parser: argparse.ArgumentParser, title: str, cls: type, leave_out
     """One flag for each field of a dataclass."""
     group = parser.add_argument_group(title)
     sentences = _sentences(cls)
-    kinds = {"int": int, "float": float, "str": str, "dict": json.loads, "list": json.loads}
+    kinds = {"int": int, "float": float, "str": str, "dict": _json, "list": _json}
     for field in dataclasses.fields(cls):
         if field.name in leave_out:
             continue
@@ -800,6 +827,13 @@ def _add_flags(parser: argparse.ArgumentParser, title: str, cls: type, leave_out
         else:
             names = {"int": "N", "float": "X", "str": "TEXT", "dict": "JSON", "list": "JSON"}
             group.add_argument(flag, type=kinds[field.type], metavar=names[field.type], **common)
+
+
+def _json(text: str) -> Any:
+    return json.loads(text)
+
+
+_json.__name__ = "JSON"  # argparse says "invalid JSON value"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1202,7 +1236,8 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: name must be a device of this machine, got {name!r} ({error})") from error
     return torch.device(name)
@@ -1219,6 +1254,8 @@ def _workers(wanted: int, device: torch.device) -> int:
 def _threads(count: int) -> None:
     if count < 0:
         raise ValueError(f"threads: count must be 1 or more (0: all cores), got {count}")
+    if count > MOST_THREADS:
+        raise ValueError(f"threads: count must be at most {MOST_THREADS}, got {count}")
     if count:
         torch.set_num_threads(count)
 

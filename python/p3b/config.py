@@ -210,7 +210,7 @@ class Config:
         self._check("ema", 0 <= self.ema < 1, "in [0, 1)")
         self._choice("select", ("last", "best"))
         self._check("accumulate", self.accumulate >= 1, "1 or more")
-        self._check("seed", self.seed >= 0, "0 or more")
+        self._check("seed", 0 <= self.seed < 2**63, "0 or more and below 2^63")
         self._choice("amp", ("none", "bfloat16", "float16"))
 
     def _coerce(self, field: dataclasses.Field) -> None:

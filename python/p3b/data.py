@@ -436,12 +436,18 @@ def _chosen(
 ) -> _Arrays:
     """The images that `create_data` is asked for, with a name for each class."""
     count = int(max(arrays.y_train.max(), arrays.y_test.max())) + 1
+    images = len(arrays.y_train) + len(arrays.y_test)
+    if count > max(images, len(arrays.class_names)):
+        most = f"numbered from 0 on, at most as many as the {images:,} images"
+        raise ValueError(f"data: labels of {arrays.name} must be {most}, got {count - 1}")
     if num_classes is not None and num_classes < (count if classes is None else len(classes)):
         most = f"one of the {num_classes} labels below num_classes"
         raise ValueError(f"data: labels of {arrays.name} must be {most}, got labels up to {count - 1}")
     names = arrays.class_names or tuple(str(i) for i in range(count))
     x, y = [arrays.x_train, arrays.x_test], [arrays.y_train, arrays.y_test]
     if classes is not None:
+        if any(isinstance(c, bool) or not isinstance(c, int | np.integer) for c in classes):
+            raise ValueError(f"data: classes must be whole numbers, got {list(classes)}")
         classes = [int(c) for c in classes]
         if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(count)):
             wanted = f"two or more different labels below {count}"
@@ -1016,7 +1022,7 @@ def _image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
 def _channel_values(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
     if len(values) != channels or (name == "std" and min(values) <= 0):
         kind = "positive numbers" if name == "std" else "numbers"
-        raise ValueError(f"data: {name} must be {channels} {kind}, one per channel, got {list(values)}")
+        raise ValueError(f"data: {name} must be {channels} {kind}, one per channel of the images, got {list(values)}")
     return tuple(float(v) for v in values)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         except RuntimeError as error:  # a full disk is no OSError in torch's zip writer
             if worker_death(error):
                 raise
-            raise OSError(f"checkpoint: {path} must be writable, got {' '.join(str(error).split())[:200]}") from None
+            free = shutil.disk_usage(path.parent).free
+            what = f"{' '.join(str(error).split())[:200]} ({free:,} bytes are free there)"
+            raise OSError(f"checkpoint: {path} must be writable, got {what}") from None
 
     write_atomically(path, write)
 

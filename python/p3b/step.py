@@ -55,6 +55,7 @@ class Step:
     ) -> None:
         self.model, self.optimizer, self.config, self.device, self.run = model, optimizer, config, device, run
         self.processes, self.teacher = processes or Processes(), teacher
+        self.later_teacher: nn.Module | None = None  # of the run's next phase, looked at before this one
         self.wrapped = self.processes.wrap(model)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
         self.taps = Taps(model) if run is not None and run.method.reads_stream else None
@@ -84,6 +85,9 @@ class Step:
         measuring = run is not None and run.measuring
         if not self.checked:
             check_batch(self.model, batches[0])
+            asked = self.teacher if self.teacher is not None else self.later_teacher
+            if asked is not None:
+                check_teacher(asked, self.model, batches[0][0].to(self.device))
             self._check_mixing(*batches[0])
             self.checked = True
         for i, (images, targets) in enumerate(batches):
@@ -121,6 +125,8 @@ class Step:
             self.taps.begin(rows)
         with autocast(config, self.device):
             logits = self.forward(images)
+        if logits.ndim != 2:
+            raise ValueError(f"train: model must give logits [B, K], got {list(logits.shape)}; set its global_pool")
         logits = logits.float()
         loss = self.criterion(logits, targets).mean()
         total = loss
@@ -269,12 +275,30 @@ def check_batch(model: nn.Module, batch: Any) -> None:
         )
 
 
+@torch.no_grad()
+def check_teacher(teacher: nn.Module, model: nn.Module, images: Tensor) -> None:
+    """ValueError unless a teacher takes the model's images and answers with as many classes."""
+    size, classes = list(images.shape[1:]), getattr(model, "num_classes", None)
+    try:
+        answers = list(teacher(images[:1]).shape)
+    except (RuntimeError, AssertionError) as error:
+        what = " ".join(str(error).split())[:120]
+        raise ValueError(f"train: teacher must take images {size} as the model does, got {what}") from None
+    if len(answers) != 2 or classes not in (None, answers[1]):
+        raise ValueError(f"train: teacher must give the model's {classes} classes, got {answers[1:]}")
+
+
+def of_epoch(loader: Any, epoch: int) -> Any:
+    """The loader at an epoch: order and augmentation then depend on that alone, not on what ran before."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
+    return loader
+
+
 def groups(loader: Any, epoch: int, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """An epoch's batches in groups of `size`; a last group that is not full is left out."""
-    if hasattr(loader, "set_epoch"):  # order and augmentation then depend on the epoch, not on what ran before
-        loader.set_epoch(epoch)
     group = []
-    for batch in loader:
+    for batch in of_epoch(loader, epoch):
         group.append(batch)
         if len(group) == size:
             yield group

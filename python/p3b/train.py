@@ -12,6 +12,7 @@ import gc
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,11 @@ from .gates import Gates, sharpening
 from .methods import create
 from .reductions import fitting
 from .state import load_state, random_state, save_state, set_random_state
-from .step import REMEDY, Diverged, Meter, Step, autocast, groups
+from .step import REMEDY, Diverged, Meter, Step, autocast, groups, of_epoch
 from .surgery import cut, shrink
 
 MEAN_BATCHES = 16  # training batches that mean activations are taken over
+BUDGET_SLACK = 0.02  # share of the whole model that final masks may miss the budget by without a word
 REPORTS_PER_EPOCH = 20  # how often skipped steps, loss and accuracy are read back
 FUSED = ("adam", "adamw", "sgd")  # optimizers that PyTorch runs as one kernel, on CPU and CUDA
 
@@ -117,10 +119,12 @@ def prune(
         raise ValueError("prune: state_dir must be given to resume a run, got None")
     if config.distill and config.finetune_epochs and teacher is None and config.start_epoch == 0:
         raise ValueError("config: distill must have a teacher, or start_epoch 1 or more to make one, got neither")
+    if config.finetune_epochs:
+        check_warmup(config, config.finetune_epochs)
     device, group = _device(config), Processes()
     saved = load_state(Path(state_dir)) if resume else None
     images = _images(train_loader, val_loader) if state_dir is not None else None
-    _check_state(saved, config, images)
+    _check_state(saved, config, images, group)
     seed_all(config.seed)
     model = copy.deepcopy(model).to(device)
     keep = Keeper(state_dir, config, group, images)
@@ -129,6 +133,7 @@ def prune(
     try:
         if saved is None or saved["phase"] == "prune":
             run = PruneRun(model, config, _steps_per_epoch(train_loader, config), group, reduction)
+            run.step.later_teacher = teachers.model
             first = 0
             if saved is not None:
                 run.load_state(saved["run"])
@@ -216,7 +221,7 @@ def finetune(
     device, group = _device(config), Processes()
     saved = load_state(Path(state_dir)) if resume else None
     images = _images(train_loader, val_loader) if state_dir is not None else None
-    _check_state(saved, config, images)
+    _check_state(saved, config, images, group)
     keep = Keeper(state_dir, config, group, images)
     model.to(device)
     tuning = None
@@ -423,7 +428,8 @@ class PruneRun:
     def epoch(self, epoch: int, train_loader: Batches, val_loader: Batches, progress: Progress) -> dict[str, Any]:
         """One epoch of the prune run; returns its record."""
         if self.count == self.start:
-            batches = ((images.to(self.device), targets.to(self.device)) for images, targets in train_loader)
+            loader = of_epoch(train_loader, epoch)
+            batches = ((images.to(self.device), targets.to(self.device)) for images, targets in loader)
             self.method.begin(batches, self.step.criterion)
             self.params = int(self.gates.total())
         self.model.train()
@@ -471,6 +477,7 @@ class PruneRun:
         _check_finite(self.model, self.history, "prune")
         before, means = self.gates.values.clone(), self._means(train_loader) if self.config.compensate else None
         self.update(final=True)
+        self._check_budget()
         if means is not None:
             compensate(self.model, means, before, self.gates.values)
         history, model = self.history, self.model
@@ -484,9 +491,20 @@ class PruneRun:
         history["skipped_steps"] = int(self.step.skipped)
         return history
 
+    def _check_budget(self) -> None:
+        """A warning where the final masks miss the budget: few large steps (round_to) or a tiny model."""
+        unit, wanted = self.config.budget, self.config.prune_ratio
+        whole = float(self.method.full.sum()) + self.gates.outside(unit, torch.ones(len(self.gates.values)) > 0)
+        pruned = 1 - self.gates.total(unit) / whole
+        if abs(pruned - wanted) > BUDGET_SLACK:
+            what = f"the masks prune {pruned:.1%} of {unit} where {wanted:.1%} was asked for"
+            remedy = "" if self.config.round_to == 1 else f"; a round_to below {self.config.round_to} comes closer"
+            warnings.warn(f"prune: {what}{remedy}", stacklevel=2)
+
     def _means(self, train_loader: Batches) -> dict[str, dict[str, Tensor]]:
         """Mean activations behind the gates over a few training batches of every process."""
-        batches = (images.to(self.device) for images, _ in itertools.islice(train_loader, MEAN_BATCHES))
+        loader = of_epoch(train_loader, self.config.final_epoch)
+        batches = (images.to(self.device) for images, _ in itertools.islice(loader, MEAN_BATCHES))
         means = activation_means(self.model, batches)
         self.processes.all_reduce_mean(mean for both in means.values() for mean in both.values())
         return means
@@ -594,7 +612,7 @@ def _images(*loaders: Batches) -> dict[str, Any]:
     return found
 
 
-def _check_state(saved: dict[str, Any] | None, config: Config, images: dict[str, Any] | None) -> None:
+def _check_state(saved: dict[str, Any] | None, config: Config, images: dict[str, Any] | None, group: Processes) -> None:
     """ValueError where a state was written under other settings or with other images: the rest of the run would be
     another run."""
     if saved is None:
@@ -604,6 +622,8 @@ def _check_state(saved: dict[str, Any] | None, config: Config, images: dict[str,
     for key in now:
         if key not in free and now[key] != then.get(key, now[key]):
             raise ValueError(f"resume: {key} must be the run's {then[key]!r}, got {now[key]!r}")
+    if len(saved["random"]) != group.world:
+        raise ValueError(f"resume: processes must be as many as the run's {len(saved['random'])}, got {group.world}")
     before = saved.get("images") or {}
     for key, value in (images or {}).items():
         if before.get(key, value) != value:
@@ -629,13 +649,18 @@ def _optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optim
         raise ValueError(f"train: opt must be an optimizer that timm knows, got {config.opt!r} ({error})") from None
 
 
+def check_warmup(config: Config, epochs: int) -> None:
+    """ValueError unless the learning rate's warm-up ends before the last of so many epochs."""
+    if config.warmup_epochs >= epochs:
+        raise ValueError(f"train: warmup_epochs must be below the {epochs} epochs, got {config.warmup_epochs}")
+
+
 class Schedule:
     """The learning rate of a fine-tuning run, set anew after every optimizer step: timm's schedulers, and PyTorch's one
     cycle, which timm has not."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: Config, epochs: int, steps: int) -> None:
-        if config.warmup_epochs >= epochs:
-            raise ValueError(f"train: warmup_epochs must be below the {epochs} epochs, got {config.warmup_epochs}")
+        check_warmup(config, epochs)
         self.updates = 0
         self.cycle: torch.optim.lr_scheduler.OneCycleLR | None = None
         self.timm: Scheduler | None = None

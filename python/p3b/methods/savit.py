@@ -79,6 +79,8 @@ class SAViT(Method):
 
     def measure(self, batches: Iterable[tuple[Tensor, Tensor]], criterion: Criterion) -> tuple[Tensor, Tensor]:
         """Importance `[G]` and cross terms `[3, 3]` (float64) at gates of 1."""
+        processes = self.run.processes
+        size = max(1, self.BATCH // processes.world)
         leaves = self.gates.leaves()
         flat = [leaves[0][0], *(inner for _, _, inner in leaves)]  # the embedding, then as in the flat tensors
         member = torch.zeros(3, len(self.gates.values), device=self.device)
@@ -90,10 +92,12 @@ class SAViT(Method):
         # the fused attention has no second derivative
         with torch.enable_grad(), torch.autocast(self.device.type, enabled=False), backend("reference"):
             for images, targets in batches:
-                for some, labels in zip(images.split(self.BATCH), targets.split(self.BATCH), strict=True):
+                for some, labels in zip(images.split(size), targets.split(size), strict=True):
                     loss = criterion(self.model(some), labels).mean()
                     gradient = torch.cat(torch.autograd.grad(loss, flat, create_graph=True))
-                    importance += gradient.detach().square()
+                    mean = gradient.detach().clone()
+                    processes.all_reduce_mean([mean])  # squared only when it is the whole batch's
+                    importance += mean.square()
                     for i, row in enumerate(member):
                         product = torch.cat(torch.autograd.grad(gradient @ row, flat, retain_graph=i < 2))
                         cross[i] += member @ product
