@@ -1,5 +1,6 @@
 """Fused masked attention with side outputs: public functions, fakes, gradients."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -74,10 +75,9 @@ def masked_attention(
     Results are deterministic. Entropy needs no second pass: H = lse - sum_j p_ij * logit_ij.
     """
     op = "masked_attention"
-    if key_mask is None and token_size is None and channel_gate is None and scale is None and aux is None:
-        out = _plain(q, k, v)
-        if out is not None:
-            return out
+    found = _quick((q, k, v), key_mask, token_size, channel_gate, scale, aux)
+    if found is not None:
+        return found
     q, k, v = autocast(q, k, v)
     token_size, channel_gate = _check(op, q, k, v, key_mask, token_size, channel_gate)
     bits, columns = _aux_bits(op, aux)
@@ -93,19 +93,40 @@ def masked_attention(
     return out, _collect(aux, backend, results, columns, q, k, key_mask, token_size, channel_gate, scale)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """The commonest call with little Python in front of the CPU kernel, which looks at its arguments itself; None for
-    what it refuses or may not be asked here."""
+def _quick(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tensor | tuple[Tensor, AttentionAux] | None:
+    """The usual call with little Python in front of the CPU kernel, which looks at its arguments itself; None for what
+    it refuses or may not be asked here. tensors: (q, k, v) or (qkv,)."""
     if backends._forced is not None or backends._C is None:
         return None
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return None
     try:
-        if not q.is_cpu:
+        first = tensors[0]
+        if not first.is_cpu or not (scale is None or (type(scale) is float and -math.inf < scale < math.inf)):
             return None
-        return call("p3b_ext", "masked_attention", q, k, v, None, None, None, q.shape[-1] ** -0.5, 0)[0].transpose(1, 2)
+        bits, places = (0, ()) if aux is None else _one_pass(tuple(aux))
+        factor = first.shape[-1] ** -0.5 if scale is None else scale
+        op = "masked_attention"
+        if len(tensors) == 1:  # the packed op is for its gradient
+            if torch.is_grad_enabled():
+                op = "masked_attention_packed"
+            else:
+                tensors = first.permute(2, 0, 3, 1, 4).unbind(0)
+        results = call("p3b_ext", op, *tensors, key_mask, token_size, channel_gate, factor, bits)
+        out = results[0].transpose(1, 2)
+        return out if aux is None else (out, AttentionAux(*[None if i is None else results[i] for i in places]))
     except Exception:
         return None  # the longer way mends it or says what is wrong
+
+
+@functools.cache
+def _one_pass(aux: tuple[str, ...]) -> tuple[int, tuple[int | None, ...]]:
+    """Bits of the side outputs `aux`, and where each field of AttentionAux is among the results; ValueError for those
+    that take a second pass."""
+    bits, columns = _aux_bits("masked_attention", aux)
+    if columns:
+        raise ValueError
+    return bits, tuple(list(AUX_BITS).index(name) + 1 if name in aux else None for name in AttentionAux._fields)
 
 
 def packed_attention(
@@ -120,6 +141,9 @@ def packed_attention(
     """`masked_attention(*qkv.permute(2, 0, 3, 1, 4), ...)` for packed qkv `[B, N, 3, H, D]`, whose gradient is written
     into one packed buffer rather than stacked from three."""
     op = "packed_attention"
+    found = _quick((qkv,), key_mask, token_size, channel_gate, scale, aux)
+    if found is not None:
+        return found
     (qkv,) = autocast(qkv)
     check_tensor(op, "qkv", qkv, "B N 3 H D")
     if qkv.shape[2] != 3:

@@ -756,7 +756,9 @@ def _settings(options: argparse.Namespace, command: str) -> tuple[Job, Config, b
     keys = {cls: [field.name for field in dataclasses.fields(cls)] for cls in (Job, Config)}
     known = keys[Job] + keys[Config]
     given = _read_config(options.config) if options.config else {}
-    if options.resume:
+    if options.resume is not None:
+        if not options.resume:
+            raise ValueError("resume: run must be the folder that it was to be written to, got ''")
         if options.config:
             raise ValueError(f"resume: settings must be the run's own, got --config {options.config}")
         started, given = unfinished_run(options.resume)
@@ -774,7 +776,7 @@ def _settings(options: argparse.Namespace, command: str) -> tuple[Job, Config, b
     given |= {key: value for key, value in vars(options).items() if key in known}
     job = Job(**{key: value for key, value in given.items() if key in keys[Job]})
     config = Config.from_dict({key: value for key, value in given.items() if key in keys[Config]})
-    return job, config, bool(options.resume)
+    return job, config, options.resume is not None
 
 
 def _read_config(path: str) -> dict[str, Any]:

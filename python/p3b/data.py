@@ -443,6 +443,9 @@ def _chosen(
     if num_classes is not None and num_classes < (count if classes is None else len(classes)):
         most = f"one of the {num_classes} labels below num_classes"
         raise ValueError(f"data: labels of {arrays.name} must be {most}, got labels up to {count - 1}")
+    missing = sorted(set(arrays.y_test.tolist()) - set(arrays.y_train.tolist()))
+    if missing:
+        raise ValueError(f"data: labels of {arrays.name} must occur in training, got also {missing[:5]} in validation")
     names = arrays.class_names or tuple(str(i) for i in range(count))
     x, y = [arrays.x_train, arrays.x_test], [arrays.y_train, arrays.y_test]
     if classes is not None:
@@ -465,6 +468,8 @@ def _chosen(
             raise ValueError(f"data: train_images must be 1 to {len(y[0])}, the images there are, got {train_images}")
         x[0], y[0] = x[0][:train_images], y[0][:train_images]
     names += tuple(str(i) for i in range(len(names), num_classes or 0))
+    if len(names) < 2:
+        raise ValueError(f"data: {arrays.name} must hold images of two or more classes, got only {names[0]!r}")
     return dataclasses.replace(arrays, x_train=x[0], y_train=y[0], x_test=x[1], y_test=y[1], class_names=names)
 
 
@@ -839,7 +844,7 @@ def _image_folder(folder: str, val_share: float) -> _Files:
     if len(names) < 2:
         raise ValueError(f"data: {folder} must hold images of two or more classes, got only {names[0]!r}")
     if len(samples) == 1:
-        split = _split_per_class(np.array([label for _, label in samples[0]]), val_share)
+        split = _split_per_class(np.array([label for _, label in samples[0]]), val_share, names)
         samples = [[samples[0][i] for i in index] for index in split]
     readers = [_FolderReader(part) for part in samples]
     return _Files(readers[0], readers[1], (len(samples[0]), len(samples[1])), names, folder)
@@ -1030,14 +1035,15 @@ def _listed(values: Sequence[int] | None) -> list[int] | None:
     return None if values is None else [int(v) for v in values]
 
 
-def _split_per_class(labels: np.ndarray, val_share: float) -> tuple[np.ndarray, np.ndarray]:
+def _split_per_class(labels: np.ndarray, val_share: float, names: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Indices of train and val: of each class a fixed random share, at least one image on each side."""
     generator = np.random.default_rng(SPLIT_SEED)
     train, val = [], []
     for label in np.unique(labels):
         index = generator.permutation(np.flatnonzero(labels == label))
         if len(index) < 2:
-            raise ValueError(f"data: every class must have two or more images to split, got one of {label}")
+            name = names[label] if names else label
+            raise ValueError(f"data: every class must have two or more images to split, got one of {name}")
         cut = min(max(round(len(index) * val_share), 1), len(index) - 1)
         val.append(index[:cut])
         train.append(index[cut:])
