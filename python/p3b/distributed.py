@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -35,10 +36,10 @@ class Processes:
         if self.world == 1:
             return model
         device = next(model.parameters()).device
-        # Buffers are index tables and never change in training.
-        return DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        # Buffers are index tables and never change in training. Before torch 2.13 the setting had another name.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        still = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **still)
 
     def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
         """Sums tensors over the processes, in place, in one collective for each dtype."""
