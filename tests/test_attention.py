@@ -10,7 +10,8 @@ from cases import ATTENTION, AttentionCase, acc, assert_within, float64
 from torch.utils.checkpoint import checkpoint
 
 import p3b_ext
-from p3b_ext import reference
+from p3b_ext import backends, reference
+from p3b_ext.ops import attention
 from p3b_ext.ops.attention import packed_attention
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -603,3 +604,22 @@ def test_reference_states_the_formula():
     torch.testing.assert_close(cls, p[:, :, 0])
     torch.testing.assert_close(entropy, -(p * p.log()).sum(-1))
     torch.testing.assert_close(norm, v.transpose(1, 2).flatten(2).norm(dim=-1))
+
+
+@pytest.mark.skipif(backends.UNAVAILABLE["cpu"] != "", reason="the extension is not built")
+def test_usual_calls_take_the_quick_way(monkeypatch):
+    """Nothing else would notice if they did not: the longer way gives the same."""
+    monkeypatch.setattr(attention, "_check", lambda *args: pytest.fail("the longer way"))
+    qkv = torch.randn(2, 5, 3, 2, 8)
+    more = {"key_mask": torch.ones(2, 5) > 0, "token_size": torch.ones(2, 5), "channel_gate": torch.ones(2, 8)}
+    for options in ({}, more, {"scale": 0.3}, {"aux": ["entropy", "lse"]}, more | {"aux": ("value_norm",)}):
+        for wanted in (False, True):
+            packed = qkv.clone().requires_grad_(wanted)
+            results = [p3b_ext.masked_attention(*packed.permute(2, 0, 3, 1, 4), **options)]
+            results.append(packed_attention(packed, **options))
+            for found in results:
+                assert (found[0] if "aux" in options else found).requires_grad is wanted
+                if "aux" in options:
+                    assert {name for name, x in found[1]._asdict().items() if x is not None} == set(options["aux"])
+    with pytest.raises(pytest.fail.Exception, match="the longer way"):
+        p3b_ext.masked_attention(*qkv.permute(2, 0, 3, 1, 4), aux=("received",))
