@@ -153,7 +153,13 @@ def check_values(op: str, name: str, x: Tensor, ok: Callable, expected: str, *, 
     """
     if backend == "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return
-    if (x.device.type == "cpu" or CHECK_VALUES) and not bool(ok(x).all()):
+    if x.device.type != "cpu" and not CHECK_VALUES:
+        return
+    try:
+        good = bool(ok(x).all())
+    except RuntimeError:  # under vmap and for fake tensors there is no one value to look at
+        return
+    if not good:
         raise ValueError(f"{op}: {name} must be {expected}, got other values")
 
 

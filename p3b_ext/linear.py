@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # MKL, behind PyTorch's float32 linear, keeps to 256-bit code on AMD CPUs. On a Zen 5 that is 108 of 230 GF/s per core
 # (T = 1576, 384 -> 1536); on a Zen 3, which has no wider units, MKL reaches 90 GF/s and oneDNN 80 (T = 3152). So only
@@ -77,6 +78,8 @@ class _Linear(torch.autograd.Function):
 
 def _usable(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if forward_ad._current_level >= 0:  # oneDNN's linear would drop tangents without a word
         return False
     if type(x) not in (Tensor, nn.Parameter) or type(weight) not in (Tensor, nn.Parameter):
         return False

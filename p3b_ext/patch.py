@@ -219,7 +219,6 @@ def _patched(old: type, new: type) -> type:
 def _give_roles(model: nn.Module) -> None:
     record = model.__dict__[RECORD]
     active = reducing_blocks(model, record.reduction) if record.reduction is not None else []
-    keep_size = model.global_pool in ("avg", "avgmax") or model.attn_pool is not None
     for i in range(record.first, len(model.blocks)):
         role = Role(
             reduction=record.reduction,
@@ -229,7 +228,6 @@ def _give_roles(model: nn.Module) -> None:
             num_prefix=model.num_prefix_tokens,
             trace=record.trace,
             last=i == len(model.blocks) - 1,
-            keep_size=keep_size,
             final=record.final,
         )
         setattr(model.blocks[i], ROLE, role)

@@ -20,6 +20,7 @@ from .reduction import Reduction
 
 RECORD = "_p3b_patch"  # attribute of a patched model: its Patch
 ROLE = "_p3b_role"  # attribute of a block that takes part in token reduction: its Role
+SIZE = "_p3b_size"  # attribute of a model's features: how many patches each token stands for
 
 
 class Tokens(NamedTuple):
@@ -46,6 +47,14 @@ class Final:
             self.size = size
         else:
             self.thread.size = size
+
+    def forget(self) -> None:
+        self.size = self.thread.size = None
+
+    def last(self) -> Tensor | None:
+        """What was put last."""
+        size = self.thread.__dict__.get("size")
+        return self.size if size is None else size
 
     def take(self) -> Tensor | None:
         """What was put, once."""
@@ -74,7 +83,6 @@ class Role:
     num_prefix: int
     trace: bool
     last: bool
-    keep_size: bool  # whether the pooling asks for sizes
     final: Final
 
 
@@ -128,8 +136,7 @@ class ReducingBlock:
         x = _mlp_half(self, x)
         if not role.last:
             return Tokens(x, size, slots)
-        if role.keep_size:
-            role.final.put(size)
+        role.final.put(size)
         if role.trace:
             role.final.slots = slots
         return x
@@ -185,8 +192,19 @@ def _traced(model: nn.Module, x: Tensor, seen: dict[int, Tensor | Tokens]) -> Te
 class ReducingModel:
     """A VisionTransformer whose pooling knows how many patches each token stands for."""
 
+    def forward_features(self, *args, **kwargs) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward_features(*args, **kwargs)
+        final = self.__dict__[RECORD].final
+        final.forget()
+        x = super().forward_features(*args, **kwargs)
+        x.__dict__[SIZE] = final.last()  # for whoever pools these features, later or more than once
+        return x
+
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         size = self.__dict__[RECORD].final.take()
+        if not torch.compiler.is_compiling():
+            size = x.__dict__.get(SIZE, size)
         if size is None or size.shape != x.shape[:2]:
             return super().pool(x, pool_type)
         if self.attn_pool is None:

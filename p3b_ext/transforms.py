@@ -55,7 +55,8 @@ def call(namespace: str, op: str, *args):
     elif not torch.is_grad_enabled():  # past the registered gradient, whose Python costs as much as a small call
         with torch._C._AutoDispatchBelowAutograd():
             return _overload(namespace, op)(*args)
-    elif (namespace, op) in _EAGER:  # the same gradient, without torch.library's way to it, which costs 40 us more
+    elif (namespace, op) in _EAGER and not (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()):
+        # the same gradient, without torch.library's way to it, whose Python costs as much as a small call
         return _EAGER[namespace, op].apply(*args)
     return _overload(namespace, op)(*args)
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ATTENTION, AttentionCase, acc, assert_within, float64
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import p3b_ext
@@ -623,3 +625,68 @@ def test_usual_calls_take_the_quick_way(monkeypatch):
                     assert {name for name, x in found[1]._asdict().items() if x is not None} == set(options["aux"])
     with pytest.raises(pytest.fail.Exception, match="the longer way"):
         p3b_ext.masked_attention(*qkv.permute(2, 0, 3, 1, 4), aux=("received",))
+
+
+def test_checkpointing_where_attention_saves_last():
+    """torch ends the second forward of a checkpoint by an exception, which is nobody's but its own."""
+    q = torch.randn(2, 2, 5, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(p3b_ext.masked_attention(q, q, q).square().sum(), q)
+    out = checkpoint(p3b_ext.masked_attention, q, q, q, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(out.square().sum(), q)[0], expected)
+    nested = checkpoint(
+        lambda x: checkpoint(p3b_ext.masked_attention, x, x, x, use_reentrant=False), q, use_reentrant=False
+    )
+    assert torch.equal(torch.autograd.grad(nested.square().sum(), q)[0], expected)
+
+
+def test_errors_of_saved_tensor_hooks_pass():
+    def refuse(tensor):
+        calls.append(tensor)
+        raise RuntimeError("no room")
+
+    calls = []
+    q = torch.randn(2, 2, 5, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(refuse, lambda x: x), pytest.raises(RuntimeError, match="no room"):
+        p3b_ext.masked_attention(q, q, q)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("which", ["k", "v", "key_mask", "token_size", "channel_gate"])
+def test_a_meta_tensor_beside_others_is_refused(which):
+    q = torch.randn(2, 2, 5, 8)
+    inputs = {"k": q, "v": q, "key_mask": torch.ones(2, 5) > 0, "token_size": torch.ones(2, 5)}
+    inputs |= {"channel_gate": torch.ones(8)}
+    inputs[which] = inputs[which].to("meta")
+    with pytest.raises(ValueError, match=f"{which} must be on cpu, got meta"):
+        p3b_ext.masked_attention(q, **inputs)
+
+
+def test_tracers_see_the_copy_that_strides_need():
+    q = torch.randn(2, 2, 8, 5).transpose(2, 3)
+    expected = p3b_ext.masked_attention(q, q, q)
+    for mode in ("real", "fake", "symbolic"):
+        traced = make_fx(lambda x: p3b_ext.masked_attention(x, x, x), tracing_mode=mode)(q)
+        assert torch.equal(traced(q), expected)
+        assert torch.equal(
+            make_fx(torch.func.functionalize(lambda x: p3b_ext.masked_attention(x, x, x)))(q)(q), expected
+        )
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match="k must have shape"):
+        fake = mode.from_tensor(q)
+        p3b_ext.masked_attention(fake, fake[:, :, :3], fake)
+
+
+def test_functionalize_and_trace_with_gradients():
+    q = torch.randn(2, 2, 5, 8, requires_grad=True)
+    expected = p3b_ext.masked_attention(q, q, q)
+    assert torch.equal(torch.func.functionalize(lambda x: p3b_ext.masked_attention(x, x, x))(q), expected)
+    traced = torch.jit.trace(lambda x: p3b_ext.masked_attention(x, x, x), (q,))
+    assert torch.equal(traced(q), expected)
+
+
+def test_arguments_that_are_no_tensors_under_autocast():
+    q = torch.randn(2, 2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="k must be a tensor"):
+        p3b_ext.masked_attention(q, q.tolist(), q)
+    for aux in ({"lse"}, iter(["lse"])):
+        with pytest.raises(TypeError, match="aux must be a sequence of names"):
+            p3b_ext.masked_attention(q, q, q, aux=aux)

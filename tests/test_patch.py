@@ -8,6 +8,7 @@ import threading
 import pytest
 import timm
 import torch
+import vits
 from timm.models.vision_transformer import Block, DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
 from torch import nn
 from vits import FAMILIES, family, images, vit
@@ -465,3 +466,45 @@ def test_bad_input():
         token_map(model, "last")
     with pytest.raises(NotImplementedError, match="patch: attn_mask must be None with token reduction"):
         model.blocks[0](torch.randn(1, 65, 48), attn_mask=torch.zeros(65, 65))
+
+
+@pytest.mark.parametrize("name", ["gap", "map"])
+def test_features_are_pooled_with_their_own_sizes(name):
+    model = p3b_ext.patch(vits.family(name), p3b_ext.ToMe(9))
+    x, other = vits.images(2, seed=1), vits.images(2, seed=2)
+    expected, pooled = model(x), model.forward_head(model.forward_features(x), pre_logits=True)
+    features = model.forward_features(x)
+    model.forward_features(other)
+    assert torch.equal(model.forward_head(features), expected)  # not with the sizes of what ran since
+    assert torch.equal(model.forward_head(features), expected)  # nor once only
+    assert torch.equal(model.forward_head(features, pre_logits=True), pooled)
+    assert torch.equal(model.forward_head(model.forward_features(x).clone()), expected)
+
+
+def test_a_pooling_that_is_chosen_after_the_patch_knows_the_sizes():
+    before, after = vits.family("deit"), vits.family("deit")
+    for model, first in ((before, True), (after, False)):
+        if not first:
+            p3b_ext.patch(model, p3b_ext.ToMe(9))
+        torch.manual_seed(0)
+        model.reset_classifier(10, "avg")
+        if first:
+            p3b_ext.patch(model, p3b_ext.ToMe(9))
+    x = vits.images(2)
+    assert torch.equal(before(x), after(x))
+
+
+def test_sizes_reach_the_pooling_of_a_model_whose_blocks_are_compiled():
+    model = p3b_ext.patch(vits.family("gap"), p3b_ext.ToMe(9))
+    x = vits.images(2)
+    expected = model(x)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_onednn_linear_keeps_tangents():
+    x, tangent = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    layer = p3b_ext.linear.OneDnnLinear(8, 8).requires_grad_(False)
+    _, found = torch.func.jvp(layer, (x,), (tangent,))
+    torch.testing.assert_close(found, tangent @ layer.weight.T)

@@ -16,6 +16,7 @@ from .checks import check_bool, check_dense, check_device, check_number, check_s
 
 AUX_BITS = {"lse": 0, "cls_attention": CLS_ATTENTION, "entropy": ENTROPY, "value_norm": VALUE_NORM}
 COLUMN_BITS = {"to_cls": TO_CLS, "received": RECEIVED}
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class AttentionAux(NamedTuple):
@@ -100,32 +101,46 @@ def _quick(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tensor | 
         return None
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return None
-    try:
-        first = tensors[0]
-        if not first.is_cpu or not (scale is None or (type(scale) is float and -math.inf < scale < math.inf)):
+    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():  # where no kernel may look at anything
+        return None
+    for t in (*tensors, key_mask, token_size, channel_gate):
+        if t is not None and not (type(t) in PLAIN and t.is_cpu and t.layout is torch.strided and not t.is_nested):
             return None
-        bits, places = (0, ()) if aux is None else _one_pass(tuple(aux))
-        factor = first.shape[-1] ** -0.5 if scale is None else scale
-        op = "masked_attention"
-        if len(tensors) == 1:  # the packed op is for its gradient
-            if torch.is_grad_enabled():
-                op = "masked_attention_packed"
-            else:
-                tensors = first.permute(2, 0, 3, 1, 4).unbind(0)
+    first, packed = tensors[0], len(tensors) == 1
+    if first.dim() != 4 + packed or first.shape[-1] == 0 or (packed and first.shape[2] != 3):
+        return None
+    if not (scale is None or (type(scale) is float and -math.inf < scale < math.inf)):
+        return None
+    bits, places = 0, ()
+    if aux is not None:
+        known = _one_pass(tuple(aux)) if type(aux) in (tuple, list) and {*map(type, aux)} <= {str} else None
+        if known is None:
+            return None
+        bits, places = known
+    factor = first.shape[-1] ** -0.5 if scale is None else scale
+    op = "masked_attention"
+    if packed:  # the packed op is for its gradient
+        if torch.is_grad_enabled():
+            op = "masked_attention_packed"
+        else:
+            tensors = first.permute(2, 0, 3, 1, 4).unbind(0)
+    try:
         results = call("p3b_ext", op, *tensors, key_mask, token_size, channel_gate, factor, bits)
-        out = results[0].transpose(1, 2)
-        return out if aux is None else (out, AttentionAux(*[None if i is None else results[i] for i in places]))
-    except Exception:
-        return None  # the longer way mends it or says what is wrong
+    except (RuntimeError, ValueError) as error:  # what the kernel refuses, not what a hook of the user's raises
+        if not str(error).startswith("masked_attention: "):
+            raise
+        return None  # the longer way mends it or says more
+    out = results[0].transpose(1, 2)
+    return out if aux is None else (out, AttentionAux(*[None if i is None else results[i] for i in places]))
 
 
 @functools.cache
-def _one_pass(aux: tuple[str, ...]) -> tuple[int, tuple[int | None, ...]]:
-    """Bits of the side outputs `aux`, and where each field of AttentionAux is among the results; ValueError for those
-    that take a second pass."""
-    bits, columns = _aux_bits("masked_attention", aux)
-    if columns:
-        raise ValueError
+def _one_pass(aux: tuple[str, ...]) -> tuple[int, tuple[int | None, ...]] | None:
+    """Bits of the side outputs `aux`, and where each field of AttentionAux is among the results; None where one is
+    unknown or takes a second pass."""
+    if not set(aux) <= AUX_BITS.keys():
+        return None
+    bits, _ = _aux_bits("masked_attention", aux)
     return bits, tuple(list(AUX_BITS).index(name) + 1 if name in aux else None for name in AttentionAux._fields)
 
 
@@ -221,7 +236,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+        floats = [isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 for t in tensors]
+        return tuple(t.to(dtype) if is_float else t for t, is_float in zip(tensors, floats, strict=True))
     return tensors
 
 
