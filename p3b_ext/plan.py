@@ -170,12 +170,17 @@ def raw_scores(op: str, aux: AttentionAux, method: str, num_prefix: int) -> Tens
         raise TypeError(
             f"{op}: aux must be an AttentionAux, got {type(aux).__name__}; masked_attention(..., aux=...) gives one"
         )
-    if method not in SCORES:
+    if not isinstance(method, str) or method not in SCORES:
         raise ValueError(f"{op}: method must be one of {', '.join(SCORES)}, got {method!r}")
     needed = SCORES[method]
     missing = [name for name in needed if getattr(aux, name) is None]
     if missing:
         raise ValueError(f"{op}: aux must hold {', '.join(missing)} for {method!r}; ask masked_attention(aux={needed})")
+    for name in needed:
+        check_tensor(op, name, getattr(aux, name), "B N" if name == "value_norm" else "B H N", getattr(aux, needed[0]))
+    if "value_norm" in needed:
+        batch, _, tokens = getattr(aux, needed[0]).shape
+        check_shape(op, "value_norm", aux.value_norm, (batch, tokens))
     score = getattr(aux, needed[0]).mean(1)
     num_prefix = check_int(op, "num_prefix", num_prefix, 1 if method in CLASS_SCORES else 0, score.shape[1])
     if "value_norm" in needed:

@@ -99,6 +99,7 @@ class ToMe(Reduction):
                 _check_int(name, "r", r)
         else:
             _check_int(name, "r", self.r)
+        _check_flag(name, "proportional", self.proportional)
         if isinstance(self.source, str) and self.source != "random":
             raise ValueError(f"{name}: source must be None, an int or 'random', got {self.source!r}")
         if self.source is not None and not isinstance(self.source, str):
@@ -163,6 +164,7 @@ class PPT(Reduction):
         for r in _each(name, "r", self.r, self.blocks):
             _check_int(name, "r", r)
         _check_score(name, self.score)
+        _check_flag(name, "proportional", self.proportional)
         if self.unit not in UNITS:
             raise ValueError(f"{name}: unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         if self.threshold is not None:
@@ -239,6 +241,10 @@ class EViT(_KeepBest):
     fuse: bool = True
 
     aux = ("cls_attention",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_flag("EViT", "fuse", self.fuse)
 
     def validate(self, depth: int, has_class_token: bool) -> None:
         _check_depth("EViT", self.blocks, depth)
@@ -344,8 +350,13 @@ def _check_real(op: str, name: str, value, low: float, high: float) -> None:
         raise ValueError(f"{op}: {name} must be between {low} and {high}, got {value}")
 
 
+def _check_flag(op: str, name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
 def _check_score(op: str, score: str) -> None:
-    if score not in SCORES:
+    if not isinstance(score, str) or score not in SCORES:
         raise ValueError(f"{op}: score must be one of {', '.join(SCORES)}, got {score!r}")
 
 

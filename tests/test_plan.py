@@ -412,3 +412,27 @@ def test_paths_of_the_cuda_backend_without_a_gpu(monkeypatch):
             assert all(plan.num_out == 6 for plan in plans)
         with pytest.raises(ValueError, match="unit must be one of"):
             plan_ppt(scores, keys, 3, 0.1, unit="std")
+
+
+def test_side_outputs_of_different_calls_are_refused():
+    rows, norm = torch.rand(2, 3, 5), torch.rand(2, 5)
+    for aux, message in (
+        (AttentionAux(cls_attention=rows[0], value_norm=norm), "cls_attention must be \\[B, H, N\\], got shape"),
+        (AttentionAux(cls_attention=rows, value_norm=norm[:, 1:]), "value_norm must have shape \\[2, 5\\], got "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            token_scores(aux, "cls_value")
+    with pytest.raises(ValueError, match="method must be one of"):
+        token_scores(AttentionAux(cls_attention=rows), ["cls"])
+
+
+def test_plans_apply_where_no_value_can_be_looked_at():
+    """Under vmap and for fake tensors a check of values has nothing to read."""
+    scores, x, size = torch.rand(4, 16), torch.randn(4, 17, 8), torch.rand(4, 17) + 0.5
+    plan = plan_prune(scores, 5, 1)
+    expected = plan.apply(x, size)
+    found = torch.func.vmap(lambda scale: plan.apply(x * scale, size))(torch.ones(2))
+    assert all(torch.equal(part[0], whole) for part, whole in zip(found, expected, strict=True))
+    with FakeTensorMode() as mode:
+        y, _ = plan_prune(mode.from_tensor(scores), 5, 1).apply(mode.from_tensor(x), mode.from_tensor(size))
+        assert y.shape == expected[0].shape

@@ -283,3 +283,16 @@ def test_bad_targets():
     ]:
         with pytest.raises(error, match=text):
             call()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ToMe(proportional=3), lambda: PPT(proportional="no"), lambda: EViT(fuse="no")]
+)
+def test_switches_are_true_or_false(make):
+    with pytest.raises(TypeError, match="must be True or False, got "):
+        make()
+
+
+def test_a_score_is_a_name():
+    with pytest.raises(ValueError, match=r"score must be one of cls_value, .*, got \['cls'\]"):
+        PPT(score=["cls"])
