@@ -274,6 +274,7 @@ def test_flag_mistakes_are_one_line(capsys):
     )
     assert "unknown flag --steps 3 (see p3b finetune --help)" in fails(capsys, "finetune", "--steps", "3")
     assert "invalid int value: 'x'" in fails(capsys, "prune", "--batch-size", "x")
+    assert "run must be the folder that it was to be written to" in fails(capsys, "prune", "--resume", "")
     assert "invalid JSON value: '{'" in fails(capsys, "prune", "--model-kwargs", "{")
     assert "threads: count must be at most 1024" in fails(
         capsys, "prune", "--model", "x", "--data", "digits", "--output", "x", "--threads", "100000"

@@ -315,6 +315,17 @@ def test_npz(npz):
     assert all(torch.isfinite(x).all() for x, _ in grey.train)  # a constant image has no deviation to divide by
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [([0, 1] * 3, [0, 2] * 3, "must occur in training, got also .2. in validation"), ([0] * 6, [0] * 6, "only '0'")],
+)
+def test_labels_that_nothing_can_be_learned_from(tmp_path, train, test, message):
+    images = np.zeros((6, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=train, x_test=images, y_test=test)
+    with pytest.raises(ValueError, match=message):
+        create_data(tmp_path / "a.npz", img_size=8, batch_size=2)
+
+
 def test_labels_beyond_all_images_are_refused_before_they_cost_memory(tmp_path):
     images = np.zeros((6, 8, 8), np.uint8)
     for last in (12, 10**12):

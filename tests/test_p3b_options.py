@@ -327,16 +327,13 @@ def test_the_command_line_under_torchrun(tmp_path):
     }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
 
-    def run(name, *start):
-        command = [*start, "-m", "p3b", "prune", "--config", "settings.json", "--output", name, "--threads", "1"]
-        found = subprocess.run(
-            command,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    def start(name, *python):
+        command = [*python, "-m", "p3b", "prune", "--config", "settings.json", "--output", name, "--threads", "1"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment)
+
+    def run(name, *python):
+        found = start(name, *python)
         assert found.returncode == 0, found.stderr
         return found.stdout, json.loads((tmp_path / name / "history.json").read_text())
 
@@ -351,3 +348,8 @@ def test_the_command_line_under_torchrun(tmp_path):
     for mine, theirs in zip(history["epochs"], together["epochs"], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     assert not (tmp_path / "together.unfinished").exists()
+    again = start("together", *several)  # the folder holds a run now: the first process says so, the other just ends
+    assert again.returncode != 0 and again.stderr.count("already holds a run") == 1, again.stderr
+    assert "cli.py" not in again.stderr and "gloo" not in again.stderr, (
+        again.stderr
+    )  # the launcher has its own traceback

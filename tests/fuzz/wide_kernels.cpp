@@ -225,8 +225,8 @@ int main(int argc, char** argv) {
     check<float>("avx512 float32", *attention_avx512(Storage::kFloat), s, values, 2e-5, 2e-5, 2e-5);
     check<Half>("avx512 float16", *attention_avx512(Storage::kHalf), s, values, 2e-3, 2e-5, 2e-3);
     check<BFloat16>("avx512 bfloat16", *attention_avx512(Storage::kBFloat16), s, values, 2e-2, 2e-5, 2e-2);
-    // With a gate the gated inputs are rounded too; lse and entropy then see 2^-9 of the logits. Gradients sum differences of such numbers: those
-    // of PyTorch in bfloat16 (N 180, D 4, 300 draws) are off by 1.4 % of the largest in the median, by 4 % in one of a hundred, by 17 % at worst.
+    // With a gate the gated inputs are rounded too; lse and entropy then see 2^-9 of the logits, and gradients, which sum differences of such
+    // numbers, lose more where attention is concentrated: bfloat16's own error, whoever computes.
     check<BFloat16>("avx512_bf16 bfloat16", *attention_avx512_bf16(Storage::kBFloat16), s, values, s.gate ? 4e-2 : 2e-2, s.gate ? 4e-2 : 2e-5,
                     s.gate ? 1e-1 : 2e-2);
     const int64_t N = up_to(120), C = number % 2 ? up_to(200) : 64;
