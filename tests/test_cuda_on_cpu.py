@@ -106,6 +106,7 @@ PLANTED = {
     ("missing_syncwarp", "tsan"): "data race",
     ("divergent_barrier", "plain"): "deadlock",
     ("divergent_shuffle", "plain"): "deadlock",
+    ("misaligned", "plain"): "not aligned",
 }
 
 

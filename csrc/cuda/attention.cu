@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kWarps = 4;           // 32 queries each at 168 registers: three blocks, 12 warps on an SM
 constexpr int kResidentChunks = 5;  // 5 x 64 keys x (K, V) x 64 channels = 80 KB: two blocks on an SM of an H200
-constexpr float kRescale = 8;       // a running maximum may lag by 2^8; sums and products are float32, the ratio is exact
+constexpr float kMostWeight = 256;  // of a running maximum that lags; sums and products are float32, the ratio is exact
 
 template <int kD>
 constexpr int row_tiles() {
@@ -20,84 +20,103 @@ struct RowState {
   float m[kTiles][2], l[kTiles][2], e[kTiles][2];  // maximum used, sum of weights, sum of weight * (logit - m)
 };
 
-// 16 keys: logits, weights, running sums, weighted values.
-template <class T, int kD, int kTiles>
-__device__ __forceinline__ void forward_step(float (&o)[kTiles][kD / 8][4], RowState<kTiles>& row, const uint32_t (&q)[kTiles][kD / 16][4],
-                                             const T* keys, const T* values, const float* bias, int j0, float scale, bool entropy, float* row0,
-                                             int n0, int N) {
-  const int lane = threadIdx.x % 32;
-  float s[kTiles][2][4] = {};
-  const int key = j0 + lane % 8 + lane / 16 * 8;
-#pragma unroll
-  for (int kk = 0; kk < kD / 16; kk++) {
-    uint32_t f[4];
-    ldmatrix_x4<false>(f, keys + tile_offset<kD>(key, kk * 2 + lane / 8 % 2));
-#pragma unroll
-    for (int t = 0; t < kTiles; t++) {
-      mma_16816<T>(s[t][0], q[t][kk], {f[0], f[1]});
-      mma_16816<T>(s[t][1], q[t][kk], {f[2], f[3]});
-    }
-  }
-  bool grown = false;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const float2 b = *reinterpret_cast<const float2*>(bias + j0 + i * 8 + lane % 4 * 2);
-#pragma unroll
-    for (int t = 0; t < kTiles; t++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        float* x = &s[t][i][2 * r];
-        x[0] = fmaf(x[0], scale, b.x);
-        x[1] = fmaf(x[1], scale, b.y);
-        grown |= fmaxf(x[0], x[1]) > row.m[t][r] + kRescale;
-      }
-  }
-  if (__any_sync(kAllLanes, grown)) {
-#pragma unroll
-    for (int t = 0; t < kTiles; t++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        float m = fmaxf(fmaxf(s[t][0][2 * r], s[t][0][2 * r + 1]), fmaxf(s[t][1][2 * r], s[t][1][2 * r + 1]));
-        m = fmaxf(row.m[t][r], group_max(m, 4));
-        const float shift = row.m[t][r] - m, factor = fast_exp2(shift);
-        row.e[t][r] = (row.e[t][r] + row.l[t][r] * shift) * factor;
-        row.l[t][r] *= factor;
-        row.m[t][r] = m;
-#pragma unroll
-        for (int d = 0; d < kD / 8; d++) o[t][d][2 * r] *= factor, o[t][d][2 * r + 1] *= factor;
-      }
-  }
-  // Row 0's logits wait in its output until the sum is known; each lane reads back what it wrote.
-  if (row0 && lane < 4) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int n = n0 + i / 2 * 8 + lane * 2 + i % 2;
-      if (n < N) row0[n] = s[0][i / 2][i % 2];
-    }
-  }
+// The maximum in use becomes the true one, and the sums follow.
+template <int kD, int kTiles, int kGroups, bool kEntropy>
+__device__ __forceinline__ void raise_maximum(float (&o)[kTiles][kD / 8][4], RowState<kTiles>& row, const float (&s)[kTiles][kGroups][4],
+                                              float scale) {
 #pragma unroll
   for (int t = 0; t < kTiles; t++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int r = i % 4 / 2;
-      const float x = s[t][i / 4][i % 4] - row.m[t][r], p = fast_exp2(x);
-      row.l[t][r] += p;
-      if (entropy) row.e[t][r] = fmaf(p, x, row.e[t][r]);
-      s[t][i / 4][i % 4] = p;
+    for (int r = 0; r < 2; r++) {
+      float top = fmaxf(s[t][0][2 * r], s[t][0][2 * r + 1]);
+      if (kGroups == 2) top = fmaxf(top, fmaxf(s[t][kGroups - 1][2 * r], s[t][kGroups - 1][2 * r + 1]));
+      const float m = fmaxf(row.m[t][r], group_max(top, 4) * scale), shift = row.m[t][r] - m, factor = fast_exp2(shift);
+      if (kEntropy) row.e[t][r] = (row.e[t][r] + row.l[t][r] * shift) * factor;
+      row.l[t][r] *= factor;
+      row.m[t][r] = m;
+#pragma unroll
+      for (int d = 0; d < kD / 8; d++) o[t][d][2 * r] *= factor, o[t][d][2 * r + 1] *= factor;
     }
-  uint32_t p[kTiles][4];
+}
+
+// Weights of the logits in their place, and their sums over this lane's keys. Says whether a sum is large.
+template <int kTiles, int kGroups, bool kEntropy>
+__device__ __forceinline__ bool weights(float (&s)[kTiles][kGroups][4], RowState<kTiles>& sums, const RowState<kTiles>& row, float scale) {
+  bool large = false;
 #pragma unroll
-  for (int t = 0; t < kTiles; t++) pack_fragment<T>(p[t], s[t]);
+  for (int t = 0; t < kTiles; t++)
 #pragma unroll
-  for (int d = 0; d < kD / 16; d++) {
-    uint32_t f[4];
-    ldmatrix_x4<true>(f, values + tile_offset<kD>(j0 + lane % 16, d * 2 + lane / 16));
+    for (int r = 0; r < 2; r++) {
 #pragma unroll
-    for (int t = 0; t < kTiles; t++) {
-      mma_16816<T>(o[t][2 * d], p[t], {f[0], f[1]});
-      mma_16816<T>(o[t][2 * d + 1], p[t], {f[2], f[3]});
+      for (int i = 0; i < kGroups * 2; i++) {
+        float& y = s[t][i / 2][2 * r + i % 2];
+        const float x = fmaf(y, scale, -row.m[t][r]);
+        y = fast_exp2(x);
+        sums.l[t][r] = i ? sums.l[t][r] + y : y;
+        if (kEntropy) sums.e[t][r] = i ? fmaf(y, x, sums.e[t][r]) : y * x;
+      }
+      large |= sums.l[t][r] > kMostWeight;
     }
+  return large;
+}
+
+// 8 kGroups keys: logits, weights, running sums, weighted values. Logits are raw, before the scale, until they become
+// exponents; what a key adds, over the scale, is the initial value of its products. The maximum in use is the first keys' and is raised
+// only where a later weight would be large, which is rare: then the logits are computed again.
+template <class T, int kD, int kTiles, int kGroups, bool kEntropy, class Row0>
+__device__ __forceinline__ void forward_step(float (&o)[kTiles][kD / 8][4], RowState<kTiles>& row, const uint32_t (&q)[kTiles][kD / 16][4],
+                                             SharedAddress keys, SharedAddress values, SharedAddress bias, float scale, bool start, Row0 row0_end,
+                                             int left) {
+  float s[kTiles][kGroups][4];
+  RowState<kTiles> sums;
+  auto logits = [&] {
+    Initial4 added[kGroups];
+    load_columns(added, bias, 0);
+    rows_product<T, kD>(s, q, keys, [&](int, int i) { return added[i]; });
+  };
+  logits();
+  // Row 0's logits wait in its output until the sum is known; each lane reads back what it wrote.
+  if (left > 0) {
+    float* row0 = row0_end() - left;
+#pragma unroll
+    for (int i = 0; i < kGroups * 2; i++)
+      if (i / 2 * 8 + i % 2 < left) row0[i / 2 * 8 + i % 2] = s[0][i / 2][i % 2];
   }
+  if (start) raise_maximum<kD, kTiles, kGroups, kEntropy>(o, row, s, scale);
+  const bool large = weights<kTiles, kGroups, kEntropy>(s, sums, row, scale);
+  if (__any_sync(kAllLanes, large)) {
+    logits();
+    raise_maximum<kD, kTiles, kGroups, kEntropy>(o, row, s, scale);
+    weights<kTiles, kGroups, kEntropy>(s, sums, row, scale);
+  }
+  uint32_t p[kTiles][4];
+  pack_fragments<T>(p, s);
+#pragma unroll
+  for (int t = 0; t < kTiles; t++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      row.l[t][r] += sums.l[t][r];
+      if (kEntropy) row.e[t][r] += sums.e[t][r];
+    }
+  channels_product<T, kD>(o, p, values);
+}
+
+// The keys of a chunk, 16 at a time, the last 8 alone where they suffice; `left` keys are left in the sequence. The
+// logits of query 0 go to the row that ends at row0_end().
+template <class T, int kD, int kTiles, bool kEntropy, class Row0>
+__device__ __forceinline__ void forward_chunk(float (&o)[kTiles][kD / 8][4], RowState<kTiles>& row, const uint32_t (&q)[kTiles][kD / 16][4],
+                                              const T* keys, const T* values, const float* columns, float scale, bool start, bool has_row0,
+                                              Row0 row0_end, int left) {
+  const int lane = threadIdx.x % 32, count = min(left, kChunk), whole = (count + 7) / 16 * 16;
+  const SharedAddress k = by_rows<kD>(keys, 0), v = by_channels<kD>(values, 0), bias = lane_columns(columns);
+  constexpr int kRow = kD * sizeof(T);
+  const int its_left = has_row0 && lane < 4 ? left - lane * 2 : 0;
+#pragma unroll 1
+  for (int j = 0; j < whole; j += 16)
+    forward_step<T, kD, kTiles, 2, kEntropy>(o, row, q, k + j * kRow, v + j * kRow, bias + j * 8, scale, start && j == 0, row0_end, its_left - j);
+  if (whole < count)
+    forward_step<T, kD, kTiles, 1, kEntropy>(o, row, q, by_eight<kD>(keys, whole), v + whole * kRow, bias + whole * 8, scale, start && whole == 0,
+                                             row0_end, its_left - whole);
 }
 
 // Sum of squares of the gated values, one thread per row of a chunk. A masked token has a value too, which is not in
@@ -131,49 +150,46 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 32    ? 4
                                                            : 3) forward_kernel(ForwardArguments a) {
   P3B_SHARED(memory);
   constexpr int kTiles = row_tiles<kD>();
-  const int lane = threadIdx.x % 32, warp = warp_number(), block = blockIdx.x % a.row_blocks;
-  const int head = blockIdx.x / a.row_blocks, h = head % a.H, chunks = static_cast<int>(ceil_div(a.N, kChunk));
-  const int64_t b = head / a.H;
+  const int lane = threadIdx.x % 32, chunks = static_cast<int>(ceil_div(a.N, kChunk));
+  const unsigned block = blockIdx.x % a.row_blocks, head = blockIdx.x / a.row_blocks;
   T* all_keys = reinterpret_cast<T*>(memory);  // [ring_rows][kD], and as many values
   T* all_values = all_keys + a.ring_rows * kD;
-  float* bias = reinterpret_cast<float*>(all_values + a.ring_rows * kD);
-  float* gate = a.channel_gate ? bias + a.stages * kChunk : nullptr;
-  const T* q = static_cast<const T*>(a.q) + b * a.q_strides.batch + h * a.q_strides.head;
-  const T* k = static_cast<const T*>(a.k) + b * a.k_strides.batch + h * a.k_strides.head;
-  const T* v = static_cast<const T*>(a.v) + b * a.v_strides.batch + h * a.v_strides.head;
-  const bool* mask = mask_of(a, b);
-  const float scale = a.scale * kLog2e;
-
+  float* bias = reinterpret_cast<float*>(all_values + a.ring_rows * kD);  // [stages][kChunk] keys, two numbers for each
+  float* gate = a.channel_gate ? bias + a.stages * kChunk * 2 : nullptr;
+  // Computed at each use: held over the loops, pointers would cost registers.
+  auto its = [&](const void* p, const Strides& s) { return static_cast<const T*>(p) + head / a.H * s.batch + head % a.H * s.head; };
   auto chunk_rows = [&](int c) { return min(kChunk, static_cast<int>(round_up(a.N - c * kChunk, 16))); };
   auto load = [&](int c) {
     if (c < chunks) {
       const int slot = c % a.stages * kChunk;
-      load_tile<kD>(all_keys + slot * kD, k, a.k_strides.row, c * kChunk, chunk_rows(c), a.N, a.columns, mask);
-      load_tile<kD>(all_values + slot * kD, v, a.v_strides.row, c * kChunk, chunk_rows(c), a.N, a.columns, mask);
-      for (int i = threadIdx.x; i < kChunk; i += blockDim.x) bias[slot + i] = key_bias(a, b, c * kChunk + i);
+      const unsigned b = head / a.H;
+      const bool* mask = mask_of(a, b);
+      load_tile<kD>(all_keys + slot * kD, its(a.k, a.k_strides), a.k_strides.row, c * kChunk, chunk_rows(c), a.N, a.columns, mask);
+      load_tile<kD>(all_values + slot * kD, its(a.v, a.v_strides), a.v_strides.row, c * kChunk, chunk_rows(c), a.N, a.columns, mask);
+      for (int i = threadIdx.x; i < kChunk; i += blockDim.x) store_column(bias, slot + i, before_scale(a, key_bias(a, b, c * kChunk + i)));
     }
     cp_async_commit();  // an empty group too: then chunk c has landed when stages - 1 groups are pending
   };
   for (int c = 0; c < a.stages; c++) load(c);
   if (gate) {
-    load_gate(a, h, gate, kD);
+    load_gate(a, head % a.H, gate, kD);
     __syncthreads();
   }
 
-  for (int round = 0; round < a.rounds; round++) {
-    const int group = (block * a.rounds + round) * static_cast<int>(blockDim.x / 32) + warp;
-    const int first = group * kTiles * 16;  // this warp's first query
+  // The last round has work for some warps only: not for the same ones in every block, as each belongs to a scheduler.
+  const unsigned warps = blockDim.x / 32;
+  int first = static_cast<int>(block * a.rounds * warps + (warp_number() + head) % warps) * kTiles * 16;  // this warp's first query
+  for (int round = 0; round < a.rounds; round++, first += static_cast<int>(warps) * kTiles * 16) {
     uint32_t queries[kTiles][kD / 16][4];
     float o[kTiles][kD / 8][4] = {};
     RowState<kTiles> row;
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
-      load_fragments<kD>(queries[t], q, a.q_strides.row, first + t * 16, a.N, a.columns);
+      load_fragments<kD>(queries[t], its(a.q, a.q_strides), a.q_strides.row, first + t * 16, a.N, a.columns);
+      apply_sign(a, queries[t]);
 #pragma unroll
-      for (int r = 0; r < 2; r++) row.m[t][r] = kUnset, row.l[t][r] = row.e[t][r] = 0;
+      for (int r = 0; r < 2; r++) row.m[t][r] = kUnset * a.positive.scale, row.l[t][r] = row.e[t][r] = 0;
     }
-    float* cls = a.cls_attention && first == 0 ? a.cls_attention + static_cast<int64_t>(head) * a.N : nullptr;
-
 #pragma unroll 1
     for (int c = 0; c < chunks; c++) {
       const int slot = c % a.stages * kChunk;
@@ -182,14 +198,21 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 32    ? 4
         cp_async_wait(a.stages - 1);
         if (gate) gate_tile<kD>(keys, chunk_rows(c), gate, true);
         __syncthreads();
-        if (a.value_squares && block == 0)
-          value_squares<T, kD>(values, v + c * kChunk * a.v_strides.row, a.v_strides.row, a.columns, mask ? mask + c * kChunk : nullptr, gate, kChunk,
-                               a.N - c * kChunk, a.value_squares + static_cast<int64_t>(head) * a.N + c * kChunk);
+        if (a.value_squares && hidden(blockIdx.x) % a.row_blocks == 0) {
+          const bool* mask = mask_of(a, head / a.H);
+          value_squares<T, kD>(values, its(a.v, a.v_strides) + c * kChunk * a.v_strides.row, a.v_strides.row, a.columns,
+                               mask ? mask + c * kChunk : nullptr, gate, kChunk, a.N - c * kChunk,
+                               a.value_squares + static_cast<int64_t>(head) * a.N + c * kChunk);
+        }
       }
       if (first < a.N) {
-#pragma unroll 1
-        for (int j0 = 0; j0 < chunk_rows(c); j0 += 16)
-          forward_step<T, kD, kTiles>(o, row, queries, keys, values, bias + slot, j0, scale, a.entropy, cls, c * kChunk + j0, a.N);
+        auto row0_end = [&] { return a.cls_attention + static_cast<int64_t>(hidden(head) + 1) * a.N; };
+        const bool has_row0 = a.cls_attention && first == 0;
+        const int left = a.N - c * kChunk;
+        if (a.entropy)
+          forward_chunk<T, kD, kTiles, true>(o, row, queries, keys, values, bias + slot * 2, a.positive.scale, c == 0, has_row0, row0_end, left);
+        else
+          forward_chunk<T, kD, kTiles, false>(o, row, queries, keys, values, bias + slot * 2, a.positive.scale, c == 0, has_row0, row0_end, left);
       }
       if (round == 0) {
         if (c + a.stages < chunks) __syncthreads();
@@ -198,6 +221,7 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 32    ? 4
     }
     if (first >= a.N) return;  // no barrier follows: the rounds after the first have none
 
+    const int first_row = hidden(first);  // addresses of results computed before the loop would cost registers in it
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
 #pragma unroll
@@ -205,12 +229,12 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 32    ? 4
         const float l = group_sum(row.l[t][r], 4), inverse = l == 0 ? 0.f : 1.f / l;
         const float e = a.entropy ? group_sum(row.e[t][r], 4) : 0.f;
 #pragma unroll
-        for (int d = 0; d < kD / 8; d++) {
-          const int column = d * 8 + lane % 4 * 2;
-          o[t][d][2 * r] *= inverse * (gate ? gate[column] : 1.f);
-          o[t][d][2 * r + 1] *= inverse * (gate ? gate[column + 1] : 1.f);
+        for (int d = 0; d < kD / 8; d++) o[t][d][2 * r] *= inverse, o[t][d][2 * r + 1] *= inverse;
+        if (gate) {
+#pragma unroll
+          for (int d = 0; d < kD / 8; d++) o[t][d][2 * r] *= gate[d * 8 + lane % 4 * 2], o[t][d][2 * r + 1] *= gate[d * 8 + lane % 4 * 2 + 1];
         }
-        const int n = first + t * 16 + lane / 4 + 8 * r;
+        const int n = first_row + t * 16 + lane / 4 + 8 * r;
         if (lane % 4 == 0 && n < a.N) {
           const int64_t row_at = static_cast<int64_t>(head) * a.N;
           const float log_sum = log2f(l);
@@ -220,12 +244,14 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 32    ? 4
             a.entropy[row_at + n] = l == 0 ? 0.f : entropy < 0 ? 0.f : entropy;  // keeps NaN
           }
         }
-        if (cls && t == 0 && r == 0 && lane < 4)
+        if (a.cls_attention && first_row == 0 && t == 0 && r == 0 && lane < 4) {
+          float* cls = a.cls_attention + static_cast<int64_t>(head) * a.N;
           for (int j0 = lane * 2; j0 < a.N; j0 += 8)
-            for (int j = j0; j < j0 + 2 && j < a.N; j++) cls[j] = fast_exp2(cls[j] - row.m[0][0]) * inverse;
+            for (int j = j0; j < j0 + 2 && j < a.N; j++) cls[j] = fast_exp2(fmaf(cls[j], a.positive.scale, -row.m[0][0])) * inverse;
+        }
       }
-      T* out = static_cast<T*>(a.out) + (b * a.N * a.H + h) * a.columns;
-      store_rows<kD>(o[t], out, static_cast<int64_t>(a.H) * a.columns, first + t * 16, a.N, a.columns);
+      T* out = static_cast<T*>(a.out) + (static_cast<int64_t>(head / a.H) * a.N * a.H + head % a.H) * a.columns;
+      store_rows<kD>(o[t], out, static_cast<int64_t>(a.H) * a.columns, first_row + t * 16, a.N, a.columns);
     }
   }
 }
@@ -237,32 +263,34 @@ __global__ void __launch_bounds__(128) columns_kernel(ColumnArguments a) {
   const int lane = threadIdx.x % 32, block = blockIdx.x % a.row_blocks;
   const int64_t head = blockIdx.x / a.row_blocks, b = head / a.H;
   const int h = static_cast<int>(head % a.H), first = (block * 4 + warp_number()) * 16;
-  T* tile = reinterpret_cast<T*>(memory);  // Q[64][kD]
-  float* lse = reinterpret_cast<float*>(tile + kChunk * kD);
-  float* gate = a.channel_gate ? lse + kChunk : nullptr;
+  T* tile = reinterpret_cast<T*>(memory);                     // Q[64][kD]
+  float* lse = reinterpret_cast<float*>(tile + kChunk * kD);  // [kChunk] columns, negative
+  float* gate = a.channel_gate ? lse + 2 * kChunk : nullptr;
   const T* q = static_cast<const T*>(a.q) + b * a.q_strides.batch + h * a.q_strides.head;
   const T* k = static_cast<const T*>(a.k) + b * a.k_strides.batch + h * a.k_strides.head;
   if (gate) load_gate(a, h, gate, kD);
   __syncthreads();
-  uint32_t keys[kD / 16][4];
-  load_fragments<kD>(keys, k, a.k_strides.row, first, a.N, a.columns, mask_of(a, b));
-  if (gate) gate_fragments<kD, T>(keys, gate, true);
+  uint32_t keys[1][kD / 16][4];
+  load_fragments<kD>(keys[0], k, a.k_strides.row, first, a.N, a.columns, mask_of(a, b));
+  if (gate) gate_fragments<kD, T>(keys[0], gate, true);
+  apply_sign(a, keys[0]);
   const float bias[2] = {key_bias(a, b, first + lane / 4), key_bias(a, b, first + lane / 4 + 8)};
-  const float scale = a.scale * kLog2e;
   float sum[2] = {0, 0};
   for (int i0 = 0; i0 < a.N; i0 += kChunk) {
     load_tile<kD>(tile, q, a.q_strides.row, i0, kChunk, a.N, a.columns);
     cp_async_commit();
-    for (int i = threadIdx.x; i < kChunk; i += blockDim.x) lse[i] = row_lse(a, a.lse, head, i0 + i);
+    for (int i = threadIdx.x; i < kChunk; i += blockDim.x) store_column(lse, i, before_scale(a, -row_lse(a, a.lse, head, i0 + i)));
     cp_async_wait(0);
     __syncthreads();
     for (int i = 0; i < kChunk; i += 16) {
-      float s[2][4] = {};
-      rows_product<kD>(s, keys, tile, i);
+      float s[1][2][4];
+      Initial4 minus_lse[2];
+      load_columns(minus_lse, lane_columns(lse), i);
+      rows_product<T, kD>(s, keys, by_rows<kD>(tile, i), [&](int, int g) { return minus_lse[g]; });
 #pragma unroll
       for (int x = 0; x < 8; x++) {
         const int column = i + x / 4 * 8 + lane % 4 * 2 + x % 2, r = x % 4 / 2;
-        const float p = fast_exp2(fmaf(s[x / 4][x % 4], scale, bias[r]) - lse[column]);
+        const float p = fast_exp2(fmaf(s[0][x / 4][x % 4], a.positive.scale, bias[r]));
         sum[r] += p;
         if (a.to_cls && first == 0 && r == 0 && lane < 4 && i0 + column < a.N) a.to_cls[head * a.N + i0 + column] = p;
       }
@@ -279,6 +307,7 @@ __global__ void __launch_bounds__(128) columns_kernel(ColumnArguments a) {
 
 template <class T>
 cudaError_t forward(ForwardArguments a, cudaStream_t stream) {
+  a.positive = positive_scale(a.scale);
   return with_width(a.columns, [&](auto width) {
     constexpr int kD = decltype(width)::value;
     const size_t limit = shared_memory_limit();
@@ -286,7 +315,7 @@ cudaError_t forward(ForwardArguments a, cudaStream_t stream) {
     auto place = [&](int stages, int64_t rows) {
       a.stages = stages;
       a.ring_rows = static_cast<int>(rows);
-      return rows * 2 * kD * sizeof(T) + stages * kChunk * sizeof(float) + (a.channel_gate ? kD * sizeof(float) : 0);
+      return rows * 2 * kD * sizeof(T) + stages * kChunk * 2 * sizeof(float) + (a.channel_gate ? kD * sizeof(float) : 0);
     };
     size_t bytes = place(chunks, round_up(a.N, 16));
     const bool resident = chunks <= kResidentChunks && bytes <= limit;
@@ -304,10 +333,11 @@ cudaError_t forward(ForwardArguments a, cudaStream_t stream) {
 
 template <class T>
 cudaError_t columns(ColumnArguments a, cudaStream_t stream) {
+  a.positive = positive_scale(a.scale);
   return with_width(a.columns, [&](auto width) {
     constexpr int kD = decltype(width)::value;
     a.row_blocks = a.received ? static_cast<int>(ceil_div(a.N, 64)) : 1;
-    const size_t bytes = kChunk * (kD * sizeof(T) + sizeof(float)) + (a.channel_gate ? kD * sizeof(float) : 0);
+    const size_t bytes = kChunk * (kD * sizeof(T) + 2 * sizeof(float)) + (a.channel_gate ? kD * sizeof(float) : 0);
     return launch(columns_kernel<T, kD>, a.B * a.H * a.row_blocks, 128, bytes, stream, a);
   });
 }

@@ -2,15 +2,30 @@
 // Logits are kept in units of log2, so that every exponential is one ex2 instruction.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "common.cuh"
 
 namespace p3b::cuda {
 
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 struct Strides {
   int64_t batch, head, row;  // in elements; channels are contiguous
 };
+
+// The scale that exponents see is positive, as numbers are divided by it: of one that is not, one operand of the logits
+// takes the sign, or becomes zeros. Times log2(e).
+struct PositiveScale {
+  float scale, inverse;
+  bool flat, flip;
+};
+inline PositiveScale positive_scale(float x) {
+  const bool flat = std::fabs(x) < 1e-20f;
+  const float scale = flat ? 1.f : std::fabs(x) * kLog2e;
+  return {scale, 1 / scale, flat, x < 0};
+}
 
 struct AttentionArguments {
   int64_t B;
@@ -23,6 +38,7 @@ struct AttentionArguments {
   const float* token_size;    // [B, N] or null
   const float* channel_gate;  // [D] (gate_head = 0), [H, D] (gate_head = D) or null
   int64_t gate_head;
+  PositiveScale positive;  // of scale; the launch fills it in
 };
 
 struct ForwardArguments : AttentionArguments {
@@ -42,6 +58,7 @@ struct BackwardArguments : AttentionArguments {
   float* size_partial;         // [B, H, N] or null: sum over queries of the logits' gradients
   float* gate_partial;         // [B, H, key_blocks, columns] or null
   int key_blocks, query_blocks;
+  int jobs, rows;  // of one kind, and N rounded up to 16, where a block has a whole head
 };
 
 struct ColumnArguments : AttentionArguments {
@@ -50,7 +67,6 @@ struct ColumnArguments : AttentionArguments {
   int row_blocks;
 };
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // A masked key adds kMasked to its logit; a row's running maximum starts at kUnset, far above that and far below any
 // logit, so that masked keys weigh exactly 0 without an infinity that could turn into NaN.
 constexpr float kMasked = -1e30f, kUnset = -1e29f;
@@ -67,6 +83,19 @@ __device__ __forceinline__ float key_bias(const AttentionArguments& a, int64_t b
 // The key mask of one image, or null. Rows that it forbids are not read but taken as zeros: 0 * NaN would be NaN.
 __device__ __forceinline__ const bool* mask_of(const AttentionArguments& a, int64_t b) { return a.key_mask ? a.key_mask + b * a.N : nullptr; }
 
+// The same as an initial value of products, before the scale.
+__device__ __forceinline__ float before_scale(const AttentionArguments& a, float x) { return x == kMasked ? kMasked : x * a.positive.inverse; }
+
+// Gives the operand of the logits that is in registers what the scale lacks.
+template <int kSteps>
+__device__ __forceinline__ void apply_sign(const AttentionArguments& a, uint32_t (&f)[kSteps][4]) {
+  if (!a.positive.flat && !a.positive.flip) return;
+#pragma unroll
+  for (int kk = 0; kk < kSteps; kk++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) f[kk][i] = a.positive.flat ? 0 : f[kk][i] ^ 0x80008000u;
+}
+
 // log2-sum-exp2 of a query; a row without keys or beyond N gives weight 0 to everything.
 __device__ __forceinline__ float row_lse(const AttentionArguments& a, const float* lse, int64_t head, int n) {
   if (n >= a.N) return -kMasked;
@@ -82,25 +111,76 @@ __device__ __forceinline__ int tile_offset(int row, int piece) {
   return row * kD + swizzled * 8;
 }
 
+// The place of this lane's 16 bytes for ldmatrix. Matrices 0 to 3 of 16 rows and 16 channels: in `by_rows`, eight rows'
+// two halves of the channels, then those of the next eight rows: B operands of a product with rows^T. In `by_channels`,
+// eight channels of all rows, then the next eight: A operands, and transposed B operands of a product with the rows.
+template <int kD, class T>
+__device__ __forceinline__ SharedAddress by_rows(const T* tile, int first) {
+  const int lane = threadIdx.x % 32;
+  return shared_address(tile + tile_offset<kD>(first + lane % 8 + lane / 16 * 8, lane / 8 % 2));
+}
+// Eight rows and 32 channels: B operands of two steps of the product with rows^T.
+template <int kD, class T>
+__device__ __forceinline__ SharedAddress by_eight(const T* tile, int first) {
+  const int lane = threadIdx.x % 32;
+  return shared_address(tile + tile_offset<kD>(first + lane % 8, lane / 8));
+}
+template <int kD, class T>
+__device__ __forceinline__ SharedAddress by_channels(const T* tile, int first) {
+  const int lane = threadIdx.x % 32;
+  return shared_address(tile + tile_offset<kD>(first + lane % 16, lane / 16));
+}
+
+// The same rows, 16 kk channels further: tile_offset at piece + 2 kk, with one instruction. Rows that lie a multiple of 8
+// further are as many rows of kD further.
+template <int kD>
+__device__ __forceinline__ SharedAddress at_channels(SharedAddress base, int kk) {
+  constexpr int kSwizzled = kD % 64 == 0 ? 4 : 2;  // steps of 16 channels among which the swizzle permutes
+  return (base ^ kk % kSwizzled * 32) + kk / kSwizzled * (kSwizzled * 32);
+}
+
+// Calls f(row, piece) for this thread's share of the pieces of `rows` rows, the same share in every function.
+template <int kD, class F>
+__device__ __forceinline__ void each_piece(int rows, F f) {
+  constexpr int kPieces = kD / 8;
+  if constexpr (kPieces & (kPieces - 1)) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * kPieces; i += blockDim.x) f(i / kPieces, i % kPieces);
+  } else {
+    const int piece = threadIdx.x % kPieces;
+#pragma unroll 1
+    for (int row = threadIdx.x / kPieces; row < rows; row += blockDim.x / kPieces) f(row, piece);
+  }
+}
+
 // Starts the copy of rows [first, first + rows) of one head; masked rows, rows beyond N and channels beyond `columns`
 // become zero.
 template <int kD, class T>
 __device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride, int first, int rows, int N, int columns,
                                           const bool* mask = nullptr) {
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows * (kD / 8); i += blockDim.x) {
-    const int row = i / (kD / 8), piece = i % (kD / 8);
-    const bool valid = first + row < N && piece * 8 < columns && (!mask || mask[first + row]);
-    cp_async16(tile + tile_offset<kD>(row, piece), valid ? head + (first + row) * stride + piece * 8 : head, valid);
+  constexpr int kPieces = kD / 8;
+  if (mask || kPieces & (kPieces - 1)) {
+    each_piece<kD>(rows, [&](int row, int piece) {
+      const bool valid = first + row < N && piece * 8 < columns && (!mask || mask[first + row]);
+      cp_async16(tile + tile_offset<kD>(row, piece), valid ? head + (first + row) * stride + piece * 8 : head, valid);
+    });
+    return;
   }
+  // All pieces of a thread lie in one column: nothing is multiplied in the loop.
+  const int piece = threadIdx.x % kPieces, step = blockDim.x / kPieces, end = piece * 8 < columns ? N - first : 0;
+  int row = threadIdx.x / kPieces;
+  const T* from = head + (first + row) * stride + piece * 8;
+  const int64_t jump = step * stride;
+#pragma unroll 1
+  for (; row < rows; row += step, from += jump) cp_async16(tile + tile_offset<kD>(row, piece), row < end ? from : head, row < end);
 }
 
 // A operand of mma: 16 rows of a tile.
 template <int kD, class T>
 __device__ __forceinline__ void tile_fragments(uint32_t (&f)[kD / 16][4], const T* tile, int first) {
-  const int lane = threadIdx.x % 32;
+  const SharedAddress base = by_channels<kD>(tile, first);
 #pragma unroll
-  for (int kk = 0; kk < kD / 16; kk++) ldmatrix_x4<false>(f[kk], tile + tile_offset<kD>(first + lane % 16, kk * 2 + lane / 16));
+  for (int kk = 0; kk < kD / 16; kk++) ldmatrix_x4<false>(f[kk], at_channels<kD>(base, kk));
 }
 
 // Multiplies 8 channels by their gates, or by the squares: q and k carry one each, and k takes both.
@@ -115,9 +195,7 @@ __device__ __forceinline__ void gate_piece(T* piece, const float* gate, bool squ
 // Gates the pieces that this thread itself copied with load_tile: no barrier is needed in between.
 template <int kD, class T>
 __device__ __forceinline__ void gate_tile(T* tile, int rows, const float* gate, bool squared) {
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows * (kD / 8); i += blockDim.x)
-    gate_piece(tile + tile_offset<kD>(i / (kD / 8), i % (kD / 8)), gate + i % (kD / 8) * 8, squared);
+  each_piece<kD>(rows, [&](int row, int piece) { gate_piece(tile + tile_offset<kD>(row, piece), gate + piece * 8, squared); });
 }
 
 // gate[kD] of one head in shared memory, 0 beyond D. The caller's barrier makes it visible.
@@ -125,24 +203,24 @@ __device__ __forceinline__ void load_gate(const AttentionArguments& a, int h, fl
   for (int d = threadIdx.x; d < width; d += blockDim.x) gate[d] = d < a.D ? a.channel_gate[h * a.gate_head + d] : 0.f;
 }
 
-// A operand of mma: 16 rows of one head straight from global memory, 16 bytes per lane; zeros as in load_tile.
+// The first of the four channels that pair_transpose gives this lane, of 16.
+__device__ __forceinline__ int paired_column() { return threadIdx.x % 2 * 8 + threadIdx.x / 2 % 2 * 4; }
+
+// A operand of mma: 16 rows of one head straight from global memory, 8 bytes per lane; zeros as in load_tile.
 template <int kD, class T>
 __device__ __forceinline__ void load_fragments(uint32_t (&f)[kD / 16][4], const T* head, int64_t stride, int first, int N, int columns,
                                                const bool* mask = nullptr) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    const int row = first + lane / 4 + 8 * r;
-    const bool valid = row < N && (!mask || mask[row]);
+    const int row = first + threadIdx.x % 32 / 4 + 8 * r;
+    const int left = row < N && (!mask || mask[row]) ? columns - paired_column() : 0;
+    const T* from = head + row * stride + paired_column();
 #pragma unroll
-    for (int g = 0; g < kD / 32; g++) {
-      const int column = (g * 4 + lane % 4) * 8;
-      uint4 raw = {0, 0, 0, 0};
-      if (valid && column < columns) raw = *reinterpret_cast<const uint4*>(head + row * stride + column);
-      uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-      quad_transpose(w);
-#pragma unroll
-      for (int i = 0; i < 4; i++) f[(g * 4 + i) / 2][r + 2 * (i & 1)] = w[i];
+    for (int kk = 0; kk < kD / 16; kk++) {
+      uint2 raw = {0, 0};
+      if (kk * 16 < left) raw = *reinterpret_cast<const uint2*>(from + kk * 16);
+      pair_transpose(raw.x, raw.y);
+      f[kk][r] = raw.x, f[kk][r + 2] = raw.y;
     }
   }
 }
@@ -163,56 +241,98 @@ __device__ __forceinline__ void gate_fragments(uint32_t (&f)[kD / 16][4], const 
     }
 }
 
-// Accumulators of 16 rows to 16 rows of T, 16 bytes per lane.
+// Accumulators of 16 rows to 16 rows of T, 8 bytes per lane.
 template <int kD, class T>
 __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], T* head, int64_t stride, int first, int N, int columns) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    const int row = first + lane / 4 + 8 * r;
+    const int row = first + threadIdx.x % 32 / 4 + 8 * r;
+    const int left = row < N ? columns - paired_column() : 0;
+    T* to = head + row * stride + paired_column();
 #pragma unroll
-    for (int g = 0; g < kD / 32; g++) {
-      uint32_t w[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) w[i] = pack<T>(acc[g * 4 + i][2 * r], acc[g * 4 + i][2 * r + 1]);
-      quad_transpose(w);
-      const int column = (g * 4 + lane % 4) * 8;
-      if (row < N && column < columns) *reinterpret_cast<uint4*>(head + row * stride + column) = {w[0], w[1], w[2], w[3]};
+    for (int kk = 0; kk < kD / 16; kk++) {
+      uint2 raw = {pack<T>(acc[2 * kk][2 * r], acc[2 * kk][2 * r + 1]), pack<T>(acc[2 * kk + 1][2 * r], acc[2 * kk + 1][2 * r + 1])};
+      pair_transpose(raw.x, raw.y);
+      if (kk * 16 < left) *reinterpret_cast<uint2*>(to + kk * 16) = raw;
     }
   }
 }
 
-// s[i] = a[16, kD] . row[j0 + 8 i .. j0 + 8 i + 8)^T for two groups of eight rows of a tile.
-template <int kD, class T>
-__device__ __forceinline__ void rows_product(float (&s)[2][4], const uint32_t (&a)[kD / 16][4], const T* tile, int j0) {
-  const int lane = threadIdx.x % 32, row = j0 + lane % 8 + lane / 16 * 8;
+// s[t][i] = initial(t, i) + a[t] . row[8 i .. 8 i + 8)^T: tiles of 16 rows in registers against 8 kGroups rows of a tile in
+// shared memory, given by_rows (two groups) or by_eight (one). Every operand that comes from there serves all kTiles
+// products.
+template <class T, int kD, int kTiles, int kGroups, class Initial>
+__device__ __forceinline__ void rows_product(float (&s)[kTiles][kGroups][4], const uint32_t (&a)[kTiles][kD / 16][4], SharedAddress rows,
+                                             Initial initial, int further = 0) {
+  constexpr int kSteps = 2 / kGroups;  // of 16 channels, that one ldmatrix feeds
 #pragma unroll
-  for (int kk = 0; kk < kD / 16; kk++) {
+  for (int k0 = 0; k0 < kD / 16; k0 += kSteps) {
     uint32_t f[4];
-    ldmatrix_x4<false>(f, tile + tile_offset<kD>(row, kk * 2 + lane / 8 % 2));
-    mma_16816<T>(s[0], a[kk], {f[0], f[1]});
-    mma_16816<T>(s[1], a[kk], {f[2], f[3]});
+    ldmatrix_x4<false>(f, at_channels<kD>(rows, k0) + further);
+#pragma unroll
+    for (int x = 0; x < 2; x++) {
+      const int kk = k0 + x % kSteps, i = x % kGroups;
+#pragma unroll
+      for (int t = 0; t < kTiles; t++) {
+        if (kk == 0)
+          mma_16816<T>(s[t][i], a[t][kk], {f[2 * x], f[2 * x + 1]}, initial(t, i).at);
+        else
+          mma_16816<T>(s[t][i], a[t][kk], {f[2 * x], f[2 * x + 1]});
+      }
+    }
   }
 }
 
-// acc[16, kD] += p[16, 16] . tile[j0 .. j0 + 16)
-template <int kD, class T>
-__device__ __forceinline__ void columns_product(float (&acc)[kD / 8][4], const uint32_t (&p)[4], const T* tile, int j0) {
-  const int lane = threadIdx.x % 32, row = j0 + lane % 16;
+// acc[t][16, kD] += p[t][16, 16] . 16 rows of a tile, given by_channels.
+template <class T, int kD, int kTiles>
+__device__ __forceinline__ void channels_product(float (&acc)[kTiles][kD / 8][4], const uint32_t (&p)[kTiles][4], SharedAddress rows,
+                                                 int further = 0) {
 #pragma unroll
   for (int d = 0; d < kD / 16; d++) {
     uint32_t f[4];
-    ldmatrix_x4<true>(f, tile + tile_offset<kD>(row, d * 2 + lane / 16));
-    mma_16816<T>(acc[2 * d], p, {f[0], f[1]});
-    mma_16816<T>(acc[2 * d + 1], p, {f[2], f[3]});
+    ldmatrix_x4<true>(f, at_channels<kD>(rows, d) + further);
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) {
+      mma_16816<T>(acc[t][2 * d], p[t], {f[0], f[1]});
+      mma_16816<T>(acc[t][2 * d + 1], p[t], {f[2], f[3]});
+    }
   }
 }
 
-// The accumulator of two products of 8 columns is the A operand of a product over those 16.
-template <class T>
-__device__ __forceinline__ void pack_fragment(uint32_t (&p)[4], const float (&s)[2][4]) {
+// Accumulators of a product over 8 columns are half of the A operand of a product over 16.
+template <class T, int kTiles>
+__device__ __forceinline__ void pack_half(uint32_t (&p)[kTiles][4], int half, const float (&s)[kTiles][1][4]) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) p[i] = pack<T>(s[i / 2][i % 2 * 2], s[i / 2][i % 2 * 2 + 1]);
+  for (int t = 0; t < kTiles; t++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) p[t][half * 2 + i] = pack<T>(s[t][0][i * 2], s[t][0][i * 2 + 1]);
+}
+
+// All of it; the half that is not there is zeros.
+template <class T, int kTiles, int kGroups>
+__device__ __forceinline__ void pack_fragments(uint32_t (&p)[kTiles][4], const float (&s)[kTiles][kGroups][4]) {
+#pragma unroll
+  for (int t = 0; t < kTiles; t++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) p[t][i] = i < kGroups * 2 ? pack<T>(s[t][i / 2 % kGroups][i % 2 * 2], s[t][i / 2 % kGroups][i % 2 * 2 + 1]) : 0;
+}
+
+// A number for each column of a tile of logits, as initial values of products: [pairs of columns][4], each pair twice.
+struct Initial4 {
+  float at[4];
+};
+__device__ __forceinline__ void store_column(float* columns, int n, float x) { columns[n / 2 * 4 + n % 2] = columns[n / 2 * 4 + n % 2 + 2] = x; }
+__device__ __forceinline__ float load_column(const float* columns, int n) { return columns[n / 2 * 4 + n % 2]; }
+
+// Where this lane's columns begin, and those of column n on, 8 kGroups of them.
+__device__ __forceinline__ SharedAddress lane_columns(const float* columns) { return shared_address(columns + threadIdx.x % 4 * 4); }
+template <int kGroups>
+__device__ __forceinline__ void load_columns(Initial4 (&x)[kGroups], SharedAddress its_columns, int n) {
+#pragma unroll
+  for (int i = 0; i < kGroups; i++) {
+    const float4 y = load_shared(its_columns + (n + i * 8) * 8);
+    x[i].at[0] = y.x, x[i].at[1] = y.y, x[i].at[2] = y.z, x[i].at[3] = y.w;
+  }
 }
 
 // Calls f with a compile-time width that holds D channels.

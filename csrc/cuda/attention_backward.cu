@@ -1,38 +1,58 @@
-// Attention backward in float16 and bfloat16. Two kinds of jobs, a warp each: 16 keys (grad_k, grad_v and all sums over
-// queries) and 16 queries (grad_q). Both recompute the weights from lse, so that no job waits for another, nothing is
-// added atomically, and results do not depend on the order of the jobs.
+// Attention backward in float16 and bfloat16. Two kinds of jobs, a warp each: keys (grad_k, grad_v and all sums over
+// queries) and queries (grad_q), 16 or 32 at a time. Both recompute the weights from lse, so that no job waits for
+// another, nothing is added atomically, and results do not depend on the order of the jobs.
 //   resident  Q, K, V, grad_out of a head in shared memory; its jobs are dealt to the warps of one block
-//   stream    longer sequences: a block takes 6 jobs of one kind and streams the two other tensors in chunks of 64
+//   stream    longer sequences: a block takes jobs of one kind and streams the two other tensors in chunks of 64
 #include "attention.cuh"
 
 namespace p3b::cuda {
 namespace {
 
-constexpr int kStreamWarps = 6;
+// Tiles of 16 rows per job. Two halve what a job reads from shared memory, which would be the bound; one of more than
+// 64 channels fills the registers.
+template <int kD>
+constexpr int job_tiles() {
+  return kD <= 64 ? 2 : 1;
+}
+template <int kD>
+constexpr int job_rows() {
+  return job_tiles<kD>() * 16;
+}
 
+// Warps of a block by registers, where one block, or two, are to fit on an SM.
 template <int kD>
 constexpr int most_warps() {
-  return kD <= 64 ? 12 : 6;
-}  // by registers: 12 x 168 or 6 x 255 a thread
+  return kD <= 64 ? 8 : 6;
+}
+template <int kD>
+constexpr int half_warps() {
+  return kD <= 64 ? 4 : 6;
+}
+template <int kD>
+constexpr int stream_warps() {
+  return half_warps<kD>();
+}
 
-// Where one head lies. Pointers are computed at each use: held over a loop they would cost registers.
+// Where one head lies. All of it is computed at each use: held over a loop it would cost registers.
 template <class T>
 struct Head {
   const BackwardArguments& a;
-  int index, h;
-  int64_t b;
-  __device__ Head(const BackwardArguments& a, int index) : a(a), index(index), h(index % a.H), b(index / a.H) {}
-  __device__ const T* at(const void* p, const Strides& s) const { return static_cast<const T*>(p) + b * s.batch + h * s.head; }
-  __device__ const T* q() const { return at(a.q, a.q_strides); }
-  __device__ const T* k() const { return at(a.k, a.k_strides); }
-  __device__ const T* v() const { return at(a.v, a.v_strides); }
-  __device__ int64_t out_row() const { return static_cast<int64_t>(a.H) * a.columns; }
-  __device__ const T* out(const void* p) const { return static_cast<const T*>(p) + b * a.N * out_row() + h * a.columns; }
-  __device__ int64_t grad_row() const { return 3 * out_row(); }
-  __device__ T* grad(int which) const {  // 0 q, 1 k, 2 v
-    return static_cast<T*>(a.grad_qkv) + b * a.N * grad_row() + which * out_row() + h * a.columns;
+  unsigned index;
+  __device__ __forceinline__ Head(const BackwardArguments& a, unsigned index) : a(a), index(index) {}
+  __device__ __forceinline__ int h() const { return static_cast<int>(hidden(index) % a.H); }
+  __device__ __forceinline__ int64_t b() const { return hidden(index) / a.H; }
+  __device__ __forceinline__ const T* at(const void* p, const Strides& s) const { return static_cast<const T*>(p) + b() * s.batch + h() * s.head; }
+  __device__ __forceinline__ const T* q() const { return at(a.q, a.q_strides); }
+  __device__ __forceinline__ const T* k() const { return at(a.k, a.k_strides); }
+  __device__ __forceinline__ const T* v() const { return at(a.v, a.v_strides); }
+  __device__ __forceinline__ const bool* mask() const { return mask_of(a, b()); }
+  __device__ __forceinline__ int64_t out_row() const { return static_cast<int64_t>(a.H) * a.columns; }
+  __device__ __forceinline__ const T* out(const void* p) const { return static_cast<const T*>(p) + b() * a.N * out_row() + h() * a.columns; }
+  __device__ __forceinline__ int64_t grad_row() const { return 3 * out_row(); }
+  __device__ __forceinline__ T* grad(int which) const {  // 0 q, 1 k, 2 v
+    return static_cast<T*>(a.grad_qkv) + b() * a.N * grad_row() + which * out_row() + h() * a.columns;
   }
-  __device__ int64_t rows() const { return static_cast<int64_t>(index) * a.N; }  // in [B, H, N]
+  __device__ __forceinline__ int64_t rows() const { return static_cast<int64_t>(index) * a.N; }  // in [B, H, N]
 };
 
 // grad_out . out of one row, by eight neighbouring lanes.
@@ -49,109 +69,152 @@ __device__ __forceinline__ float row_delta(const T* grad_out, const T* out, int 
 
 template <int kD>
 struct KeyJob {
-  float dk[kD / 8][4] = {}, dv[kD / 8][4] = {}, sum[2] = {0, 0};  // sum over queries of the logits' gradients
+  static constexpr int kTiles = job_tiles<kD>();
+  float dk[kTiles][kD / 8][4] = {}, dv[kTiles][kD / 8][4] = {}, sum[kTiles][2] = {};  // sum over queries of the logits' gradients
 };
 
-// 16 keys against queries [i, i + 16) of the tiles.
+// The rows of a job in registers: k and v, or q and grad_out; with what belongs to a row.
+template <int kD>
+struct JobRows {
+  static constexpr int kTiles = job_tiles<kD>();
+  uint32_t x[kTiles][kD / 16][4], y[kTiles][kD / 16][4];
+  float shift[kTiles][2];  // keys: bias, queries: -lse, in units of log2
+  float delta[kTiles][2];  // queries: -delta
+};
+
+// Two tiles in shared memory, one as far behind the other as `further` says in bytes, and what belongs to their rows as
+// initial values of products.
+template <int kD>
+struct TileRows {
+  SharedAddress rows, channels;
+  int further;
+  SharedAddress shift, delta;  // this lane's columns. Queries: -lse and -delta, keys: bias
+  // `eight`: rows are read eight at a time.
+  template <class T>
+  __device__ __forceinline__ TileRows(const T* x, const T* y, const float* shift, const float* delta, bool eight)
+      : rows(eight ? by_eight<kD>(x, 0) : by_rows<kD>(x, 0)),
+        channels(by_channels<kD>(x, 0)),
+        further(static_cast<int>((y - x) * sizeof(T))),
+        shift(lane_columns(shift)),
+        delta(lane_columns(delta)) {}
+};
+
+// The keys of a job against queries [i, i + 16) of the tiles of q and grad_out. Logits of eight queries at a time: of 16,
+// with all else that a job of keys holds, they would not fit the registers.
 template <class T, int kD>
-__device__ __forceinline__ void key_step(KeyJob<kD>& job, const uint32_t (&k)[kD / 16][4], const uint32_t (&v)[kD / 16][4], const float (&bias)[2],
-                                         const T* queries, const T* grads, const float* lse, const float* delta, int i, float scale) {
-  const int lane = threadIdx.x % 32;
-  float p[2][4] = {}, ds[2][4] = {};
-  rows_product<kD>(p, k, queries, i);
-  rows_product<kD>(ds, v, grads, i);
+__device__ __forceinline__ void key_step(KeyJob<kD>& job, const JobRows<kD>& keys, const TileRows<kD>& tiles, int i, float scale) {
+  constexpr int kTiles = job_tiles<kD>(), kRow = kD * sizeof(T);
+  uint32_t weights[kTiles][4], grads[kTiles][4];
 #pragma unroll
-  for (int t = 0; t < 2; t++) {
-    const int column = i + t * 8 + lane % 4 * 2;
-    const float2 l = *reinterpret_cast<const float2*>(lse + column);
-    const float2 d = *reinterpret_cast<const float2*>(delta + column);
+  for (int half = 0; half < 2; half++) {
+    const SharedAddress rows = tiles.rows + (i + half * 8) * kRow;
+    float p[kTiles][1][4], ds[kTiles][1][4];
+    Initial4 minus[1];
+    load_columns(minus, tiles.shift, i + half * 8);
+    rows_product<T, kD>(p, keys.x, rows, [&](int, int) { return minus[0]; });
+    load_columns(minus, tiles.delta, i + half * 8);
+    rows_product<T, kD>(ds, keys.y, rows, [&](int, int) { return minus[0]; }, tiles.further);
 #pragma unroll
-    for (int x = 0; x < 4; x++) {
-      p[t][x] = fast_exp2(fmaf(p[t][x], scale, bias[x / 2]) - (x % 2 ? l.y : l.x));
-      ds[t][x] = p[t][x] * (ds[t][x] - (x % 2 ? d.y : d.x));
-      job.sum[x / 2] += ds[t][x];
-    }
+    for (int t = 0; t < kTiles; t++)
+#pragma unroll
+      for (int x = 0; x < 4; x++) {
+        p[t][0][x] = fast_exp2(fmaf(p[t][0][x], scale, keys.shift[t][x / 2]));
+        ds[t][0][x] *= p[t][0][x];
+        job.sum[t][x / 2] += ds[t][0][x];
+      }
+    pack_half<T>(weights, half, p);
+    pack_half<T>(grads, half, ds);
   }
-  uint32_t f[4];
-  pack_fragment<T>(f, p);
-  columns_product<kD>(job.dv, f, grads, i);
-  pack_fragment<T>(f, ds);
-  columns_product<kD>(job.dk, f, queries, i);
+  channels_product<T, kD>(job.dv, weights, tiles.channels + i * kRow, tiles.further);
+  channels_product<T, kD>(job.dk, grads, tiles.channels + i * kRow);
 }
 
-// 16 queries against keys [j, j + 16) of the tiles.
+// The queries of a job against keys [j, j + 16) of the tiles of k and v.
 template <class T, int kD>
-__device__ __forceinline__ void query_step(float (&dq)[kD / 8][4], const uint32_t (&q)[kD / 16][4], const uint32_t (&grad)[kD / 16][4],
-                                           const float (&lse)[2], const float (&delta)[2], const T* keys, const T* values, const float* bias, int j,
+__device__ __forceinline__ void query_step(float (&dq)[job_tiles<kD>()][kD / 8][4], const JobRows<kD>& queries, const TileRows<kD>& tiles, int j,
                                            float scale) {
-  const int lane = threadIdx.x % 32;
-  float p[2][4] = {}, ds[2][4] = {};
-  rows_product<kD>(p, q, keys, j);
-  rows_product<kD>(ds, grad, values, j);
+  constexpr int kTiles = job_tiles<kD>();
+  const int at = j * kD * static_cast<int>(sizeof(T));
+  float p[kTiles][2][4], ds[kTiles][2][4];
+  Initial4 bias[2];
+  load_columns(bias, tiles.shift, j);
+  rows_product<T, kD>(p, queries.x, tiles.rows + at, [&](int, int g) { return bias[g]; });
+  auto minus_delta = [&](int t, int) { return Initial4{{queries.delta[t][0], queries.delta[t][0], queries.delta[t][1], queries.delta[t][1]}}; };
+  rows_product<T, kD>(ds, queries.y, tiles.rows + at, minus_delta, tiles.further);
 #pragma unroll
-  for (int t = 0; t < 2; t++) {
-    const float2 b = *reinterpret_cast<const float2*>(bias + j + t * 8 + lane % 4 * 2);
+  for (int t = 0; t < kTiles; t++)
 #pragma unroll
-    for (int x = 0; x < 4; x++) ds[t][x] = fast_exp2(fmaf(p[t][x], scale, x % 2 ? b.y : b.x) - lse[x / 2]) * (ds[t][x] - delta[x / 2]);
-  }
-  uint32_t f[4];
-  pack_fragment<T>(f, ds);
-  columns_product<kD>(dq, f, keys, j);
+    for (int x = 0; x < 8; x++) ds[t][x / 4][x % 4] *= fast_exp2(fmaf(p[t][x / 4][x % 4], scale, queries.shift[t][x % 4 / 2]));
+  uint32_t f[kTiles][4];
+  pack_fragments<T>(f, ds);
+  channels_product<T, kD>(dq, f, tiles.channels + at);
 }
 
 // Gates are shared by q, k and v: with W = ds^T q and U = p^T grad_out, the gradient of gate g is the sum over keys
-// of 2 g scale k W + v U, which needs no division by a gate that may be 0. `sums` belongs to this warp.
+// of 2 g scale k W + v U, which needs no division by a gate that may be 0. sums[warps][kD]: this warp adds to its row.
 template <class T, int kD>
 __device__ __forceinline__ void finish_keys(const BackwardArguments& a, const Head<T>& head, KeyJob<kD>& job, int first, const float* gate,
                                             float* sums) {
   const int lane = threadIdx.x % 32;
-  const bool* mask = mask_of(a, head.b);
+  const bool* mask = head.mask();
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int n = first + lane / 4 + 8 * r;
-    const float sum = group_sum(job.sum[r], 4);
-    if (a.size_partial && lane % 4 == 0 && n < a.N) a.size_partial[head.rows() + n] = sum;
-  }
+  for (int t = 0; t < job_tiles<kD>(); t++, first += 16) {
 #pragma unroll
-  for (int d = 0; d < kD / 8; d++) {
-    const int column = d * 8 + lane % 4 * 2;
-    const float g[2] = {gate ? gate[column] : 1.f, gate ? gate[column + 1] : 1.f};
-    if (sums) {
-      float sum[2] = {0, 0};
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int n = first + lane / 4 + 8 * r;
-        if (n >= a.N || column >= a.columns || (mask && !mask[n])) continue;
-        uint32_t words[2];
-        memcpy(&words[0], head.k() + n * a.k_strides.row + column, 4);
-        memcpy(&words[1], head.v() + n * a.v_strides.row + column, 4);
-        const float2 k = unpack<T>(words[0]), v = unpack<T>(words[1]);
-        sum[0] += 2 * a.scale * g[0] * k.x * job.dk[d][2 * r] + v.x * job.dv[d][2 * r];
-        sum[1] += 2 * a.scale * g[1] * k.y * job.dk[d][2 * r + 1] + v.y * job.dv[d][2 * r + 1];
-      }
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        for (int x = 4; x < 32; x *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], x);
-        if (lane < 4) sums[column + i] += sum[i];
-      }
+    for (int r = 0; r < 2; r++) {
+      const int n = first + lane / 4 + 8 * r;
+      const float sum = group_sum(job.sum[t][r], 4);
+      if (a.size_partial && lane % 4 == 0 && n < a.N) a.size_partial[head.rows() + n] = sum;
     }
 #pragma unroll
-    for (int x = 0; x < 4; x++) {
-      job.dk[d][x] *= a.scale * g[x % 2] * g[x % 2];
-      job.dv[d][x] *= g[x % 2];
+    for (int d = 0; d < kD / 8; d++) {
+      const int column = d * 8 + lane % 4 * 2;
+      float(&dk)[4] = job.dk[t][d], (&dv)[4] = job.dv[t][d];
+      if (sums) {
+        const float g[2] = {gate[column], gate[column + 1]};
+        float sum[2] = {0, 0};
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const int n = first + lane / 4 + 8 * r;
+          if (n >= a.N || column >= a.columns || (mask && !mask[n])) continue;
+          uint32_t words[2];
+          memcpy(&words[0], head.k() + n * a.k_strides.row + column, 4);
+          memcpy(&words[1], head.v() + n * a.v_strides.row + column, 4);
+          const float2 k = unpack<T>(words[0]), v = unpack<T>(words[1]);
+          sum[0] += 2 * a.scale * g[0] * k.x * dk[2 * r] + v.x * dv[2 * r];
+          sum[1] += 2 * a.scale * g[1] * k.y * dk[2 * r + 1] + v.y * dv[2 * r + 1];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          for (int x = 4; x < 32; x *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], x);
+          if (lane < 4) sums[threadIdx.x / 32 * kD + column + i] += sum[i];
+        }
+      }
+      if (gate) {
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+          const float g = gate[column + x % 2];
+          dk[x] *= g * g;
+          dv[x] *= g;
+        }
+      }
+#pragma unroll
+      for (int x = 0; x < 4; x++) dk[x] *= a.scale;
     }
+    store_rows<kD>(job.dk[t], head.grad(1), head.grad_row(), first, a.N, a.columns);
+    store_rows<kD>(job.dv[t], head.grad(2), head.grad_row(), first, a.N, a.columns);
   }
-  store_rows<kD>(job.dk, head.grad(1), head.grad_row(), first, a.N, a.columns);
-  store_rows<kD>(job.dv, head.grad(2), head.grad_row(), first, a.N, a.columns);
 }
 
 template <class T, int kD>
-__device__ __forceinline__ void finish_queries(const BackwardArguments& a, const Head<T>& head, float (&dq)[kD / 8][4], int first) {
+__device__ __forceinline__ void finish_queries(const BackwardArguments& a, const Head<T>& head, float (&dq)[job_tiles<kD>()][kD / 8][4], int first) {
 #pragma unroll
-  for (int d = 0; d < kD / 8; d++)
+  for (int t = 0; t < job_tiles<kD>(); t++) {
 #pragma unroll
-    for (int x = 0; x < 4; x++) dq[d][x] *= a.scale;
-  store_rows<kD>(dq, head.grad(0), head.grad_row(), first, a.N, a.columns);
+    for (int d = 0; d < kD / 8; d++)
+#pragma unroll
+      for (int x = 0; x < 4; x++) dq[t][d][x] *= a.scale;
+    store_rows<kD>(dq[t], head.grad(0), head.grad_row(), first + t * 16, a.N, a.columns);
+  }
 }
 
 // The warps' sums of gate gradients, added in the order of the warps. All threads of the block call this.
@@ -167,36 +230,37 @@ __device__ __forceinline__ void finish_gates(const BackwardArguments& a, const f
 template <class T, int kD>
 __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_kernel(BackwardArguments a) {
   P3B_SHARED(memory);
-  const int rows = static_cast<int>(round_up(a.N, 16)), lane = threadIdx.x % 32, warp = warp_number();
+  constexpr int kTiles = job_tiles<kD>(), kRows = job_rows<kD>();
+  const int rows = a.rows, lane = threadIdx.x % 32, warp = warp_number();
   const int warps = blockDim.x / 32, size = rows * kD;
   T* keys = reinterpret_cast<T*>(memory);
   T *values = keys + size, *queries = values + size, *grads = queries + size;
-  float* lse = reinterpret_cast<float*>(grads + size);
-  float *delta = lse + rows, *bias = delta + rows;
-  float* gate = a.channel_gate ? bias + rows : nullptr;
-  float* sums = a.gate_partial ? bias + rows + kD : nullptr;  // [warps][kD]
+  float* lse = reinterpret_cast<float*>(grads + size);      // columns: -lse over the scale
+  float *delta = lse + rows * 2, *bias = delta + rows * 2;  // columns: -delta; bias over the scale
+  float* gate = a.channel_gate ? bias + rows * 2 : nullptr;
+  float* sums = a.gate_partial ? bias + rows * 2 + kD : nullptr;  // [warps][kD]
   const Head<T> head(a, blockIdx.x);
 
-  load_tile<kD>(keys, head.k(), a.k_strides.row, 0, rows, a.N, a.columns, mask_of(a, head.b));
+  load_tile<kD>(keys, head.k(), a.k_strides.row, 0, rows, a.N, a.columns, head.mask());
   load_tile<kD>(queries, head.q(), a.q_strides.row, 0, rows, a.N, a.columns);
-  load_tile<kD>(values, head.v(), a.v_strides.row, 0, rows, a.N, a.columns, mask_of(a, head.b));
+  load_tile<kD>(values, head.v(), a.v_strides.row, 0, rows, a.N, a.columns, head.mask());
   load_tile<kD>(grads, head.out(a.grad_out), head.out_row(), 0, rows, a.N, a.columns);
   cp_async_commit();
   for (int i = threadIdx.x; i < rows; i += blockDim.x) {
-    bias[i] = key_bias(a, head.b, i);
-    lse[i] = row_lse(a, a.lse, head.index, i);
+    store_column(bias, i, before_scale(a, key_bias(a, head.b(), i)));
+    store_column(lse, i, before_scale(a, -row_lse(a, a.lse, head.index, i)));
   }
   for (int i0 = warp * 4; i0 < rows; i0 += warps * 4) {
     const int i = i0 + lane / 8;
     const float d = row_delta(head.out(a.grad_out) + i * head.out_row(), head.out(a.out) + i * head.out_row(), a.columns, i < a.N);
-    if (lane % 8 == 0) delta[i] = d;
+    if (lane % 8 == 0) store_column(delta, i, -d);
   }
   if (gate) {
-    load_gate(a, head.h, gate, kD);
+    load_gate(a, head.h(), gate, kD);
     __syncthreads();
   }
   if (sums)
-    for (int d = lane; d < kD; d += 32) sums[warp * kD + d] = 0;
+    for (int d = lane; d < kD; d += 32) sums[threadIdx.x / 32 * kD + d] = 0;
   cp_async_wait(0);
   if (gate) {
     gate_tile<kD>(keys, rows, gate, true);
@@ -204,33 +268,50 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
   }
   __syncthreads();
 
-  const float scale = a.scale * kLog2e;
-  const int tiles = rows / 16;
+  // The first warps draw more jobs: not the same ones in every block, as each belongs to a scheduler.
+  int job_at = static_cast<int>((warp + blockIdx.x) % warps);
 #pragma unroll 1
-  for (int t = warp; t < tiles; t += warps) {
-    const int first = t * 16;
-    uint32_t k[kD / 16][4], v[kD / 16][4];
-    tile_fragments<kD>(k, keys, first);
-    tile_fragments<kD>(v, values, first);
-    const float its_bias[2] = {bias[first + lane / 4], bias[first + lane / 4 + 8]};
+  for (; job_at < a.jobs; job_at += warps) {
+    const int first = job_at * kRows;
+    JobRows<kD> its;
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) {
+      const int row = min(first + t * 16, rows - 16);  // beyond the end anything will do: it is not stored
+      tile_fragments<kD>(its.x[t], keys, row);
+      tile_fragments<kD>(its.y[t], values, row);
+      apply_sign(a, its.x[t]);
+#pragma unroll
+      for (int r = 0; r < 2; r++) its.shift[t][r] = load_column(bias, row + lane / 4 + 8 * r) * a.positive.scale;
+    }
+    const TileRows<kD> tiles(queries, grads, lse, delta, true);
     KeyJob<kD> job;
 #pragma unroll 1
-    for (int i = 0; i < rows; i += 16) key_step<T, kD>(job, k, v, its_bias, queries, grads, lse, delta, i, scale);
-    finish_keys<T, kD>(a, head, job, first, gate, sums ? sums + warp * kD : nullptr);
+    for (int i = 0; i < a.N; i += 16) key_step<T, kD>(job, its, tiles, i, a.positive.scale);
+    finish_keys<T, kD>(a, head, job, hidden(first), gate, sums);
   }
-  // Warps that drew fewer key jobs come first here.
+  // Warps that drew fewer jobs of keys come first here.
 #pragma unroll 1
-  for (int t = (warp + warps - tiles % warps) % warps; t < tiles; t += warps) {
-    const int first = t * 16;
-    uint32_t q[kD / 16][4], grad[kD / 16][4];
-    tile_fragments<kD>(q, queries, first);
-    tile_fragments<kD>(grad, grads, first);
-    const float its_lse[2] = {lse[first + lane / 4], lse[first + lane / 4 + 8]};
-    const float its_delta[2] = {delta[first + lane / 4], delta[first + lane / 4 + 8]};
-    float dq[kD / 8][4] = {};
+  for (job_at -= a.jobs; job_at < a.jobs; job_at += warps) {
+    const int first = job_at * kRows;
+    JobRows<kD> its;
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) {
+      const int row = min(first + t * 16, rows - 16);
+      tile_fragments<kD>(its.x[t], queries, row);
+      tile_fragments<kD>(its.y[t], grads, row);
+      apply_sign(a, its.x[t]);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int n = row + lane / 4 + 8 * r;
+        its.shift[t][r] = load_column(lse, n) * a.positive.scale;
+        its.delta[t][r] = load_column(delta, n);
+      }
+    }
+    const TileRows<kD> tiles(keys, values, bias, bias, false);
+    float dq[kTiles][kD / 8][4] = {};
 #pragma unroll 1
-    for (int j = 0; j < rows; j += 16) query_step<T, kD>(dq, q, grad, its_lse, its_delta, keys, values, bias, j, scale);
-    finish_queries<T, kD>(a, head, dq, first);
+    for (int j = 0; j < a.N; j += 16) query_step<T, kD>(dq, its, tiles, j, a.positive.scale);
+    finish_queries<T, kD>(a, head, dq, hidden(first));
   }
   if (sums) finish_gates(a, sums, kD, blockIdx.x);
 }
@@ -238,57 +319,62 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
 // One kind of jobs over the tensors that it streams: keys_here over Q and grad_out, else over K and V.
 template <class T, int kD, bool keys_here>
 __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned char* memory, const Head<T>& head, int block) {
-  const int lane = threadIdx.x % 32, warp = warp_number(), first = (block * kStreamWarps + warp) * 16;
+  constexpr int kTiles = job_tiles<kD>();
+  const int lane = threadIdx.x % 32, first = (block * stream_warps<kD>() + warp_number()) * job_rows<kD>();
   T* ring = reinterpret_cast<T*>(memory);                             // two stages of two tiles
-  float* numbers = reinterpret_cast<float*>(ring + 4 * kChunk * kD);  // two stages of lse and delta, or bias
-  float* gate = a.channel_gate ? numbers + 4 * kChunk : nullptr;
-  float* sums = a.gate_partial ? numbers + 4 * kChunk + kD : nullptr;
+  float* numbers = reinterpret_cast<float*>(ring + 4 * kChunk * kD);  // two stages of -lse and -delta, or bias: columns
+  float* gate = a.channel_gate ? numbers + 8 * kChunk : nullptr;
+  float* sums = a.gate_partial ? numbers + 8 * kChunk + kD : nullptr;
   const int chunks = static_cast<int>(ceil_div(a.N, kChunk));
 
   auto load = [&](int c) {
     if (c < chunks) {
       T *one = ring + c % 2 * 2 * kChunk * kD, *two = one + kChunk * kD;
-      float* number = numbers + c % 2 * 2 * kChunk;
-      const bool* mask = keys_here ? nullptr : mask_of(a, head.b);
+      float* number = numbers + c % 2 * 4 * kChunk;
+      const bool* mask = keys_here ? nullptr : head.mask();
       load_tile<kD>(one, keys_here ? head.q() : head.k(), keys_here ? a.q_strides.row : a.k_strides.row, c * kChunk, kChunk, a.N, a.columns, mask);
       load_tile<kD>(two, keys_here ? head.out(a.grad_out) : head.v(), keys_here ? head.out_row() : a.v_strides.row, c * kChunk, kChunk, a.N,
                     a.columns, mask);
       for (int i = threadIdx.x; i < kChunk; i += blockDim.x) {
         const int n = c * kChunk + i;
-        number[i] = keys_here ? row_lse(a, a.lse, head.index, n) : key_bias(a, head.b, n);
-        if (keys_here) number[kChunk + i] = n < a.N ? a.delta[head.rows() + n] : 0.f;
+        store_column(number, i, before_scale(a, keys_here ? -row_lse(a, a.lse, head.index, n) : key_bias(a, head.b(), n)));
+        if (keys_here) store_column(number + 2 * kChunk, i, n < a.N ? -a.delta[head.rows() + n] : 0.f);
       }
     }
     cp_async_commit();
   };
   load(0);
   load(1);
-  if (gate) load_gate(a, head.h, gate, kD);
+  if (gate) load_gate(a, head.h(), gate, kD);
   if (sums)
-    for (int d = lane; d < kD; d += 32) sums[warp * kD + d] = 0;
+    for (int d = lane; d < kD; d += 32) sums[threadIdx.x / 32 * kD + d] = 0;
   __syncthreads();
 
-  const float scale = a.scale * kLog2e;
-  uint32_t x[kD / 16][4], y[kD / 16][4];  // k and v, or q and grad_out
-  float row[2][2];                        // bias, or lse and delta
-  const bool* mask = keys_here ? mask_of(a, head.b) : nullptr;
-  load_fragments<kD>(x, keys_here ? head.k() : head.q(), keys_here ? a.k_strides.row : a.q_strides.row, first, a.N, a.columns, mask);
-  load_fragments<kD>(y, keys_here ? head.v() : head.out(a.grad_out), keys_here ? a.v_strides.row : head.out_row(), first, a.N, a.columns, mask);
-  if (keys_here && gate) {
-    gate_fragments<kD, T>(x, gate, true);
-    gate_fragments<kD, T>(y, gate, false);
-  }
+  JobRows<kD> its;
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int n = first + lane / 4 + 8 * r;
-    row[0][r] = keys_here ? key_bias(a, head.b, n) : row_lse(a, a.lse, head.index, n);
-    row[1][r] = !keys_here && n < a.N ? a.delta[head.rows() + n] : 0.f;
+  for (int t = 0; t < kTiles; t++) {
+    const bool* mask = keys_here ? head.mask() : nullptr;
+    load_fragments<kD>(its.x[t], keys_here ? head.k() : head.q(), keys_here ? a.k_strides.row : a.q_strides.row, first + t * 16, a.N, a.columns,
+                       mask);
+    load_fragments<kD>(its.y[t], keys_here ? head.v() : head.out(a.grad_out), keys_here ? a.v_strides.row : head.out_row(), first + t * 16, a.N,
+                       a.columns, mask);
+    if (keys_here && gate) {
+      gate_fragments<kD, T>(its.x[t], gate, true);
+      gate_fragments<kD, T>(its.y[t], gate, false);
+    }
+    apply_sign(a, its.x[t]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int n = first + t * 16 + lane / 4 + 8 * r;
+      its.shift[t][r] = keys_here ? key_bias(a, head.b(), n) : -row_lse(a, a.lse, head.index, n);
+      its.delta[t][r] = !keys_here && n < a.N ? -a.delta[head.rows() + n] : 0.f;
+    }
   }
   KeyJob<kD> job;  // grad_q is kept in job.dk
 #pragma unroll 1
   for (int c = 0; c < chunks; c++) {
     T *one = ring + c % 2 * 2 * kChunk * kD, *two = one + kChunk * kD;
-    const float* number = numbers + c % 2 * 2 * kChunk;
+    const float* number = numbers + c % 2 * 4 * kChunk;
     cp_async_wait(1);
     if (!keys_here && gate) {
       gate_tile<kD>(one, kChunk, gate, true);
@@ -296,13 +382,14 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
     }
     __syncthreads();
     if (first < a.N) {
-      const int rows = min(kChunk, static_cast<int>(round_up(a.N - c * kChunk, 16)));
+      const int rows = min(kChunk, a.N - c * kChunk);
+      const TileRows<kD> tiles(one, two, number, number + 2 * kChunk, keys_here);
       if (keys_here) {
 #pragma unroll 1
-        for (int i = 0; i < rows; i += 16) key_step<T, kD>(job, x, y, row[0], one, two, number, number + kChunk, i, scale);
+        for (int i = 0; i < rows; i += 16) key_step<T, kD>(job, its, tiles, i, a.positive.scale);
       } else {
 #pragma unroll 1
-        for (int j = 0; j < rows; j += 16) query_step<T, kD>(job.dk, x, y, row[0], row[1], one, two, number, j, scale);
+        for (int j = 0; j < rows; j += 16) query_step<T, kD>(job.dk, its, tiles, j, a.positive.scale);
       }
     }
     __syncthreads();
@@ -310,15 +397,15 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
   }
   if (first < a.N) {
     if (keys_here)
-      finish_keys<T, kD>(a, head, job, first, gate, sums ? sums + warp * kD : nullptr);
+      finish_keys<T, kD>(a, head, job, hidden(first), gate, sums);
     else
-      finish_queries<T, kD>(a, head, job.dk, first);
+      finish_queries<T, kD>(a, head, job.dk, hidden(first));
   }
   if (sums && keys_here) finish_gates(a, sums, kD, static_cast<int64_t>(head.index) * a.key_blocks + block);
 }
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kStreamWarps * 32, kD <= 64 ? 2 : 1) backward_stream_kernel(BackwardArguments a) {
+__global__ void __launch_bounds__(stream_warps<kD>() * 32, kD <= 64 ? 2 : 1) backward_stream_kernel(BackwardArguments a) {
   P3B_SHARED(memory);
   const int blocks = a.key_blocks + a.query_blocks, block = blockIdx.x % blocks;
   const Head<T> head(a, blockIdx.x / blocks);
@@ -337,37 +424,48 @@ __global__ void __launch_bounds__(256) delta_kernel(BackwardArguments a) {
   if (valid && threadIdx.x % 8 == 0) a.delta[(row / a.H / a.N * a.H + row % a.H) * a.N + row / a.H % a.N] = delta;
 }
 
+// The launch of the resident kernel, if a head fits, with gates even where there are none: the same call with and
+// without runs the same kernel.
+struct ResidentLaunch {
+  int warps;
+  size_t bytes;
+  bool fits;
+};
 template <int kD>
-size_t resident_bytes(int N, int warps) {  // with gates, so that the same call with and without runs the same kernel
-  const size_t rows = round_up(N, 16);
-  return rows * (4 * kD * 2 + 3 * sizeof(float)) + (1 + warps) * kD * sizeof(float);
+ResidentLaunch resident_launch(int N) {
+  const size_t limit = shared_memory_limit(), rows = round_up(N, 16);
+  auto bytes = [&](int warps) { return rows * (4 * kD * 2 + 6 * sizeof(float)) + (1 + warps) * kD * sizeof(float); };
+  const int most = bytes(half_warps<kD>()) <= limit / 2 ? half_warps<kD>() : most_warps<kD>();
+  const int warps = min(static_cast<int>(ceil_div(N, job_rows<kD>())), most);
+  return {warps, bytes(warps), bytes(warps) <= limit};
+}
+
+template <int kD>
+int key_blocks(int N) {
+  return resident_launch<kD>(N).fits ? 1 : static_cast<int>(ceil_div(N, stream_warps<kD>() * job_rows<kD>()));
 }
 
 template <class T>
 cudaError_t backward(BackwardArguments a, cudaStream_t stream) {
-  a.key_blocks = attention_key_blocks<T>(a.N, a.columns);
-  a.query_blocks = a.key_blocks;
+  a.positive = positive_scale(a.scale);
   return with_width(a.columns, [&](auto width) {
     constexpr int kD = decltype(width)::value;
-    const size_t limit = shared_memory_limit();
-    const int tiles = static_cast<int>(ceil_div(a.N, 16));
-    const int most = resident_bytes<kD>(a.N, 6) <= limit / 2 ? 6 : most_warps<kD>();  // 6: two blocks fit an SM
-    if (resident_bytes<kD>(a.N, most) <= limit)
-      return launch(backward_resident_kernel<T, kD>, a.B * a.H, min(tiles, most) * 32, resident_bytes<kD>(a.N, min(tiles, most)), stream, a);
+    a.key_blocks = a.query_blocks = key_blocks<kD>(a.N);
+    a.jobs = static_cast<int>(ceil_div(a.N, job_rows<kD>()));
+    a.rows = static_cast<int>(round_up(a.N, 16));
+    const ResidentLaunch resident = resident_launch<kD>(a.N);
+    if (resident.fits) return launch(backward_resident_kernel<T, kD>, a.B * a.H, resident.warps * 32, resident.bytes, stream, a);
     const cudaError_t error = launch(delta_kernel<T>, ceil_div(a.B * a.N * a.H * 8, 256), 256, 0, stream, a);
     if (error != cudaSuccess) return error;
-    const size_t bytes = 4 * kChunk * (kD * 2 + sizeof(float)) + (1 + kStreamWarps) * kD * sizeof(float);
-    return launch(backward_stream_kernel<T, kD>, a.B * a.H * (a.key_blocks + a.query_blocks), kStreamWarps * 32, bytes, stream, a);
+    const size_t bytes = 4 * kChunk * (kD * 2 + 2 * sizeof(float)) + (1 + stream_warps<kD>()) * kD * sizeof(float);
+    return launch(backward_stream_kernel<T, kD>, a.B * a.H * (a.key_blocks + a.query_blocks), stream_warps<kD>() * 32, bytes, stream, a);
   });
 }
 
 int key_blocks(int N, int columns) {
   int blocks = 0;
   with_width(columns, [&](auto width) {
-    constexpr int kD = decltype(width)::value;
-    const size_t limit = shared_memory_limit();
-    const int most = resident_bytes<kD>(N, 6) <= limit / 2 ? 6 : most_warps<kD>();
-    blocks = resident_bytes<kD>(N, most) <= limit ? 1 : static_cast<int>(ceil_div(N, 16 * kStreamWarps));
+    blocks = key_blocks<decltype(width)::value>(N);
     return cudaSuccess;
   });
   return blocks;

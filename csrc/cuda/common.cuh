@@ -26,6 +26,13 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
+// x, of which the compiler knows nothing here: what depends on it is not computed earlier.
+template <class T>
+__device__ __forceinline__ T hidden(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Copies 16 bytes to shared memory, or writes zeros there when not valid. `global` must be a legal address either way.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -54,25 +61,28 @@ __device__ __forceinline__ void cp_async_wait(int pending) {
   }
 }
 
-// d[16, 8] += a[16, 16] * b[16, 8]
+// d[16, 8] = c + a[16, 16] * b[16, 8]
 template <class T>
-__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]);
 
-#define P3B_MMA(T, NAME)                                                                                                          \
-  template <>                                                                                                                     \
-  __device__ __forceinline__ void mma_16816<T>(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {                      \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                             \
+#define P3B_MMA(T, NAME)                                                                                                              \
+  template <>                                                                                                                         \
+  __device__ __forceinline__ void mma_16816<T>(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2], const float(&c)[4]) {      \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};" \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));     \
   }
 P3B_MMA(__half, "f16")
 P3B_MMA(__nv_bfloat16, "bf16")
 #undef P3B_MMA
 
+// A place in shared memory, in bytes. P3B_SHARED begins at a multiple of 128.
+using SharedAddress = unsigned;
+__device__ __forceinline__ SharedAddress shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
 // Four 8x8 matrices of 16-bit values; lane i names row i % 8 of matrix i / 8.
 template <bool kTranspose>
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* row_address) {
-  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row_address));
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], SharedAddress from) {
   if constexpr (kTranspose) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -84,6 +94,12 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* row_ad
                  : "r"(from)
                  : "memory");
   }
+}
+
+__device__ __forceinline__ float4 load_shared(SharedAddress from) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3},[%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(from) : "memory");
+  return x;
 }
 
 inline int shared_memory_limit() {
@@ -99,6 +115,12 @@ inline int shared_memory_limit() {
 namespace p3b::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// d[16, 8] += a[16, 16] * b[16, 8]
+template <class T>
+__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_16816<T>(d, a, b, d);
+}
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -191,23 +213,12 @@ __device__ __forceinline__ float group_max(float x, int width) {
   return x;
 }
 
-// The four lanes of a quad hold a 4x4 matrix of words, lane = column; afterwards lane = row.
-// An mma accumulator row becomes 16 contiguous bytes per lane this way, and back.
-__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
-  const int lane = threadIdx.x & 3;
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool high = lane & bit;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i & bit) continue;
-      const uint32_t received = __shfl_xor_sync(kAllLanes, high ? w[i] : w[i | bit], bit);
-      if (high)
-        w[i] = received;
-      else
-        w[i | bit] = received;
-    }
-  }
+// Two neighbouring lanes hold a 2x2 matrix of words, lane = column; afterwards lane = row. Eight channels of a row of an
+// mma accumulator, and the next eight, become 8 contiguous bytes in each lane of a quad this way, 32 in all; and back.
+__device__ __forceinline__ void pair_transpose(uint32_t& first, uint32_t& second) {
+  const bool odd = threadIdx.x & 1;
+  const uint32_t received = __shfl_xor_sync(kAllLanes, odd ? first : second, 1);
+  (odd ? first : second) = received;
 }
 
 // Calls f once for each pair of a device and a kernel, from whichever thread comes first; again where it failed.

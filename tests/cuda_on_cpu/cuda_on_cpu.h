@@ -109,13 +109,17 @@ using std::min;
 namespace p3b::cuda {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
+template <class T>
+inline T hidden(T x) {
+  return x;
+}
 inline void cp_async16(void* shared, const void* global, bool valid) { standin::copy_async(shared, global, valid); }
 inline void cp_async_commit() { standin::copy_async_commit(); }
 inline void cp_async_wait(int pending) { standin::copy_async_wait(pending); }
 
 // Fragments as drawn in the PTX manual under "Matrix Fragments for mma.m16n8k16".
 template <class T>
-inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   struct Fragment { uint32_t a[4], b[2]; } mine;
   std::memcpy(mine.a, a, 16);
   std::memcpy(mine.b, b, 8);
@@ -130,15 +134,22 @@ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
   auto B = [&](int k, int col) { return half_of(all.of[col * 4 + k % 8 / 2].b[k >= 8], k & 1); };
   for (int i = 0; i < 4; i++) {
     int row = standin::lane() / 4 + i / 2 * 8, col = standin::lane() % 4 * 2 + i % 2;
-    double sum = d[i];
+    double sum = c[i];
     for (int k = 0; k < 16; k++) sum += A(row, k) * B(k, col);
     d[i] = float(sum);
   }
 }
 
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+inline float4 load_shared(SharedAddress from) {
+  if (from % 16) standin::fail("load_shared: address not aligned to 16 bytes");
+  return *reinterpret_cast<const float4*>(from);
+}
+
 template <bool kTranspose>
-inline void ldmatrix_x4(uint32_t (&d)[4], const void* row_address) {
-  auto rows = standin::gather(~0u, row_address, "ldmatrix");
+inline void ldmatrix_x4(uint32_t (&d)[4], SharedAddress from) {
+  auto rows = standin::gather(~0u, reinterpret_cast<const void*>(from), "ldmatrix");
   int lane = standin::lane();
   for (int m = 0; m < 4; m++) {
     uint16_t pair[2];

@@ -80,8 +80,8 @@ __global__ void mma_kernel(const T* a, const T* b, float* out) {
   }
   __syncwarp();
   uint32_t fa[4], fb[4];
-  ldmatrix_x4<false>(fa, sa + lane % 16 * 16 + lane / 16 * 8);
-  ldmatrix_x4<true>(fb, sb + lane % 16 * 16 + lane / 16 * 8);
+  ldmatrix_x4<false>(fa, shared_address(sa + lane % 16 * 16 + lane / 16 * 8));
+  ldmatrix_x4<true>(fb, shared_address(sb + lane % 16 * 16 + lane / 16 * 8));
   for (int half = 0; half < 2; half++) {
     float d[4] = {};
     const uint32_t bb[2] = {fb[2 * half], fb[2 * half + 1]};
@@ -90,11 +90,26 @@ __global__ void mma_kernel(const T* a, const T* b, float* out) {
   }
 }
 
-__global__ void quad_kernel(uint32_t* out) {
-  uint32_t w[4];
-  for (int i = 0; i < 4; i++) w[i] = threadIdx.x * 4 + i;
-  quad_transpose(w);
-  for (int i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = w[i];
+__global__ void pair_kernel(uint32_t* out) {
+  uint32_t first = threadIdx.x * 2, second = threadIdx.x * 2 + 1;
+  pair_transpose(first, second);
+  out[threadIdx.x * 2] = first;
+  out[threadIdx.x * 2 + 1] = second;
+}
+
+// Initial values that are not the accumulator.
+template <class T>
+__global__ void initial_kernel(float* out) {
+  const uint32_t a[4] = {}, b[2] = {};
+  const float lane = static_cast<float>(threadIdx.x), initial[4] = {lane, lane + 0.25f, lane + 0.5f, lane + 0.75f};
+  float d[4] = {-1, -1, -1, -1};
+  mma_16816<T>(d, a, b, initial);
+  for (int i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = d[i];
+}
+
+__global__ void misaligned_kernel(float* out) {
+  P3B_SHARED(memory);
+  out[threadIdx.x] = load_shared(shared_address(memory) + 4).x;
 }
 
 static void sums(bool plant) {
@@ -169,7 +184,10 @@ int main(int argc, char** argv) {
   else if (plant == "overwritten_stage") rings(false, true);
   else if (plant == "missing_syncwarp") neighbours(true);
   else if (plant == "divergent_barrier") launch(divergent_barrier_kernel, 1, 64, 0, nullptr);
-  else if (plant == "divergent_shuffle") {
+  else if (plant == "misaligned") {
+    std::vector<float> out(1);
+    launch(misaligned_kernel, 1, 1, 64, nullptr, out.data());
+  } else if (plant == "divergent_shuffle") {
     std::vector<float> out(32);
     launch(divergent_shuffle_kernel, 1, 32, 0, nullptr, out.data());
   } else if (plant.empty() || plant == "small" || plant == "medium") {
@@ -179,10 +197,13 @@ int main(int argc, char** argv) {
     products<__half>();
     products<__nv_bfloat16>();
     neighbours(false);
-    std::vector<uint32_t> quad(128);
-    launch(quad_kernel, 1, 32, 0, nullptr, quad.data());
+    std::vector<uint32_t> pairs(64);
+    launch(pair_kernel, 1, 32, 0, nullptr, pairs.data());
     for (int t = 0; t < 32; t++)
-      for (int i = 0; i < 4; i++) check_close("quad_transpose", quad[t * 4 + i], (t / 4 * 4 + i) * 4 + t % 4, 0);
+      for (int i = 0; i < 2; i++) check_close("pair_transpose", pairs[t * 2 + i], (t / 2 * 2 + i) * 2 + t % 2, 0);
+    std::vector<float> initial(128);
+    launch(initial_kernel<__half>, 1, 32, 0, nullptr, initial.data());
+    for (int i = 0; i < 128; i++) check_close("mma: initial values", initial[i], i / 4 + i % 4 * 0.25, 0);
     once();
     auto nothing = [](auto kernel, int64_t blocks, int threads, size_t bytes) {
       return launch(kernel, blocks, threads, bytes, nullptr);
