@@ -104,41 +104,56 @@ __device__ __forceinline__ void prune_image(const MatchArguments<T>& a, const fl
   }
 }
 
-// The rows of one image averaged over heads, rounded as such a mean is, over their 2-norm. A warp takes a row; where it
-// is short, groups of lanes take several heads of it at a time, 16 bytes a lane.
+// The rows of one image averaged over heads, rounded as such a mean is, over their 2-norm. A warp takes two rows; where
+// they are short, groups of lanes take several heads at a time, 16 bytes a lane. Eight loads of a lane are in flight.
 template <class T, int kSize>
 __device__ __forceinline__ void normalise_rows(const MatchArguments<T>& a, const T* metric, float* rows) {
+  constexpr int kRows = 2, kHeads = 4;
   const int lane = threadIdx.x % 32, pieces = a.D / kSize;
   int width = 1;
   while (width < 32 && width < pieces) width *= 2;
   const int group = lane / width, groups = 32 / width;
-  for (int n = threadIdx.x / 32; n < a.N; n += blockDim.x / 32) {
-    const T* from = metric + n * a.row;
-    float* to = rows + static_cast<int64_t>(n) * a.D;
-    float square = 0;
+  for (int n0 = threadIdx.x / 32 * kRows; n0 < a.N; n0 += blockDim.x / 32 * kRows) {
+    float square[kRows] = {};
     for (int p0 = 0; p0 < pieces; p0 += width) {
       const int column = (p0 + lane % width) * kSize;
       const bool inside = p0 + lane % width < pieces;
-      float sum[kSize] = {};
-#pragma unroll 4
-      for (int h = group; h < a.H; h += groups) {
-        if (!inside) continue;
-        const auto piece = Piece<T, kSize>::load(from + h * a.head + column);
+      float sum[kRows][kSize] = {};
+      for (int h0 = group; h0 < a.H; h0 += groups * kHeads) {
+        Piece<T, kSize> piece[kRows][kHeads] = {};
 #pragma unroll
-        for (int i = 0; i < kSize; i++) sum[i] += to_float(piece.at[i]);
+        for (int r = 0; r < kRows; r++)
+#pragma unroll
+          for (int u = 0; u < kHeads; u++) {
+            const int h = h0 + u * groups;
+            if (inside && n0 + r < a.N && h < a.H) piece[r][u] = Piece<T, kSize>::load(metric + (n0 + r) * a.row + h * a.head + column);
+          }
+#pragma unroll
+        for (int r = 0; r < kRows; r++)
+#pragma unroll
+          for (int u = 0; u < kHeads; u++)
+#pragma unroll
+            for (int i = 0; i < kSize; i++) sum[r][i] += to_float(piece[r][u].at[i]);
       }
 #pragma unroll
-      for (int i = 0; i < kSize; i++) {
-        for (int x = width; x < 32; x *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], x);
-        const float mean = to_float(from_float<T>(sum[i] / a.H));
-        square = fmaf(mean, mean, square);
-        if (inside && group == 0) to[column + i] = mean;
-      }
+      for (int r = 0; r < kRows; r++)
+#pragma unroll
+        for (int i = 0; i < kSize; i++) {
+          for (int x = width; x < 32; x *= 2) sum[r][i] += __shfl_xor_sync(kAllLanes, sum[r][i], x);
+          const float mean = to_float(from_float<T>(sum[r][i] / a.H));
+          square[r] = fmaf(mean, mean, square[r]);
+          if (inside && group == 0 && n0 + r < a.N) rows[static_cast<int64_t>(n0 + r) * a.D + column + i] = mean;
+        }
     }
-    const float norm = fmaxf(sqrtf(group_sum(square, width)), 1e-12f);
-    for (int p = lane % width; p < pieces && group == 0; p += width)  // each lane what it wrote itself
 #pragma unroll
-      for (int i = 0; i < kSize; i++) to[p * kSize + i] /= norm;
+    for (int r = 0; r < kRows; r++) {
+      const float norm = fmaxf(sqrtf(group_sum(square[r], width)), 1e-12f);
+      if (group != 0 || n0 + r >= a.N) continue;
+      float* to = rows + static_cast<int64_t>(n0 + r) * a.D;
+      for (int p = lane % width; p < pieces; p += width)  // each lane what it wrote itself
+#pragma unroll
+        for (int i = 0; i < kSize; i++) to[p * kSize + i] /= norm;
+    }
   }
 }
 
@@ -154,7 +169,7 @@ __device__ __forceinline__ void load_match_tile(float* tile, const float* rows, 
 // One block per image. Similarities live in registers only; float32 throughout, whatever the dtype of the metric, so
 // that the pairs are those of the float32 formula.
 template <class T, int kSize>
-__global__ void __launch_bounds__(kMatchThreads) match_kernel(MatchArguments<T> a) {
+__global__ void __launch_bounds__(kMatchThreads, 2) match_kernel(MatchArguments<T> a) {
   P3B_SHARED(memory);
   const MatchMemory s(memory, a.N);
   const int64_t b = blockIdx.x;
