@@ -152,10 +152,12 @@ __global__ void __launch_bounds__(kRowWarps * 32) combine_kernel(CombineArgument
     }
   }
   float factor[kRowsInFlight];
+  bool copied[kRowsInFlight];  // the mean of one token is that token
 #pragma unroll
   for (int r = 0; r < kRowsInFlight; r++) {
     const float total = group_sum(weights[r], 32), total_size = group_sum(sizes[r], 32);
     factor[r] = a.normalize && total != 0 ? total : 1.f;
+    copied[r] = a.normalize && count[r] == 1 && total != 0 && total - total == 0;
     if (a.size_out && lane == 0 && first + r < a.M) a.size_out[b * a.M + first + r] = total_size;
   }
 
@@ -170,6 +172,7 @@ __global__ void __launch_bounds__(kRowWarps * 32) combine_kernel(CombineArgument
       if (active && head[r] >= 0) piece[r] = Piece<T, kSize>::load(x + head[r] * a.x.row + column);
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; r++) {
+      if (copied[r]) continue;
       const float w = head[r] >= 0 ? weight(head[r]) : 0.f;
 #pragma unroll
       for (int i = 0; i < kSize; i++) sum[r][i] = head[r] >= 0 ? w * to_float(piece[r].at[i]) : 0.f;
@@ -191,8 +194,10 @@ __global__ void __launch_bounds__(kRowWarps * 32) combine_kernel(CombineArgument
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; r++) {
       if (!active || first + r >= a.M) continue;
+      if (!copied[r]) {
 #pragma unroll
-      for (int i = 0; i < kSize; i++) piece[r].at[i] = from_float<T>(sum[r][i] / factor[r]);
+        for (int i = 0; i < kSize; i++) piece[r].at[i] = from_float<T>(sum[r][i] / factor[r]);
+      }
       piece[r].store(a.out + (b * a.M + first + r) * a.C + column);
     }
   }
