@@ -186,9 +186,9 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 32    ? 4
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
       load_fragments<kD>(queries[t], its(a.q, a.q_strides), a.q_strides.row, first + t * 16, a.N, a.columns);
-      apply_sign(a, queries[t]);
+      apply_sign<T>(a, queries[t]);
 #pragma unroll
-      for (int r = 0; r < 2; r++) row.m[t][r] = kUnset * a.positive.scale, row.l[t][r] = row.e[t][r] = 0;
+      for (int r = 0; r < 2; r++) row.m[t][r] = a.positive.unset, row.l[t][r] = row.e[t][r] = 0;
     }
 #pragma unroll 1
     for (int c = 0; c < chunks; c++) {
@@ -264,8 +264,8 @@ __global__ void __launch_bounds__(128) columns_kernel(ColumnArguments a) {
   const int64_t head = blockIdx.x / a.row_blocks, b = head / a.H;
   const int h = static_cast<int>(head % a.H), first = (block * 4 + warp_number()) * 16;
   T* tile = reinterpret_cast<T*>(memory);                     // Q[64][kD]
-  float* lse = reinterpret_cast<float*>(tile + kChunk * kD);  // [kChunk] columns, negative
-  float* gate = a.channel_gate ? lse + 2 * kChunk : nullptr;
+  float* lse = reinterpret_cast<float*>(tile + kChunk * kD);  // [kChunk]
+  float* gate = a.channel_gate ? lse + kChunk : nullptr;
   const T* q = static_cast<const T*>(a.q) + b * a.q_strides.batch + h * a.q_strides.head;
   const T* k = static_cast<const T*>(a.k) + b * a.k_strides.batch + h * a.k_strides.head;
   if (gate) load_gate(a, h, gate, kD);
@@ -273,24 +273,22 @@ __global__ void __launch_bounds__(128) columns_kernel(ColumnArguments a) {
   uint32_t keys[1][kD / 16][4];
   load_fragments<kD>(keys[0], k, a.k_strides.row, first, a.N, a.columns, mask_of(a, b));
   if (gate) gate_fragments<kD, T>(keys[0], gate, true);
-  apply_sign(a, keys[0]);
   const float bias[2] = {key_bias(a, b, first + lane / 4), key_bias(a, b, first + lane / 4 + 8)};
+  const float scale = a.scale * kLog2e;
   float sum[2] = {0, 0};
   for (int i0 = 0; i0 < a.N; i0 += kChunk) {
     load_tile<kD>(tile, q, a.q_strides.row, i0, kChunk, a.N, a.columns);
     cp_async_commit();
-    for (int i = threadIdx.x; i < kChunk; i += blockDim.x) store_column(lse, i, before_scale(a, -row_lse(a, a.lse, head, i0 + i)));
+    for (int i = threadIdx.x; i < kChunk; i += blockDim.x) lse[i] = row_lse(a, a.lse, head, i0 + i);
     cp_async_wait(0);
     __syncthreads();
     for (int i = 0; i < kChunk; i += 16) {
-      float s[1][2][4];
-      Initial4 minus_lse[2];
-      load_columns(minus_lse, lane_columns(lse), i);
-      rows_product<T, kD>(s, keys, by_rows<kD>(tile, i), [&](int, int g) { return minus_lse[g]; });
+      float s[1][2][4];  // without lse, which would cost the sum over queries some of its accuracy
+      rows_product<T, kD>(s, keys, by_rows<kD>(tile, i), [](int, int) { return Initial4{}; });
 #pragma unroll
       for (int x = 0; x < 8; x++) {
         const int column = i + x / 4 * 8 + lane % 4 * 2 + x % 2, r = x % 4 / 2;
-        const float p = fast_exp2(fmaf(s[0][x / 4][x % 4], a.positive.scale, bias[r]));
+        const float p = fast_exp2(fmaf(s[0][x / 4][x % 4], scale, bias[r]) - lse[column]);
         sum[r] += p;
         if (a.to_cls && first == 0 && r == 0 && lane < 4 && i0 + column < a.N) a.to_cls[head * a.N + i0 + column] = p;
       }
@@ -333,11 +331,10 @@ cudaError_t forward(ForwardArguments a, cudaStream_t stream) {
 
 template <class T>
 cudaError_t columns(ColumnArguments a, cudaStream_t stream) {
-  a.positive = positive_scale(a.scale);
   return with_width(a.columns, [&](auto width) {
     constexpr int kD = decltype(width)::value;
     a.row_blocks = a.received ? static_cast<int>(ceil_div(a.N, 64)) : 1;
-    const size_t bytes = kChunk * (kD * sizeof(T) + 2 * sizeof(float)) + (a.channel_gate ? kD * sizeof(float) : 0);
+    const size_t bytes = kChunk * (kD * sizeof(T) + sizeof(float)) + (a.channel_gate ? kD * sizeof(float) : 0);
     return launch(columns_kernel<T, kD>, a.B * a.H * a.row_blocks, 128, bytes, stream, a);
   });
 }

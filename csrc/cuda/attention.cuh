@@ -16,15 +16,16 @@ struct Strides {
 };
 
 // The scale that exponents see is positive, as numbers are divided by it: of one that is not, one operand of the logits
-// takes the sign, or becomes zeros. Times log2(e).
+// takes the sign, or becomes zeros (below 1e-20 a scale counts as 0). Times log2(e).
 struct PositiveScale {
   float scale, inverse;
+  float masked, unset;  // kMasked before the scale, and kUnset behind it, where neither they nor their products overflow
   bool flat, flip;
 };
 inline PositiveScale positive_scale(float x) {
   const bool flat = std::fabs(x) < 1e-20f;
-  const float scale = flat ? 1.f : std::fabs(x) * kLog2e;
-  return {scale, 1 / scale, flat, x < 0};
+  const float scale = flat ? 1.f : std::fabs(x) * kLog2e, masked = -std::fmin(1e30f, 1e37f / scale);
+  return {scale, 1 / scale, masked, masked * scale / 10, flat, x < 0};
 }
 
 struct AttentionArguments {
@@ -84,16 +85,21 @@ __device__ __forceinline__ float key_bias(const AttentionArguments& a, int64_t b
 __device__ __forceinline__ const bool* mask_of(const AttentionArguments& a, int64_t b) { return a.key_mask ? a.key_mask + b * a.N : nullptr; }
 
 // The same as an initial value of products, before the scale.
-__device__ __forceinline__ float before_scale(const AttentionArguments& a, float x) { return x == kMasked ? kMasked : x * a.positive.inverse; }
+__device__ __forceinline__ float before_scale(const AttentionArguments& a, float x) {
+  return x == kMasked ? a.positive.masked : x * a.positive.inverse;
+}
 
 // Gives the operand of the logits that is in registers what the scale lacks.
-template <int kSteps>
+template <class T, int kSteps>
 __device__ __forceinline__ void apply_sign(const AttentionArguments& a, uint32_t (&f)[kSteps][4]) {
   if (!a.positive.flat && !a.positive.flip) return;
 #pragma unroll
   for (int kk = 0; kk < kSteps; kk++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) f[kk][i] = a.positive.flat ? 0 : f[kk][i] ^ 0x80008000u;
+    for (int i = 0; i < 4; i++) {
+      const float2 x = unpack<T>(f[kk][i]);
+      f[kk][i] = a.positive.flat ? pack<T>(x.x * 0, x.y * 0) : f[kk][i] ^ 0x80008000u;  // NaN stays
+    }
 }
 
 // log2-sum-exp2 of a query; a row without keys or beyond N gives weight 0 to everything.

@@ -19,7 +19,7 @@ constexpr int job_rows() {
   return job_tiles<kD>() * 16;
 }
 
-// Warps of a block by registers, where one block, or two, are to fit on an SM.
+// Warps of a block by registers, where one block, or two, are to fit on an SM; of more than 64 channels one is all that fits.
 template <int kD>
 constexpr int most_warps() {
   return kD <= 64 ? 8 : 6;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
       const int row = min(first + t * 16, rows - 16);  // beyond the end anything will do: it is not stored
       tile_fragments<kD>(its.x[t], keys, row);
       tile_fragments<kD>(its.y[t], values, row);
-      apply_sign(a, its.x[t]);
+      apply_sign<T>(a, its.x[t]);
 #pragma unroll
       for (int r = 0; r < 2; r++) its.shift[t][r] = load_column(bias, row + lane / 4 + 8 * r) * a.positive.scale;
     }
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
       const int row = min(first + t * 16, rows - 16);
       tile_fragments<kD>(its.x[t], queries, row);
       tile_fragments<kD>(its.y[t], grads, row);
-      apply_sign(a, its.x[t]);
+      apply_sign<T>(a, its.x[t]);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const int n = row + lane / 4 + 8 * r;
@@ -362,7 +362,7 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
       gate_fragments<kD, T>(its.x[t], gate, true);
       gate_fragments<kD, T>(its.y[t], gate, false);
     }
-    apply_sign(a, its.x[t]);
+    apply_sign<T>(a, its.x[t]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int n = first + t * 16 + lane / 4 + 8 * r;

@@ -335,7 +335,8 @@ static void run_all(bool small, bool medium) {
       {0, 2, 17, 16, true, true, 2},          {1, 1, 21, 72, true, true, 2, 1, false},
       {1, 1, 19, 120, false, true, 1},        {1, 1, 1, 104, true, true, 1, 1, true, true},
       {2, 1, 40, 64, true, true, 2, 1, true, true, -3}, {2, 1, 23, 32, true, true, 0, 1, true, true, 0},
-      {2, 1, 71, 96, true, true, 1, 1, true, true, 1e-4f},
+      {2, 1, 71, 96, true, true, 1, 1, true, true, 1e-4f}, {1, 1, 25, 64, true, true, 0},
+      {2, 1, 23, 64, true, true, 1, 1e-10f, true, true, 1e10f},
   };
   same_in_both_orders([&] {
     unsigned seed = 1;

@@ -254,8 +254,15 @@ MUTANTS = [
         "forward: bias not over the scale",
         "attention",
         "attention.cuh",
-        "x == kMasked ? kMasked : x * a.positive.inverse",
-        "x",
+        "x == kMasked ? a.positive.masked : x * a.positive.inverse",
+        "x == kMasked ? a.positive.masked : x",
+    ),
+    Mutant(
+        "forward: what masks a key overflows",
+        "attention",
+        "attention.cuh",
+        "-std::fmin(1e30f, 1e37f / scale)",
+        "-1e30f",
     ),
     Mutant("forward: negative scale taken for positive", "attention", "attention.cuh", "flat, x < 0}", "flat, false}"),
     Mutant(
@@ -341,13 +348,6 @@ MUTANTS = [
         "attention_backward.cu",
         "if (lane % 8 == 0) store_column(delta, i, -d);",
         "if (lane % 8 == 0) store_column(delta, i, 0);",
-    ),
-    Mutant(
-        "backward: a job's last tile reads beyond the head",
-        "attention",
-        "attention_backward.cu",
-        "const int row = min(first + t * 16, rows - 16);",
-        "const int row = first + t * 16;",
     ),
     Mutant(
         "backward: jobs of queries begin with the wrong one",
