@@ -33,24 +33,26 @@ constexpr int stream_warps() {
   return half_warps<kD>();
 }
 
-// Where one head lies. All of it is computed at each use: held over a loop it would cost registers.
+// Where one head lies.
 template <class T>
 struct Head {
   const BackwardArguments& a;
   unsigned index;
-  __device__ __forceinline__ Head(const BackwardArguments& a, unsigned index) : a(a), index(index) {}
-  __device__ __forceinline__ int h() const { return static_cast<int>(hidden(index) % a.H); }
-  __device__ __forceinline__ int64_t b() const { return hidden(index) / a.H; }
-  __device__ __forceinline__ const T* at(const void* p, const Strides& s) const { return static_cast<const T*>(p) + b() * s.batch + h() * s.head; }
+  int h;
+  int64_t b;
+  // The compiler computes it anew at each place: held over the main loops it would cost registers.
+  __device__ __forceinline__ Head(const BackwardArguments& a, unsigned i)
+      : a(a), index(hidden(i)), h(static_cast<int>(index % a.H)), b(index / a.H) {}
+  __device__ __forceinline__ const T* at(const void* p, const Strides& s) const { return static_cast<const T*>(p) + b * s.batch + h * s.head; }
   __device__ __forceinline__ const T* q() const { return at(a.q, a.q_strides); }
   __device__ __forceinline__ const T* k() const { return at(a.k, a.k_strides); }
   __device__ __forceinline__ const T* v() const { return at(a.v, a.v_strides); }
-  __device__ __forceinline__ const bool* mask() const { return mask_of(a, b()); }
+  __device__ __forceinline__ const bool* mask() const { return mask_of(a, b); }
   __device__ __forceinline__ int64_t out_row() const { return static_cast<int64_t>(a.H) * a.columns; }
-  __device__ __forceinline__ const T* out(const void* p) const { return static_cast<const T*>(p) + b() * a.N * out_row() + h() * a.columns; }
+  __device__ __forceinline__ const T* out(const void* p) const { return static_cast<const T*>(p) + b * a.N * out_row() + h * a.columns; }
   __device__ __forceinline__ int64_t grad_row() const { return 3 * out_row(); }
   __device__ __forceinline__ T* grad(int which) const {  // 0 q, 1 k, 2 v
-    return static_cast<T*>(a.grad_qkv) + b() * a.N * grad_row() + which * out_row() + h() * a.columns;
+    return static_cast<T*>(a.grad_qkv) + b * a.N * grad_row() + which * out_row() + h * a.columns;
   }
   __device__ __forceinline__ int64_t rows() const { return static_cast<int64_t>(index) * a.N; }  // in [B, H, N]
 };
@@ -88,15 +90,16 @@ template <int kD>
 struct TileRows {
   SharedAddress rows, channels;
   int further;
-  SharedAddress shift, delta;  // this lane's columns. Queries: -lse and -delta, keys: bias
+  SharedAddress columns;  // this lane's. Queries: -lse and, `delta` bytes behind, -delta; keys: bias
+  int delta;
   // `eight`: rows are read eight at a time.
   template <class T>
   __device__ __forceinline__ TileRows(const T* x, const T* y, const float* shift, const float* delta, bool eight)
       : rows(eight ? by_eight<kD>(x, 0) : by_rows<kD>(x, 0)),
         channels(by_channels<kD>(x, 0)),
         further(static_cast<int>((y - x) * sizeof(T))),
-        shift(lane_columns(shift)),
-        delta(lane_columns(delta)) {}
+        columns(lane_columns(shift)),
+        delta(static_cast<int>((delta - shift) * sizeof(float))) {}
 };
 
 // The keys of a job against queries [i, i + 16) of the tiles of q and grad_out. Logits of eight queries at a time: of 16,
@@ -110,9 +113,9 @@ __device__ __forceinline__ void key_step(KeyJob<kD>& job, const JobRows<kD>& key
     const SharedAddress rows = tiles.rows + (i + half * 8) * kRow;
     float p[kTiles][1][4], ds[kTiles][1][4];
     Initial4 minus[1];
-    load_columns(minus, tiles.shift, i + half * 8);
+    load_columns(minus, tiles.columns, i + half * 8);
     rows_product<T, kD>(p, keys.x, rows, [&](int, int) { return minus[0]; });
-    load_columns(minus, tiles.delta, i + half * 8);
+    load_columns(minus, tiles.columns + tiles.delta, i + half * 8);
     rows_product<T, kD>(ds, keys.y, rows, [&](int, int) { return minus[0]; }, tiles.further);
 #pragma unroll
     for (int t = 0; t < kTiles; t++)
@@ -137,7 +140,7 @@ __device__ __forceinline__ void query_step(float (&dq)[job_tiles<kD>()][kD / 8][
   const int at = j * kD * static_cast<int>(sizeof(T));
   float p[kTiles][2][4], ds[kTiles][2][4];
   Initial4 bias[2];
-  load_columns(bias, tiles.shift, j);
+  load_columns(bias, tiles.columns, j);
   rows_product<T, kD>(p, queries.x, tiles.rows + at, [&](int, int g) { return bias[g]; });
   auto minus_delta = [&](int t, int) { return Initial4{{queries.delta[t][0], queries.delta[t][0], queries.delta[t][1], queries.delta[t][1]}}; };
   rows_product<T, kD>(ds, queries.y, tiles.rows + at, minus_delta, tiles.further);
@@ -153,8 +156,8 @@ __device__ __forceinline__ void query_step(float (&dq)[job_tiles<kD>()][kD / 8][
 // Gates are shared by q, k and v: with W = ds^T q and U = p^T grad_out, the gradient of gate g is the sum over keys
 // of 2 g scale k W + v U, which needs no division by a gate that may be 0. sums[warps][kD]: this warp adds to its row.
 template <class T, int kD>
-__device__ __forceinline__ void finish_keys(const BackwardArguments& a, const Head<T>& head, KeyJob<kD>& job, int first, const float* gate,
-                                            float* sums) {
+__device__ __forceinline__ void finish_keys(const BackwardArguments& a, unsigned index, KeyJob<kD>& job, int first, const float* gate, float* sums) {
+  const Head<T> head(a, index);
   const int lane = threadIdx.x % 32;
   const bool* mask = head.mask();
 #pragma unroll
@@ -206,7 +209,8 @@ __device__ __forceinline__ void finish_keys(const BackwardArguments& a, const He
 }
 
 template <class T, int kD>
-__device__ __forceinline__ void finish_queries(const BackwardArguments& a, const Head<T>& head, float (&dq)[job_tiles<kD>()][kD / 8][4], int first) {
+__device__ __forceinline__ void finish_queries(const BackwardArguments& a, unsigned index, float (&dq)[job_tiles<kD>()][kD / 8][4], int first) {
+  const Head<T> head(a, index);
 #pragma unroll
   for (int t = 0; t < job_tiles<kD>(); t++) {
 #pragma unroll
@@ -235,11 +239,13 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
   const int warps = blockDim.x / 32, size = rows * kD;
   T* keys = reinterpret_cast<T*>(memory);
   T *values = keys + size, *queries = values + size, *grads = queries + size;
-  float* lse = reinterpret_cast<float*>(grads + size);      // columns: -lse over the scale
+  auto behind = [&](int rows) { return reinterpret_cast<float*>(memory + rows * kD * 4 * sizeof(T)); };
+  float* lse = behind(rows);                                // columns: -lse over the scale
   float *delta = lse + rows * 2, *bias = delta + rows * 2;  // columns: -delta; bias over the scale
   float* gate = a.channel_gate ? bias + rows * 2 : nullptr;
   float* sums = a.gate_partial ? bias + rows * 2 + kD : nullptr;  // [warps][kD]
-  const Head<T> head(a, blockIdx.x);
+  const unsigned index = blockIdx.x;
+  const Head<T> head(a, index);
 
   load_tile<kD>(keys, head.k(), a.k_strides.row, 0, rows, a.N, a.columns, head.mask());
   load_tile<kD>(queries, head.q(), a.q_strides.row, 0, rows, a.N, a.columns);
@@ -247,7 +253,7 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
   load_tile<kD>(grads, head.out(a.grad_out), head.out_row(), 0, rows, a.N, a.columns);
   cp_async_commit();
   for (int i = threadIdx.x; i < rows; i += blockDim.x) {
-    store_column(bias, i, before_scale(a, key_bias(a, head.b(), i)));
+    store_column(bias, i, before_scale(a, key_bias(a, head.b, i)));
     store_column(lse, i, before_scale(a, -row_lse(a, a.lse, head.index, i)));
   }
   for (int i0 = warp * 4; i0 < rows; i0 += warps * 4) {
@@ -256,7 +262,7 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
     if (lane % 8 == 0) store_column(delta, i, -d);
   }
   if (gate) {
-    load_gate(a, head.h(), gate, kD);
+    load_gate(a, head.h, gate, kD);
     __syncthreads();
   }
   if (sums)
@@ -287,7 +293,7 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
     KeyJob<kD> job;
 #pragma unroll 1
     for (int i = 0; i < a.N; i += 16) key_step<T, kD>(job, its, tiles, i, a.positive.scale);
-    finish_keys<T, kD>(a, head, job, hidden(first), gate, sums);
+    finish_keys<T, kD>(a, index, job, hidden(job_at) * kRows, gate, sums);
   }
   // Warps that drew fewer jobs of keys come first here.
 #pragma unroll 1
@@ -311,14 +317,15 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
     float dq[kTiles][kD / 8][4] = {};
 #pragma unroll 1
     for (int j = 0; j < a.N; j += 16) query_step<T, kD>(dq, its, tiles, j, a.positive.scale);
-    finish_queries<T, kD>(a, head, dq, hidden(first));
+    finish_queries<T, kD>(a, index, dq, hidden(job_at) * kRows);
   }
-  if (sums) finish_gates(a, sums, kD, blockIdx.x);
+  const int rows_again = hidden(rows);
+  if (sums) finish_gates(a, behind(rows_again) + rows_again * 6 + kD, kD, blockIdx.x);
 }
 
 // One kind of jobs over the tensors that it streams: keys_here over Q and grad_out, else over K and V.
 template <class T, int kD, bool keys_here>
-__device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned char* memory, const Head<T>& head, int block) {
+__device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned char* memory, int block) {
   constexpr int kTiles = job_tiles<kD>();
   const int lane = threadIdx.x % 32, first = (block * stream_warps<kD>() + warp_number()) * job_rows<kD>();
   T* ring = reinterpret_cast<T*>(memory);                             // two stages of two tiles
@@ -326,9 +333,11 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
   float* gate = a.channel_gate ? numbers + 8 * kChunk : nullptr;
   float* sums = a.gate_partial ? numbers + 8 * kChunk + kD : nullptr;
   const int chunks = static_cast<int>(ceil_div(a.N, kChunk));
+  auto index = [&] { return hidden(blockIdx.x) / (a.key_blocks + a.query_blocks); };
 
   auto load = [&](int c) {
     if (c < chunks) {
+      const Head<T> head(a, index());
       T *one = ring + c % 2 * 2 * kChunk * kD, *two = one + kChunk * kD;
       float* number = numbers + c % 2 * 4 * kChunk;
       const bool* mask = keys_here ? nullptr : head.mask();
@@ -337,7 +346,7 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
                     a.columns, mask);
       for (int i = threadIdx.x; i < kChunk; i += blockDim.x) {
         const int n = c * kChunk + i;
-        store_column(number, i, before_scale(a, keys_here ? -row_lse(a, a.lse, head.index, n) : key_bias(a, head.b(), n)));
+        store_column(number, i, before_scale(a, keys_here ? -row_lse(a, a.lse, head.index, n) : key_bias(a, head.b, n)));
         if (keys_here) store_column(number + 2 * kChunk, i, n < a.N ? -a.delta[head.rows() + n] : 0.f);
       }
     }
@@ -345,7 +354,8 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
   };
   load(0);
   load(1);
-  if (gate) load_gate(a, head.h(), gate, kD);
+  const Head<T> head(a, index());
+  if (gate) load_gate(a, head.h, gate, kD);
   if (sums)
     for (int d = lane; d < kD; d += 32) sums[threadIdx.x / 32 * kD + d] = 0;
   __syncthreads();
@@ -366,15 +376,17 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int n = first + t * 16 + lane / 4 + 8 * r;
-      its.shift[t][r] = keys_here ? key_bias(a, head.b(), n) : -row_lse(a, a.lse, head.index, n);
+      its.shift[t][r] = keys_here ? key_bias(a, head.b, n) : -row_lse(a, a.lse, head.index, n);
       its.delta[t][r] = !keys_here && n < a.N ? -a.delta[head.rows() + n] : 0.f;
     }
   }
   KeyJob<kD> job;  // grad_q is kept in job.dk
+  // One counter for chunks and the rows in them, as registers are short.
 #pragma unroll 1
-  for (int c = 0; c < chunks; c++) {
-    T *one = ring + c % 2 * 2 * kChunk * kD, *two = one + kChunk * kD;
-    const float* number = numbers + c % 2 * 4 * kChunk;
+  for (int n = 0; n < a.N;) {
+    const int stage = n / kChunk % 2;
+    T *one = ring + stage * 2 * kChunk * kD, *two = one + kChunk * kD;
+    const float* number = numbers + stage * 4 * kChunk;
     cp_async_wait(1);
     if (!keys_here && gate) {
       gate_tile<kD>(one, kChunk, gate, true);
@@ -382,37 +394,38 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
     }
     __syncthreads();
     if (first < a.N) {
-      const int rows = min(kChunk, a.N - c * kChunk);
       const TileRows<kD> tiles(one, two, number, number + 2 * kChunk, keys_here);
-      if (keys_here) {
 #pragma unroll 1
-        for (int i = 0; i < rows; i += 16) key_step<T, kD>(job, its, tiles, i, a.positive.scale);
-      } else {
-#pragma unroll 1
-        for (int j = 0; j < rows; j += 16) query_step<T, kD>(job.dk, its, tiles, j, a.positive.scale);
-      }
+      do {
+        if (keys_here)
+          key_step<T, kD>(job, its, tiles, n % kChunk, a.positive.scale);
+        else
+          query_step<T, kD>(job.dk, its, tiles, n % kChunk, a.positive.scale);
+        n += 16;
+      } while (n < a.N && n % kChunk);
+    } else {
+      n = (n / kChunk + 1) * kChunk;
     }
     __syncthreads();
-    load(c + 2);
+    load(n / kChunk + 1);  // n is where the next chunk begins, or beyond the last
   }
   if (first < a.N) {
     if (keys_here)
-      finish_keys<T, kD>(a, head, job, hidden(first), gate, sums);
+      finish_keys<T, kD>(a, index(), job, hidden(first), gate, sums);
     else
-      finish_queries<T, kD>(a, head, job.dk, hidden(first));
+      finish_queries<T, kD>(a, index(), job.dk, hidden(first));
   }
-  if (sums && keys_here) finish_gates(a, sums, kD, static_cast<int64_t>(head.index) * a.key_blocks + block);
+  if (sums && keys_here) finish_gates(a, sums, kD, static_cast<int64_t>(index()) * a.key_blocks + block);
 }
 
 template <class T, int kD>
 __global__ void __launch_bounds__(stream_warps<kD>() * 32, kD <= 64 ? 2 : 1) backward_stream_kernel(BackwardArguments a) {
   P3B_SHARED(memory);
   const int blocks = a.key_blocks + a.query_blocks, block = blockIdx.x % blocks;
-  const Head<T> head(a, blockIdx.x / blocks);
   if (block < a.key_blocks)
-    stream_jobs<T, kD, true>(a, memory, head, block);
+    stream_jobs<T, kD, true>(a, memory, block);
   else
-    stream_jobs<T, kD, false>(a, memory, head, block - a.key_blocks);
+    stream_jobs<T, kD, false>(a, memory, block - a.key_blocks);
 }
 
 template <class T>

@@ -103,7 +103,7 @@ struct CombineArguments {
 // `normalize`. Every output row is written by one warp, which looks for its tokens itself: no atomics, one order.
 // kStaged: slots, weights and sizes of the image wait in shared memory; else each look goes to global memory.
 template <class T, int kSize, class Index, bool kStaged>
-__global__ void __launch_bounds__(kRowWarps * 32, 2) combine_kernel(CombineArguments<T, Index> a) {
+__global__ void __launch_bounds__(kRowWarps * 32, 3) combine_kernel(CombineArguments<T, Index> a) {
   P3B_SHARED(memory);
   int* slots = reinterpret_cast<int*>(memory);
   float* weights_of = reinterpret_cast<float*>(slots + (kStaged ? a.N : 0));
