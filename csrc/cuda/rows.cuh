@@ -103,7 +103,7 @@ struct CombineArguments {
 // `normalize`. Every output row is written by one warp, which looks for its tokens itself: no atomics, one order.
 // kStaged: slots, weights and sizes of the image wait in shared memory; else each look goes to global memory.
 template <class T, int kSize, class Index, bool kStaged>
-__global__ void __launch_bounds__(kRowWarps * 32, 3) combine_kernel(CombineArguments<T, Index> a) {
+__global__ void __launch_bounds__(kRowWarps * 32, 2) combine_kernel(CombineArguments<T, Index> a) {
   P3B_SHARED(memory);
   int* slots = reinterpret_cast<int*>(memory);
   float* weights_of = reinterpret_cast<float*>(slots + (kStaged ? a.N : 0));
@@ -166,7 +166,6 @@ __global__ void __launch_bounds__(kRowWarps * 32, 3) combine_kernel(CombineArgum
     const int column = (p0 + lane) * kSize;
     const bool active = p0 + lane < pieces;
     Piece<T, kSize> piece[kRowsInFlight] = {};
-    float sum[kRowsInFlight][kSize];
 #pragma unroll
     for (int r = 0; r < kRowsInFlight; r++)
       if (active && head[r] >= 0) piece[r] = Piece<T, kSize>::load(x + head[r] * a.x.row + column);
@@ -174,8 +173,9 @@ __global__ void __launch_bounds__(kRowWarps * 32, 3) combine_kernel(CombineArgum
     for (int r = 0; r < kRowsInFlight; r++) {
       if (copied[r]) continue;
       const float w = head[r] >= 0 ? weight(head[r]) : 0.f;
+      float sum[kSize];
 #pragma unroll
-      for (int i = 0; i < kSize; i++) sum[r][i] = head[r] >= 0 ? w * to_float(piece[r].at[i]) : 0.f;
+      for (int i = 0; i < kSize; i++) sum[i] = head[r] >= 0 ? w * to_float(piece[r].at[i]) : 0.f;
       if (count[r] > 1) {
         for (int n0 = head[r] / 32 * 32; n0 < a.N; n0 += 32) {
           const int n = n0 + lane;
@@ -185,21 +185,17 @@ __global__ void __launch_bounds__(kRowWarps * 32, 3) combine_kernel(CombineArgum
             if (active) {
               const auto more = Piece<T, kSize>::load(x + member * a.x.row + column);
 #pragma unroll
-              for (int i = 0; i < kSize; i++) sum[r][i] = fmaf(weight(member), to_float(more.at[i]), sum[r][i]);
+              for (int i = 0; i < kSize; i++) sum[i] = fmaf(weight(member), to_float(more.at[i]), sum[i]);
             }
           }
         }
       }
+#pragma unroll
+      for (int i = 0; i < kSize; i++) piece[r].at[i] = from_float<T>(sum[i] / factor[r]);
     }
 #pragma unroll
-    for (int r = 0; r < kRowsInFlight; r++) {
-      if (!active || first + r >= a.M) continue;
-      if (!copied[r]) {
-#pragma unroll
-        for (int i = 0; i < kSize; i++) piece[r].at[i] = from_float<T>(sum[r][i] / factor[r]);
-      }
-      piece[r].store(a.out + (b * a.M + first + r) * a.C + column);
-    }
+    for (int r = 0; r < kRowsInFlight; r++)
+      if (active && first + r < a.M) piece[r].store(a.out + (b * a.M + first + r) * a.C + column);
   }
 }
 

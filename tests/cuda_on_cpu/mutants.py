@@ -143,7 +143,7 @@ MUTANTS = [
         "if (bytes > static_cast<size_t>(shared_memory_limit()))",
         "if (false)",
     ),
-    Mutant("merge: sum not divided", "merge", "rows.cuh", "sum[r][i] / factor[r]", "sum[r][i]"),
+    Mutant("merge: sum not divided", "merge", "rows.cuh", "sum[i] / factor[r]", "sum[i]"),
     Mutant("merge backward: mean of the row left out", "merge", "merge.cu", "- mean[r] * to_float(y[r].at[i])", ""),
     Mutant(
         "merge backward: no barrier before the slots are read",
@@ -332,8 +332,8 @@ MUTANTS = [
         "backward: stage refilled while others read",
         "attention",
         "attention_backward.cu",
-        "    __syncthreads();\n    load(c + 2);",
-        "    load(c + 2);",
+        "    __syncthreads();\n    load(n / kChunk + 1);",
+        "    load(n / kChunk + 1);",
     ),
     Mutant(
         "backward: wait leaves one group too many",
