@@ -121,6 +121,25 @@ def test_planted_defect_is_caught(defect: str, mode: str, folder: Path) -> None:
     assert result.returncode and PLANTED[defect, mode] in result.stderr
 
 
+def test_main_loops_are_counted_on_their_usual_way() -> None:
+    sys.path.insert(0, str(HERE))
+    import loops
+
+    text = """
+        Function : kernel
+        /*0010*/  MOV R1, R2 ;
+        /*0020*/  HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0030*/  @!P1 BRA 0x50 ;
+        /*0040*/  MUFU.EX2 R3, R3 ;
+        /*0050*/  @P2 LDS.128 R4, [R3] ;
+        /*0060*/  @!P0 BRA 0x20 ;
+        /*0070*/  @P0 BRA 0x10 ;
+        /*0080*/  EXIT ;
+    """
+    (loop,) = loops.main_loops(loops.functions(text)["kernel"])
+    assert [loops.opcode(line) for line in loop] == ["HMMA", "BRA", "LDS", "BRA"]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_nvcc_compiles_without_warnings_and_spills(arch: str) -> None:

@@ -61,8 +61,8 @@ __device__ __forceinline__ bool weights(float (&s)[kTiles][kGroups][4], RowState
 }
 
 // 8 kGroups keys: logits, weights, running sums, weighted values. Logits are raw, before the scale, until they become
-// exponents; what a key adds, over the scale, is the initial value of its products. The maximum in use is the first keys' and is raised
-// only where a later weight would be large, which is rare: then the logits are computed again.
+// exponents; what a key adds, over the scale, is the initial value of its products. The maximum in use is the first keys'
+// and is raised only where a later weight would be large, which is rare: then the logits are computed again.
 template <class T, int kD, int kTiles, int kGroups, bool kEntropy, class Row0>
 __device__ __forceinline__ void forward_step(float (&o)[kTiles][kD / 8][4], RowState<kTiles>& row, const uint32_t (&q)[kTiles][kD / 16][4],
                                              SharedAddress keys, SharedAddress values, SharedAddress bias, float scale, bool start, Row0 row0_end,

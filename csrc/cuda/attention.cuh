@@ -68,8 +68,8 @@ struct ColumnArguments : AttentionArguments {
   int row_blocks;
 };
 
-// A masked key adds kMasked to its logit; a row's running maximum starts at kUnset, far above that and far below any
-// logit, so that masked keys weigh exactly 0 without an infinity that could turn into NaN.
+// A masked key adds kMasked to its logit; a row's running maximum starts at kUnset (16 bits: both as in PositiveScale), far above that and far below
+// any logit, so that masked keys weigh exactly 0 without an infinity that could turn into NaN.
 constexpr float kMasked = -1e30f, kUnset = -1e29f;
 // The number of this warp, in a way that tells the compiler that all lanes agree on it.
 __device__ __forceinline__ int warp_number() { return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0); }
@@ -125,16 +125,16 @@ __device__ __forceinline__ SharedAddress by_rows(const T* tile, int first) {
   const int lane = threadIdx.x % 32;
   return shared_address(tile + tile_offset<kD>(first + lane % 8 + lane / 16 * 8, lane / 8 % 2));
 }
+template <int kD, class T>
+__device__ __forceinline__ SharedAddress by_channels(const T* tile, int first) {
+  const int lane = threadIdx.x % 32;
+  return shared_address(tile + tile_offset<kD>(first + lane % 16, lane / 16));
+}
 // Eight rows and 32 channels: B operands of two steps of the product with rows^T.
 template <int kD, class T>
 __device__ __forceinline__ SharedAddress by_eight(const T* tile, int first) {
   const int lane = threadIdx.x % 32;
   return shared_address(tile + tile_offset<kD>(first + lane % 8, lane / 8));
-}
-template <int kD, class T>
-__device__ __forceinline__ SharedAddress by_channels(const T* tile, int first) {
-  const int lane = threadIdx.x % 32;
-  return shared_address(tile + tile_offset<kD>(first + lane % 16, lane / 16));
 }
 
 // The same rows, 16 kk channels further: tile_offset at piece + 2 kk, with one instruction. Rows that lie a multiple of 8

@@ -325,7 +325,7 @@ template <class T>
 static void run_all(bool small, bool medium) {
   const std::vector<Case> cases = {
       {1, 1, 1, 8, false, false, 0},          {2, 1, 17, 24, true, true, 1},
-      {1, 2, 50, 64, true, true, 2},          {1, 1, 65, 40, false, true, 0, 1, false},
+      {1, 2, 50, 64, true, true, 2},          {1, 1, 65, 40, false, true, 0, 16, false},
       {2, 1, 16, 64, true, false, 0, 1, true, true},
   };
   const std::vector<Case> longer = {

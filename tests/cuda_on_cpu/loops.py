@@ -32,8 +32,7 @@ def disassemble(source: Path, arch: str) -> str:
 
         tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-cubin", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
-        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-arch=sm_{arch}", *resources.torch_includes()]
+        command = ["nvcc", "-cubin", *resources.FLAGS, f"-arch=sm_{arch}", *resources.torch_includes()]
         subprocess.run([*command, str(source), "-o", f"{folder}/x.cubin"], check=True, stderr=subprocess.PIPE)
         return subprocess.run([tool, "-sass", f"{folder}/x.cubin"], check=True, capture_output=True, text=True).stdout
 

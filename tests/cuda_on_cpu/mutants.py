@@ -244,6 +244,13 @@ MUTANTS = [
         "if (__any_sync(kAllLanes, large && start)) {",
     ),
     Mutant(
+        "forward: weights beyond float16",
+        "attention",
+        "attention.cu",
+        "kMostWeight = 256;",
+        "kMostWeight = 1e8f;",
+    ),
+    Mutant(
         "forward: entropy not moved with the maximum",
         "attention",
         "attention.cu",

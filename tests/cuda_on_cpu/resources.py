@@ -22,13 +22,13 @@ CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 # 128 needs all 255 registers of a thread; where it streams, a few numbers that its loops do not change wait in memory.
 MAY_SPILL = re.compile(r"backward_stream_kernel<.*, (64|128)>")
 MOST_SPILLED = 24  # bytes
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
 def compile_source(source: Path, arch: str, includes: list[str]) -> list[dict]:
     """Kernels of one source for one architecture; RuntimeError with the compiler's words."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-c", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
-        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Werror", "all-warnings", "-Xptxas", "-v"]
+        command = ["nvcc", "-c", *FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v"]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", *includes, str(source), "-o", f"{folder}/x.o"]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
