@@ -16,7 +16,7 @@ from PIL import Image
 
 from p3b.augment import colour, erase, shift_and_flip, warp
 from p3b.cli import _workers
-from p3b.data import ArrayLoader, FileLoader, SeededImages, check_files, create_data, worker_death
+from p3b.data import ArrayLoader, FileLoader, SeededImages, _loaded, check_files, create_data, worker_death
 
 
 def batches(loader):
@@ -442,6 +442,32 @@ def test_a_killed_worker_is_one_line():
     gc.collect()  # PyTorch waits seconds for the workers of a broken loader that live on beside others
     read.deadly = False
     assert len(batches(loader)) == 4  # new workers take over
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a signal that comes by itself")
+def test_a_death_that_is_seen_before_it_is_reported():
+    """A broken connection tells of the death first; PyTorch's own report must not strike what handles that."""
+
+    class Loader:
+        num_workers = 1
+
+        def __iter__(self):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            raise ConnectionResetError
+
+    def report(number, frame):
+        reports.append(number)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    reports = []
+    before = signal.signal(signal.SIGALRM, report)
+    try:
+        with pytest.raises(OSError, match=r"data: a worker process died \(.*: ConnectionResetError while it handed"):
+            next(_loaded(Loader()))
+        assert reports == [signal.SIGALRM]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")

@@ -16,6 +16,7 @@ import difflib
 import itertools
 import os
 import random
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ VAL_SPLITS = ("validation", "val", "test")  # where timm is not told which part 
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 AUGMENTS = ("none", "light", "strong")
 MAX_CHECKED = 50_000  # image files whose headers are read before training: seconds on a local disk
+HEARD = 2.0  # seconds within which a busy system tells a process that its child has died
 FINGERPRINTED = 256  # images of an array set whose pixels tell it from another
 SPLIT_SEED = 0  # the split of a set without one is part of the set: it does not move with the run's seed
 
@@ -678,6 +680,8 @@ def _loaded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tenso
         death = worker_death(error)
         if not death and loader.num_workers and not isinstance(error, RuntimeError) and not _from_worker(error):
             death = _death(f"{type(error).__name__} while it handed a batch over")  # before PyTorch has heard of it
+            with contextlib.suppress(RuntimeError):  # here, not in whatever the main thread does when the signal comes
+                time.sleep(HEARD)
         if not death:
             raise
         raise OSError(death) from error
