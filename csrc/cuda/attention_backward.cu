@@ -71,8 +71,7 @@ __device__ __forceinline__ float row_delta(const T* grad_out, const T* out, int 
 
 template <int kD>
 struct KeyJob {
-  static constexpr int kTiles = job_tiles<kD>();
-  float dk[kTiles][kD / 8][4] = {}, dv[kTiles][kD / 8][4] = {}, sum[kTiles][2] = {};  // sum over queries of the logits' gradients
+  float dk[job_tiles<kD>()][kD / 8][4] = {}, dv[job_tiles<kD>()][kD / 8][4] = {};
 };
 
 // The rows of a job in registers: k and v, or q and grad_out; with what belongs to a row.
@@ -84,8 +83,8 @@ struct JobRows {
   float delta[kTiles][2];  // queries: -delta
 };
 
-// Two tiles in shared memory, one as far behind the other as `further` says in bytes, and what belongs to their rows as
-// initial values of products.
+// Where the next 16 rows of two tiles in shared memory lie, one as far behind the other as `further` says in bytes, and
+// what belongs to these rows as initial values of products.
 template <int kD>
 struct TileRows {
   SharedAddress rows, channels;
@@ -100,22 +99,35 @@ struct TileRows {
         further(static_cast<int>((y - x) * sizeof(T))),
         columns(lane_columns(shift)),
         delta(static_cast<int>((delta - shift) * sizeof(float))) {}
+  __device__ __forceinline__ void advance() {
+    rows += 16 * kD * 2;
+    channels += 16 * kD * 2;
+    columns += 16 * 8;
+  }
 };
 
-// The keys of a job against queries [i, i + 16) of the tiles of q and grad_out. Logits of eight queries at a time: of 16,
-// with all else that a job of keys holds, they would not fit the registers.
+// A lane's sums over its queries of the logits' gradients, which have 16 bits here as in the product with q, for the four
+// (or two) of the job's keys that it has. They are asked for where token sizes have gradients, which is rare: so they lie
+// in shared memory, and other calls pay neither time nor registers for them.
+struct LaneSums {
+  float at[4];
+};
+
+// The keys of a job against 16 queries of the tiles of q and grad_out. Logits of eight queries at a time: of 16, with all
+// else that a job of keys holds, they would not fit the registers. sums: those of the block's lanes, if they are wanted.
 template <class T, int kD>
-__device__ __forceinline__ void key_step(KeyJob<kD>& job, const JobRows<kD>& keys, const TileRows<kD>& tiles, int i, float scale) {
+__device__ __forceinline__ void key_step(KeyJob<kD>& job, const JobRows<kD>& keys, const TileRows<kD>& tiles, float scale, bool wanted,
+                                         LaneSums* sums) {
   constexpr int kTiles = job_tiles<kD>(), kRow = kD * sizeof(T);
   uint32_t weights[kTiles][4], grads[kTiles][4];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const SharedAddress rows = tiles.rows + (i + half * 8) * kRow;
+    const SharedAddress rows = tiles.rows + half * 8 * kRow;
     float p[kTiles][1][4], ds[kTiles][1][4];
     Initial4 minus[1];
-    load_columns(minus, tiles.columns, i + half * 8);
+    load_columns(minus, tiles.columns, half * 8);
     rows_product<T, kD>(p, keys.x, rows, [&](int, int) { return minus[0]; });
-    load_columns(minus, tiles.columns + tiles.delta, i + half * 8);
+    load_columns(minus, tiles.columns + tiles.delta, half * 8);
     rows_product<T, kD>(ds, keys.y, rows, [&](int, int) { return minus[0]; }, tiles.further);
 #pragma unroll
     for (int t = 0; t < kTiles; t++)
@@ -123,40 +135,49 @@ __device__ __forceinline__ void key_step(KeyJob<kD>& job, const JobRows<kD>& key
       for (int x = 0; x < 4; x++) {
         p[t][0][x] = fast_exp2(fmaf(p[t][0][x], scale, keys.shift[t][x / 2]));
         ds[t][0][x] *= p[t][0][x];
-        job.sum[t][x / 2] += ds[t][0][x];
       }
     pack_half<T>(weights, half, p);
     pack_half<T>(grads, half, ds);
   }
-  channels_product<T, kD>(job.dv, weights, tiles.channels + i * kRow, tiles.further);
-  channels_product<T, kD>(job.dk, grads, tiles.channels + i * kRow);
+  channels_product<T, kD>(job.dv, weights, tiles.channels, tiles.further);
+  channels_product<T, kD>(job.dk, grads, tiles.channels);
+  if (wanted) {
+    LaneSums& its = sums[hidden(threadIdx.x)];
+#pragma unroll
+    for (int t = 0; t < kTiles; t++)
+#pragma unroll
+      for (int x = 0; x < 4; x++) {
+        const float2 ds = unpack<T>(grads[t][x]);
+        its.at[t * 2 + x % 2] += ds.x + ds.y;
+      }
+  }
 }
 
-// The queries of a job against keys [j, j + 16) of the tiles of k and v.
+// The queries of a job against 16 keys of the tiles of k and v.
 template <class T, int kD>
-__device__ __forceinline__ void query_step(float (&dq)[job_tiles<kD>()][kD / 8][4], const JobRows<kD>& queries, const TileRows<kD>& tiles, int j,
+__device__ __forceinline__ void query_step(float (&dq)[job_tiles<kD>()][kD / 8][4], const JobRows<kD>& queries, const TileRows<kD>& tiles,
                                            float scale) {
   constexpr int kTiles = job_tiles<kD>();
-  const int at = j * kD * static_cast<int>(sizeof(T));
   float p[kTiles][2][4], ds[kTiles][2][4];
   Initial4 bias[2];
-  load_columns(bias, tiles.columns, j);
-  rows_product<T, kD>(p, queries.x, tiles.rows + at, [&](int, int g) { return bias[g]; });
+  load_columns(bias, tiles.columns, 0);
+  rows_product<T, kD>(p, queries.x, tiles.rows, [&](int, int g) { return bias[g]; });
   auto minus_delta = [&](int t, int) { return Initial4{{queries.delta[t][0], queries.delta[t][0], queries.delta[t][1], queries.delta[t][1]}}; };
-  rows_product<T, kD>(ds, queries.y, tiles.rows + at, minus_delta, tiles.further);
+  rows_product<T, kD>(ds, queries.y, tiles.rows, minus_delta, tiles.further);
 #pragma unroll
   for (int t = 0; t < kTiles; t++)
 #pragma unroll
     for (int x = 0; x < 8; x++) ds[t][x / 4][x % 4] *= fast_exp2(fmaf(p[t][x / 4][x % 4], scale, queries.shift[t][x % 4 / 2]));
   uint32_t f[kTiles][4];
   pack_fragments<T>(f, ds);
-  channels_product<T, kD>(dq, f, tiles.channels + at);
+  channels_product<T, kD>(dq, f, tiles.channels);
 }
 
 // Gates are shared by q, k and v: with W = ds^T q and U = p^T grad_out, the gradient of gate g is the sum over keys
 // of 2 g scale k W + v U, which needs no division by a gate that may be 0. sums[warps][kD]: this warp adds to its row.
 template <class T, int kD>
-__device__ __forceinline__ void finish_keys(const BackwardArguments& a, unsigned index, KeyJob<kD>& job, int first, const float* gate, float* sums) {
+__device__ __forceinline__ void finish_keys(const BackwardArguments& a, unsigned index, KeyJob<kD>& job, int first, const LaneSums& lane_sums,
+                                            const float* gate, float* sums) {
   const Head<T> head(a, index);
   const int lane = threadIdx.x % 32;
   const bool* mask = head.mask();
@@ -165,8 +186,9 @@ __device__ __forceinline__ void finish_keys(const BackwardArguments& a, unsigned
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int n = first + lane / 4 + 8 * r;
-      const float sum = group_sum(job.sum[t][r], 4);
-      if (a.size_partial && lane % 4 == 0 && n < a.N) a.size_partial[head.rows() + n] = sum;
+      if (!a.size_partial) break;
+      const float sum = group_sum(lane_sums.at[t * 2 + r], 4);
+      if (lane % 4 == 0 && n < a.N) a.size_partial[head.rows() + n] = sum;
     }
 #pragma unroll
     for (int d = 0; d < kD / 8; d++) {
@@ -237,10 +259,11 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
   constexpr int kTiles = job_tiles<kD>(), kRows = job_rows<kD>();
   const int rows = a.rows, lane = threadIdx.x % 32, warp = warp_number();
   const int warps = blockDim.x / 32, size = rows * kD;
-  T* keys = reinterpret_cast<T*>(memory);
+  LaneSums* key_sums = reinterpret_cast<LaneSums*>(memory);  // of all lanes
+  T* keys = reinterpret_cast<T*>(key_sums + blockDim.x);
   T *values = keys + size, *queries = values + size, *grads = queries + size;
-  auto behind = [&](int rows) { return reinterpret_cast<float*>(memory + rows * kD * 4 * sizeof(T)); };
-  float* lse = behind(rows);                                // columns: -lse over the scale
+  auto numbers = [&](int rows) { return reinterpret_cast<float*>(keys + rows * kD * 4); };
+  float* lse = numbers(rows);                               // columns: -lse over the scale
   float *delta = lse + rows * 2, *bias = delta + rows * 2;  // columns: -delta; bias over the scale
   float* gate = a.channel_gate ? bias + rows * 2 : nullptr;
   float* sums = a.gate_partial ? bias + rows * 2 + kD : nullptr;  // [warps][kD]
@@ -274,11 +297,13 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
   }
   __syncthreads();
 
-  // The first warps draw more jobs: not the same ones in every block, as each belongs to a scheduler.
-  int job_at = static_cast<int>((warp + blockIdx.x) % warps);
+  // Jobs are dealt in rounds, first those of keys. Warps that come first draw more: not the same ones in every block, as
+  // each belongs to a scheduler.
+  auto job_of = [&](int round) { return round + static_cast<int>((warp_number() + blockIdx.x) % warps); };
 #pragma unroll 1
-  for (; job_at < a.jobs; job_at += warps) {
-    const int first = job_at * kRows;
+  for (int round = 0; round < a.jobs; round += warps) {
+    if (job_of(round) >= a.jobs) continue;
+    const int first = job_of(round) * kRows;
     JobRows<kD> its;
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
@@ -289,15 +314,17 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
 #pragma unroll
       for (int r = 0; r < 2; r++) its.shift[t][r] = load_column(bias, row + lane / 4 + 8 * r) * a.positive.scale;
     }
-    const TileRows<kD> tiles(queries, grads, lse, delta, true);
+    TileRows<kD> tiles(queries, grads, lse, delta, true);
     KeyJob<kD> job;
+    key_sums[threadIdx.x] = {};
 #pragma unroll 1
-    for (int i = 0; i < a.N; i += 16) key_step<T, kD>(job, its, tiles, i, a.positive.scale);
-    finish_keys<T, kD>(a, index, job, hidden(job_at) * kRows, gate, sums);
+    for (int i = 0; i < rows; i += 16, tiles.advance()) key_step<T, kD>(job, its, tiles, a.positive.scale, a.size_partial, key_sums);
+    finish_keys<T, kD>(a, index, job, job_of(round) * kRows, key_sums[threadIdx.x], gate, sums);
   }
-  // Warps that drew fewer jobs of keys come first here.
 #pragma unroll 1
-  for (job_at -= a.jobs; job_at < a.jobs; job_at += warps) {
+  for (int round = a.jobs / warps * warps; round < a.jobs * 2; round += warps) {
+    const int job_at = job_of(round) - a.jobs;
+    if (job_at < 0 || job_at >= a.jobs) continue;
     const int first = job_at * kRows;
     JobRows<kD> its;
 #pragma unroll
@@ -313,30 +340,32 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
         its.delta[t][r] = load_column(delta, n);
       }
     }
-    const TileRows<kD> tiles(keys, values, bias, bias, false);
+    TileRows<kD> tiles(keys, values, bias, bias, false);
     float dq[kTiles][kD / 8][4] = {};
 #pragma unroll 1
-    for (int j = 0; j < a.N; j += 16) query_step<T, kD>(dq, its, tiles, j, a.positive.scale);
-    finish_queries<T, kD>(a, index, dq, hidden(job_at) * kRows);
+    for (int j = 0; j < rows; j += 16, tiles.advance()) query_step<T, kD>(dq, its, tiles, a.positive.scale);
+    finish_queries<T, kD>(a, index, dq, (job_of(round) - a.jobs) * kRows);
   }
-  const int rows_again = hidden(rows);
-  if (sums) finish_gates(a, behind(rows_again) + rows_again * 6 + kD, kD, blockIdx.x);
+  if (sums) finish_gates(a, numbers(hidden(rows)) + 6 * hidden(rows) + kD, kD, blockIdx.x);
 }
 
 // One kind of jobs over the tensors that it streams: keys_here over Q and grad_out, else over K and V.
 template <class T, int kD, bool keys_here>
-__device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned char* memory, int block) {
+__device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned char* memory) {
   constexpr int kTiles = job_tiles<kD>();
-  const int lane = threadIdx.x % 32, first = (block * stream_warps<kD>() + warp_number()) * job_rows<kD>();
-  T* ring = reinterpret_cast<T*>(memory);                             // two stages of two tiles
-  float* numbers = reinterpret_cast<float*>(ring + 4 * kChunk * kD);  // two stages of -lse and -delta, or bias: columns
-  float* gate = a.channel_gate ? numbers + 8 * kChunk : nullptr;
-  float* sums = a.gate_partial ? numbers + 8 * kChunk + kD : nullptr;
-  const int chunks = static_cast<int>(ceil_div(a.N, kChunk));
+  const int lane = threadIdx.x % 32;
+  T* ring = reinterpret_cast<T*>(memory);                                  // two stages of two tiles
+  float* numbers = reinterpret_cast<float*>(ring + 4 * kChunk * kD);       // two stages of -lse and -delta, or bias: columns
+  LaneSums* key_sums = reinterpret_cast<LaneSums*>(numbers + 8 * kChunk);  // of all lanes
+  float* gate = a.channel_gate ? reinterpret_cast<float*>(key_sums + stream_warps<kD>() * 32) : nullptr;
+  float* sums = a.gate_partial ? reinterpret_cast<float*>(key_sums + stream_warps<kD>() * 32) + kD : nullptr;
+  // Computed anew at each place, as in Head: registers are short.
   auto index = [&] { return hidden(blockIdx.x) / (a.key_blocks + a.query_blocks); };
+  auto block = [&] { return static_cast<int>(hidden(blockIdx.x) % (a.key_blocks + a.query_blocks)) - (keys_here ? 0 : a.key_blocks); };
+  auto first_row = [&] { return (block() * stream_warps<kD>() + warp_number()) * job_rows<kD>(); };
 
   auto load = [&](int c) {
-    if (c < chunks) {
+    if (c * kChunk < a.N) {
       const Head<T> head(a, index());
       T *one = ring + c % 2 * 2 * kChunk * kD, *two = one + kChunk * kD;
       float* number = numbers + c % 2 * 4 * kChunk;
@@ -360,6 +389,7 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
     for (int d = lane; d < kD; d += 32) sums[threadIdx.x / 32 * kD + d] = 0;
   __syncthreads();
 
+  const int first = first_row();
   JobRows<kD> its;
 #pragma unroll
   for (int t = 0; t < kTiles; t++) {
@@ -381,9 +411,11 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
     }
   }
   KeyJob<kD> job;  // grad_q is kept in job.dk
-  // One counter for chunks and the rows in them, as registers are short.
+  key_sums[threadIdx.x] = {};
+  // One counter for chunks and the rows in them; odd where this warp's rows are beyond the end and it only helps to copy.
+  unsigned n = first < a.N ? 0 : 1;
 #pragma unroll 1
-  for (int n = 0; n < a.N;) {
+  while (n < static_cast<unsigned>(a.N) + n % 2) {
     const int stage = n / kChunk % 2;
     T *one = ring + stage * 2 * kChunk * kD, *two = one + kChunk * kD;
     const float* number = numbers + stage * 4 * kChunk;
@@ -393,39 +425,39 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
       gate_tile<kD>(two, kChunk, gate, false);
     }
     __syncthreads();
-    if (first < a.N) {
-      const TileRows<kD> tiles(one, two, number, number + 2 * kChunk, keys_here);
+    if (n % 2) {
+      n += kChunk;
+    } else {
+      TileRows<kD> tiles(one, two, number, number + 2 * kChunk, keys_here);
 #pragma unroll 1
       do {
         if (keys_here)
-          key_step<T, kD>(job, its, tiles, n % kChunk, a.positive.scale);
+          key_step<T, kD>(job, its, tiles, a.positive.scale, a.size_partial, key_sums);
         else
-          query_step<T, kD>(job.dk, its, tiles, n % kChunk, a.positive.scale);
+          query_step<T, kD>(job.dk, its, tiles, a.positive.scale);
         n += 16;
-      } while (n < a.N && n % kChunk);
-    } else {
-      n = (n / kChunk + 1) * kChunk;
+        tiles.advance();
+      } while (n < static_cast<unsigned>(a.N) && n % kChunk);
     }
     __syncthreads();
     load(n / kChunk + 1);  // n is where the next chunk begins, or beyond the last
   }
-  if (first < a.N) {
+  if (n % 2 == 0) {
     if (keys_here)
-      finish_keys<T, kD>(a, index(), job, hidden(first), gate, sums);
+      finish_keys<T, kD>(a, index(), job, first_row(), key_sums[threadIdx.x], gate, sums);
     else
-      finish_queries<T, kD>(a, index(), job.dk, hidden(first));
+      finish_queries<T, kD>(a, index(), job.dk, first_row());
   }
-  if (sums && keys_here) finish_gates(a, sums, kD, static_cast<int64_t>(index()) * a.key_blocks + block);
+  if (sums && keys_here) finish_gates(a, sums, kD, static_cast<int64_t>(index()) * a.key_blocks + block());
 }
 
 template <class T, int kD>
 __global__ void __launch_bounds__(stream_warps<kD>() * 32, kD <= 64 ? 2 : 1) backward_stream_kernel(BackwardArguments a) {
   P3B_SHARED(memory);
-  const int blocks = a.key_blocks + a.query_blocks, block = blockIdx.x % blocks;
-  if (block < a.key_blocks)
-    stream_jobs<T, kD, true>(a, memory, block);
+  if (static_cast<int>(blockIdx.x % (a.key_blocks + a.query_blocks)) < a.key_blocks)
+    stream_jobs<T, kD, true>(a, memory);
   else
-    stream_jobs<T, kD, false>(a, memory, block - a.key_blocks);
+    stream_jobs<T, kD, false>(a, memory);
 }
 
 template <class T>
@@ -445,9 +477,13 @@ struct ResidentLaunch {
   bool fits;
 };
 template <int kD>
+constexpr size_t sums_bytes(int warps) {  // LaneSums, a gate, and sums of its gradient
+  return warps * 32 * sizeof(LaneSums) + (1 + warps) * kD * sizeof(float);
+}
+template <int kD>
 ResidentLaunch resident_launch(int N) {
   const size_t limit = shared_memory_limit(), rows = round_up(N, 16);
-  auto bytes = [&](int warps) { return rows * (4 * kD * 2 + 6 * sizeof(float)) + (1 + warps) * kD * sizeof(float); };
+  auto bytes = [&](int warps) { return rows * (4 * kD * 2 + 6 * sizeof(float)) + sums_bytes<kD>(warps); };
   const int most = bytes(half_warps<kD>()) <= limit / 2 ? half_warps<kD>() : most_warps<kD>();
   const int warps = min(static_cast<int>(ceil_div(N, job_rows<kD>())), most);
   return {warps, bytes(warps), bytes(warps) <= limit};
@@ -470,7 +506,7 @@ cudaError_t backward(BackwardArguments a, cudaStream_t stream) {
     if (resident.fits) return launch(backward_resident_kernel<T, kD>, a.B * a.H, resident.warps * 32, resident.bytes, stream, a);
     const cudaError_t error = launch(delta_kernel<T>, ceil_div(a.B * a.N * a.H * 8, 256), 256, 0, stream, a);
     if (error != cudaSuccess) return error;
-    const size_t bytes = 4 * kChunk * (kD * 2 + 2 * sizeof(float)) + (1 + stream_warps<kD>()) * kD * sizeof(float);
+    const size_t bytes = 4 * kChunk * (kD * 2 + 2 * sizeof(float)) + sums_bytes<kD>(stream_warps<kD>());
     return launch(backward_stream_kernel<T, kD>, a.B * a.H * (a.key_blocks + a.query_blocks), stream_warps<kD>() * 32, bytes, stream, a);
   });
 }

@@ -179,6 +179,13 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
   memcpy(static_cast<void*>(two), &word, 4);
   return {to_float(two[0]), to_float(two[1])};
 }
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t word) {
+  const uint32_t bits[2] = {word << 16, word & 0xffff0000u};
+  float2 two;
+  memcpy(&two, bits, 8);
+  return two;
+}
 
 // Sixteen bytes as T.
 template <class T>

@@ -178,6 +178,16 @@ static void merges(const char* type, int B, int N, int M, int C, int pad, int we
   }
 }
 
+// A row of one token is that token, whatever its weight, but where the mean is not a number or weighs nothing.
+static void weights_of_one() {
+  const float x[4] = {3, 5, 7, 11}, weight[4] = {NAN, INFINITY, 0, -2};
+  const int slot[4] = {0, 1, 2, 3};
+  float y[4] = {};
+  CombineArguments<float, int> a{{x, 4, 1}, slot, nullptr, weight, y, nullptr, 1, 4, 4, 1, 0, true};
+  check_true("weights of one launch", combine_rows(a, nullptr) == cudaSuccess);
+  check_true("weights of one", std::isnan(y[0]) && std::isnan(y[1]) && y[2] == 0 && y[3] == 11);
+}
+
 // What launches refuse is what most_matched and most_in_backward say.
 static void most() {
   const int limit = standin::shared_memory_limit;
@@ -229,6 +239,7 @@ int main(int argc, char** argv) {
   const bool small = argc > 1 && std::string(argv[1]) == "small";
   same_in_both_orders([&] { all<float>("float32", true, 1e-6); });
   most();
+  weights_of_one();
   if (!small) all<float>("float32", small, 1e-6);
   all<__half>("float16", argc > 1, 1. / 1024);  // the longer cases once more only where nothing slows them down
   all<__nv_bfloat16>("bfloat16", argc > 1, 1. / 128);
