@@ -8,6 +8,7 @@ namespace p3b {
 // Bits of `aux` and `which`, as in p3b_ext/reference.py.
 enum Aux : int64_t { kClsAttention = 1, kEntropy = 2, kValueNorm = 4 };
 enum Columns : int64_t { kToCls = 1, kReceived = 2 };
+enum Gradients : int64_t { kTokenSize = 1, kChannelGate = 2 };
 
 struct Attention {
   int64_t B, H, N, D;

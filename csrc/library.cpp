@@ -8,8 +8,9 @@ STABLE_TORCH_LIBRARY(p3b_ext, m) {
   // attention: q, k, v [B,H,N,D], any strides with a contiguous last axis; key_mask bool [B,N]; token_size acc [B,N]; channel_gate acc [D] or [H,D].
   // out [B,N,H,D]; lse, cls_attention, entropy acc [B,H,N]; value_norm acc [B,N]; aux: 1 cls_attention | 2 entropy | 4 value_norm, [0] where not asked for.
   m.def("masked_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? token_size, Tensor? channel_gate, float scale, int aux) -> (Tensor out, Tensor lse, Tensor cls_attention, Tensor entropy, Tensor value_norm)");
-  // grad_out, out [B,N,H,D] -> grad_qkv [B,N,3,H,D], grad_token_size acc [B,N] or [0], grad_channel_gate acc as channel_gate or [0].
-  m.def("masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, Tensor? token_size, Tensor? channel_gate, float scale) -> (Tensor grad_qkv, Tensor grad_token_size, Tensor grad_channel_gate)");
+  // grad_out, out [B,N,H,D] -> grad_qkv [B,N,3,H,D], grad_token_size acc [B,N], grad_channel_gate acc as channel_gate; which: 1 grad_token_size |
+  // 2 grad_channel_gate, [0] where not asked for or without sizes or gate.
+  m.def("masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, Tensor? token_size, Tensor? channel_gate, float scale, int which) -> (Tensor grad_qkv, Tensor grad_token_size, Tensor grad_channel_gate)");
   // second pass: to_cls, received acc [B,H,N]; which: 1 to_cls | 2 received.
   m.def("attention_columns(Tensor q, Tensor k, Tensor lse, Tensor? key_mask, Tensor? token_size, Tensor? channel_gate, float scale, int which) -> (Tensor to_cls, Tensor received)");
   // qkv [B,N,3,H,D]: as masked_attention on its three views, with a gradient that needs no copy.

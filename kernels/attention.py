@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from p3b_ext.reference import CLS_ATTENTION, ENTROPY, RECEIVED, TO_CLS, VALUE_NORM
+from p3b_ext.reference import CHANNEL_GATE, CLS_ATTENTION, ENTROPY, RECEIVED, TO_CLS, TOKEN_SIZE, VALUE_NORM
 
 MAX_D = 128  # wider heads do not fit the register file with the tiles below
 
@@ -307,6 +307,7 @@ def _backward_kernel(
     stride_vb, stride_vh, stride_vn, stride_ch, N, H, D, scale,
     OWN: tl.constexpr, STEP: tl.constexpr, TAIL: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SIZE: tl.constexpr, HAS_GATE: tl.constexpr,
+    FOR_SIZE: tl.constexpr, FOR_GATE: tl.constexpr,
 ):  # fmt: skip
     """One program: grad_k and grad_v of OWN keys over all queries, then grad_q of the same OWN rows over all keys.
 
@@ -343,27 +344,28 @@ def _backward_kernel(
     for start in range(0, full, STEP):
         grad_k, grad_v, grad_bias = _backward_keys(
             grad_k, grad_v, grad_bias, k, v, bias, q_ptr, grad_ptr, lse_ptr, delta_ptr, start, stride_qn,
-            stride_gn, N, D, scale, STEP, BLOCK_D, EVEN_D, False, HAS_SIZE,
+            stride_gn, N, D, scale, STEP, BLOCK_D, EVEN_D, False, FOR_SIZE,
         )  # fmt: skip
     if TAIL > 0:
         grad_k, grad_v, grad_bias = _backward_keys(
             grad_k, grad_v, grad_bias, k, v, bias, q_ptr, grad_ptr, lse_ptr, delta_ptr, full, stride_qn,
-            stride_gn, N, D, scale, TAIL, BLOCK_D, EVEN_D, True, HAS_SIZE,
+            stride_gn, N, D, scale, TAIL, BLOCK_D, EVEN_D, True, FOR_SIZE,
         )  # fmt: skip
-    if HAS_SIZE:
+    if FOR_SIZE:
         tl.store(bias_part_ptr + head * N + rows, grad_bias, mask=rows < N)
     grad_k = grad_k * scale
     if HAS_GATE:
         gate = _load_gate(gate_ptr, h, stride_ch, D, BLOCK_D)
         _store_rows(grad_qkv_ptr + H * D, rows, 3 * H * D, grad_k * (gate * gate)[None, :], N, D, BLOCK_D)
         _store_rows(grad_qkv_ptr + 2 * H * D, rows, 3 * H * D, grad_v * gate[None, :], N, D, BLOCK_D)
-        # Read again after the stores, so that k and v do not occupy registers through the loop.
-        k = _load_keys(k_ptr, rows, stride_kn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK).to(tl.float32)
-        part = 2.0 * gate * tl.sum(k * grad_k, 0)
-        v = _load_keys(v_ptr, rows, stride_vn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK).to(tl.float32)
-        part += tl.sum(v * grad_v, 0)
-        channels = tl.arange(0, BLOCK_D)
-        tl.store(gate_part_ptr + ((b * blocks + block) * H + h) * D + channels, part, mask=channels < D)
+        if FOR_GATE:
+            # Read again after the stores, so that k and v do not occupy registers through the loop.
+            k = _load_keys(k_ptr, rows, stride_kn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK).to(tl.float32)
+            part = 2.0 * gate * tl.sum(k * grad_k, 0)
+            v = _load_keys(v_ptr, rows, stride_vn, mask_ptr, N, D, True, BLOCK_D, EVEN_D, HAS_MASK).to(tl.float32)
+            part += tl.sum(v * grad_v, 0)
+            channels = tl.arange(0, BLOCK_D)
+            tl.store(gate_part_ptr + ((b * blocks + block) * H + h) * D + channels, part, mask=channels < D)
     else:
         _store_rows(grad_qkv_ptr + H * D, rows, 3 * H * D, grad_k, N, D, BLOCK_D)
         _store_rows(grad_qkv_ptr + 2 * H * D, rows, 3 * H * D, grad_v, N, D, BLOCK_D)
@@ -544,11 +546,12 @@ def masked_attention_backward(
     token_size: Tensor | None,
     channel_gate: Tensor | None,
     scale: float,
+    which: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of masked_attention's out: grad_qkv [B, N, 3, H, D], grad_token_size [B, N], grad_channel_gate.
 
-    grad_out, out [B, N, H, D]; the last two are [0] where the op had no sizes or gate. Probabilities are recomputed
-    from lse; results are deterministic.
+    grad_out, out [B, N, H, D]; which: TOKEN_SIZE | CHANNEL_GATE; the last two are [0] where not asked for or where the
+    op had no sizes or gate. Probabilities are recomputed from lse; results are deterministic.
     """
     _check("masked_attention_backward", q)
     q, k, v, grad_out = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v), _rows_contiguous(grad_out)
@@ -557,8 +560,11 @@ def masked_attention_backward(
     grad_qkv = q.new_empty(batch, n, 3, heads, d)
     own, step, warps, stages = _tiles(n, d, q.dtype, True, channel_gate is not None)
     blocks = triton.cdiv(n, own)
-    bias_part = lse.new_empty((batch, heads, n) if token_size is not None else 0)
-    gate_part = lse.new_empty((batch, blocks, heads, d) if channel_gate is not None else 0)
+    for_size, for_gate = (
+        t is not None and bool(which & bit) for t, bit in ((token_size, TOKEN_SIZE), (channel_gate, CHANNEL_GATE))
+    )
+    bias_part = lse.new_empty((batch, heads, n) if for_size else 0)
+    gate_part = lse.new_empty((batch, blocks, heads, d) if for_gate else 0)
     if batch * heads * n > 0:
         block_d = _padded_channels(d)
         delta = torch.empty_like(lse)
@@ -575,11 +581,11 @@ def masked_attention_backward(
             v.stride(0), v.stride(1), v.stride(2), stride_gate, n, heads, d, scale,
             OWN=own, STEP=step, TAIL=_tail(n, step), BLOCK_D=block_d, EVEN_D=block_d == d,
             HAS_MASK=key_mask is not None, HAS_SIZE=token_size is not None, HAS_GATE=channel_gate is not None,
-            num_warps=warps, num_stages=stages,
+            FOR_SIZE=for_size, FOR_GATE=for_gate, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    grad_token_size = bias_part if token_size is None else bias_part.sum(1) / token_size
+    grad_token_size = bias_part.sum(1) / token_size if for_size else bias_part
     grad_channel_gate = gate_part
-    if channel_gate is not None:
+    if for_gate:
         grad_channel_gate = gate_part.sum((0, 1, 2) if channel_gate.dim() == 1 else (0, 1))
     return grad_qkv, grad_token_size, grad_channel_gate
 

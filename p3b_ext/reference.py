@@ -12,6 +12,7 @@ from torch import Tensor
 # Bits of the `aux` and `which` arguments, shared with csrc/attention.h and kernels/attention.py.
 CLS_ATTENTION, ENTROPY, VALUE_NORM = 1, 2, 4
 TO_CLS, RECEIVED = 1, 2
+TOKEN_SIZE, CHANNEL_GATE = 1, 2
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from cases import ATTENTION, AttentionCase, acc, assert_within, float64
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import p3b_ext
@@ -287,6 +288,40 @@ def test_second_derivatives():
         assert torch.autograd.gradgradcheck(lambda t: p3b_ext.masked_attention(t, t, t), (q,))
 
 
+class Asked(TorchDispatchMode):
+    """What the backward op was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.which = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.p3b_ext.masked_attention_backward.default:
+            self.which.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_that_nobody_wants_are_not_computed():
+    inputs = leaves(AttentionCase(2, 3, 7, 8, mask="some", sizes=3, gate="HD").inputs(torch.float32))
+    args = [None if t is None else t.detach() for t in flat_args(inputs)]
+    out, lse, *_ = torch.ops.p3b_ext.masked_attention(*args, 0.3, 0)
+    op, grad = torch.ops.p3b_ext.masked_attention_backward, torch.randn_like(out)
+    everything = op(grad, *args[:3], out, lse, *args[3:], 0.3, 3)
+    for which in range(3):
+        grads = op(grad, *args[:3], out, lse, *args[3:], 0.3, which)
+        for found, want, wanted in zip(grads, everything, (True, which & 1, which & 2), strict=True):
+            assert torch.equal(found, want) if wanted else found.shape == (0,)
+    names = ("token_size", "channel_gate")
+    for which in range(4):
+        for number, key in enumerate(names):
+            inputs[key] = inputs[key].detach().requires_grad_(bool(which & 1 << number))
+        with Asked() as asked:
+            p3b_ext.masked_attention(**inputs, scale=0.3).sum().backward()
+        assert asked.which == [which]
+        for number, key in enumerate(names):
+            assert (inputs[key].grad is not None) == bool(which & 1 << number)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_opcheck(case, dtype):
@@ -296,7 +331,7 @@ def test_opcheck(case, dtype):
     with torch.no_grad():
         out, lse, *_ = torch.ops.p3b_ext.masked_attention(*args)
         plain = [t.detach() if t is not None else None for t in flat_args(inputs)]
-        backward = (torch.randn_like(out), *plain[:3], out, lse, *plain[3:], 0.3)
+        backward = (torch.randn_like(out), *plain[:3], out, lse, *plain[3:], 0.3, 3)
         torch.library.opcheck(torch.ops.p3b_ext.masked_attention_backward, backward)
         torch.library.opcheck(torch.ops.p3b_ext.attention_columns, (*plain[:2], lse, *plain[3:], 0.3, 3))
     qkv = torch.stack([inputs[n].detach().transpose(1, 2) for n in "qkv"], 2).requires_grad_()

@@ -57,7 +57,7 @@ if not torch.cuda.is_available():
 class Everything(torch.nn.Module):
     def forward(self, q, k, v, x, size, scores):
         out, lse, *aux = ops.masked_attention(q, k, v, None, size, None, 0.125, 7)
-        grads = ops.masked_attention_backward(out, q, k, v, out, lse, None, size, None, 0.125)
+        grads = ops.masked_attention_backward(out, q, k, v, out, lse, None, size, None, 0.125, 3)
         columns = ops.attention_columns(q, k, lse, None, size, None, 0.125, 3)
         slot = ops.match_tokens(x, 8, 1, None)
         y, sizes = ops.merge_tokens(x, slot, 42, size, None, True)

@@ -67,7 +67,7 @@ def attention_all(ops, inputs, grad_out, aux=7, which=3):
         grads = [grad_qkv, *(q.new_empty(0) if t is None else next(grads) for t in (size, gate))]
     else:
         outputs = attention.masked_attention(q, k, v, *rest, aux)
-        grads = attention.masked_attention_backward(grad_out, q, k, v, outputs[0], outputs[1], *rest)
+        grads = attention.masked_attention_backward(grad_out, q, k, v, outputs[0], outputs[1], *rest, 3)
     columns = ops.attention_columns(q, k, outputs[1], *rest, which)
     names = "out lse cls_attention entropy value_norm grad_qkv grad_token_size grad_channel_gate to_cls received"
     return dict(zip(names.split(), [t.detach() for t in (*outputs, *grads, *columns)], strict=True))
@@ -366,7 +366,7 @@ def test_attention_opcheck():
     q, k, v, mask, size, gate = (inputs[n] for n in ("q", "k", "v", "key_mask", "token_size", "channel_gate"))
     opcheck("masked_attention", *map(with_gradient, (q, k, v)), mask, *map(with_gradient, (size, gate)), 0.3, 7)
     out, lse, *_ = attention.masked_attention(q, k, v, mask, size, gate, 0.3, 0)
-    opcheck("masked_attention_backward", torch.randn_like(out), q, k, v, out, lse, mask, size, gate, 0.3)
+    opcheck("masked_attention_backward", torch.randn_like(out), q, k, v, out, lse, mask, size, gate, 0.3, 3)
     opcheck("attention_columns", q, k, lse, mask, size, gate, 0.3, 3)
     qkv = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2)
     opcheck("masked_attention_packed", with_gradient(qkv), mask, size, gate, 0.3, 7)

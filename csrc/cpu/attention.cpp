@@ -237,11 +237,12 @@ void sum_sizes(const AttentionArgs& args, const Tensor& size, A* to) {
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Attention& s, const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& out, const OptionalTensor& key_mask, const OptionalTensor& token_size,
-                                            const OptionalTensor& channel_gate) {
+                                            const OptionalTensor& channel_gate, int64_t which) {
+  const bool for_size = token_size && which & kTokenSize, for_gate = channel_gate && which & kChannelGate;
   const ScalarType acc = acc_dtype(q.scalar_type());
   Tensor grad_qkv = empty(q, {s.B, s.N, 3, s.H, s.D}, q.scalar_type());
-  Tensor grad_size = token_size ? empty(q, {s.B, s.N}, acc) : empty(q, {0}, acc);
-  Tensor grad_gate = !channel_gate ? empty(q, {0}, acc) : s.gate_per_head ? empty(q, {s.H, s.D}, acc) : empty(q, {s.D}, acc);
+  Tensor grad_size = for_size ? empty(q, {s.B, s.N}, acc) : empty(q, {0}, acc);
+  Tensor grad_gate = !for_gate ? empty(q, {0}, acc) : s.gate_per_head ? empty(q, {s.H, s.D}, acc) : empty(q, {s.D}, acc);
 
   Call<A> call(op, s, q, k, key_mask, token_size, channel_gate);
   AttentionArgs& args = call.args;
@@ -249,8 +250,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Attention& s, 
   const int64_t heads_count = s.B * s.H, tasks = heads_count * args.chunks;
   const auto workspace = [](int64_t count) { return std::unique_ptr<A[]>(count ? new A[static_cast<size_t>(count)] : nullptr); };
   const auto kv_partial = workspace(args.chunks > 1 ? tasks * 2 * s.N * args.gate_row : 0);
-  const auto gate_partial = workspace(channel_gate ? heads_count * (args.chunks + 1) * args.gate_row : 0);
-  const auto size_partial = workspace(token_size ? tasks * s.N : 0);
+  const auto gate_partial = workspace(for_gate ? heads_count * (args.chunks + 1) * args.gate_row : 0);
+  const auto size_partial = workspace(for_size ? tasks * s.N : 0);
   args.v = heads(v);
   args.out = heads_of_tokens(out);
   args.grad_out = heads_of_tokens(grad_out);
@@ -264,8 +265,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Attention& s, 
   const size_t bytes = kernels.backward_scratch(args);
   for_each_task(tasks, bytes, [&](int64_t task, void* scratch) { kernels.backward(args, task, scratch); });
   if (args.chunks > 1) for_each_task(heads_count, bytes, [&](int64_t head, void* scratch) { kernels.backward_finish(args, head, scratch); });
-  if (channel_gate) sum_gate(args, s.gate_per_head, static_cast<A*>(grad_gate.data_ptr()));
-  if (token_size) sum_sizes(args, *token_size, static_cast<A*>(grad_size.data_ptr()));
+  if (for_gate) sum_gate(args, s.gate_per_head, static_cast<A*>(grad_gate.data_ptr()));
+  if (for_size) sum_sizes(args, *token_size, static_cast<A*>(grad_size.data_ptr()));
   return {grad_qkv, grad_size, grad_gate};
 }
 
@@ -313,13 +314,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention(Tensor q, Te
 
 std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                                              OptionalTensor key_mask, OptionalTensor token_size, OptionalTensor channel_gate,
-                                                             double scale) {
+                                                             double scale, int64_t which) {
   const char* op = "masked_attention_backward";
   const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
   check_attention_grad(op, s, q, grad_out, out, lse);
   const Tensor grad_rows = with_rows(grad_out), out_rows = with_rows(out);
-  if (q.scalar_type() == ScalarType::Double) return backward<double>(op, s, grad_rows, q, k, v, out_rows, key_mask, token_size, channel_gate);
-  return backward<float>(op, s, grad_rows, q, k, v, out_rows, key_mask, token_size, channel_gate);
+  if (q.scalar_type() == ScalarType::Double) return backward<double>(op, s, grad_rows, q, k, v, out_rows, key_mask, token_size, channel_gate, which);
+  return backward<float>(op, s, grad_rows, q, k, v, out_rows, key_mask, token_size, channel_gate, which);
 }
 
 std::tuple<Tensor, Tensor> attention_columns(Tensor q, Tensor k, Tensor lse, OptionalTensor key_mask, OptionalTensor token_size,

@@ -460,7 +460,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention(Tensor q, Te
 
 std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                                              OptionalTensor key_mask, OptionalTensor token_size, OptionalTensor channel_gate,
-                                                             double scale) {
+                                                             double scale, int64_t which) {
   const char* op = "masked_attention_backward";
   const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
   check_attention_grad(op, s, q, grad_out, out, lse);
@@ -469,8 +469,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
   const Tensor grad_rows = torch::stable::contiguous(aligned(grad_out)), out_rows = torch::stable::contiguous(aligned(out));
   const Tensor sums = torch::stable::contiguous(lse);
   Tensor grad_qkv = empty(q, {s.B, s.N, 3, s.H, in.a.columns}, q.scalar_type());
-  Tensor grad_size = token_size ? empty(q, {s.B, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
-  Tensor grad_gate = !channel_gate     ? empty(q, {0}, ScalarType::Float)
+  const bool for_size = token_size && which & kTokenSize, for_gate = channel_gate && which & kChannelGate;
+  Tensor grad_size = for_size ? empty(q, {s.B, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
+  Tensor grad_gate = !for_gate         ? empty(q, {0}, ScalarType::Float)
                      : s.gate_per_head ? empty(q, {s.H, s.D}, ScalarType::Float)
                                        : empty(q, {s.D}, ScalarType::Float);
   Tensor delta = empty(q, {s.B, s.H, s.N}, ScalarType::Float);
@@ -484,13 +485,13 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
   with_dtype(op, q, [&](auto zero) {
     using T = decltype(zero);
     a.key_blocks = attention_key_blocks<T>(a.N, a.columns);
-    Tensor size_partial = empty(q, {token_size ? s.B * s.H * s.N : 0}, ScalarType::Float);
-    Tensor gate_partial = empty(q, {channel_gate ? s.B * s.H * a.key_blocks * a.columns : 0}, ScalarType::Float);
-    a.size_partial = token_size ? pointer<float>(size_partial) : nullptr;
-    a.gate_partial = channel_gate ? pointer<float>(gate_partial) : nullptr;
+    Tensor size_partial = empty(q, {for_size ? s.B * s.H * s.N : 0}, ScalarType::Float);
+    Tensor gate_partial = empty(q, {for_gate ? s.B * s.H * a.key_blocks * a.columns : 0}, ScalarType::Float);
+    a.size_partial = for_size ? pointer<float>(size_partial) : nullptr;
+    a.gate_partial = for_gate ? pointer<float>(gate_partial) : nullptr;
     check_launch(op, attention_backward<T>(a, device.stream));
-    if (token_size) check_launch(op, attention_size_grad(a, pointer<float>(grad_size), device.stream));
-    if (channel_gate) check_launch(op, attention_gate_grad(a, pointer<float>(grad_gate), device.stream));
+    if (for_size) check_launch(op, attention_size_grad(a, pointer<float>(grad_size), device.stream));
+    if (for_gate) check_launch(op, attention_gate_grad(a, pointer<float>(grad_gate), device.stream));
   });
   return {first_channels(grad_qkv, s.D), grad_size, grad_gate};
 }

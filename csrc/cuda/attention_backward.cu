@@ -106,9 +106,9 @@ struct TileRows {
   }
 };
 
-// A lane's sums over its queries of the logits' gradients, which have 16 bits here as in the product with q, for the four
-// (or two) of the job's keys that it has. They are asked for where token sizes have gradients, which is rare: so they lie
-// in shared memory, and other calls pay neither time nor registers for them.
+// A lane's sums over its queries of the logits' gradients, for the four (or two) of the job's keys that it has. They are
+// asked for where token sizes want gradients, which is rare. So they lie in shared memory, and add up what the product with
+// q takes, of 16 bits: other calls pay neither time nor registers for them.
 struct LaneSums {
   float at[4];
 };
@@ -183,12 +183,13 @@ __device__ __forceinline__ void finish_keys(const BackwardArguments& a, unsigned
   const bool* mask = head.mask();
 #pragma unroll
   for (int t = 0; t < job_tiles<kD>(); t++, first += 16) {
+    if (a.size_partial) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int n = first + lane / 4 + 8 * r;
-      if (!a.size_partial) break;
-      const float sum = group_sum(lane_sums.at[t * 2 + r], 4);
-      if (lane % 4 == 0 && n < a.N) a.size_partial[head.rows() + n] = sum;
+      for (int r = 0; r < 2; r++) {
+        const int n = first + lane / 4 + 8 * r;
+        const float sum = group_sum(lane_sums.at[t * 2 + r], 4);
+        if (lane % 4 == 0 && n < a.N) a.size_partial[head.rows() + n] = sum;
+      }
     }
 #pragma unroll
     for (int d = 0; d < kD / 8; d++) {
@@ -297,8 +298,8 @@ __global__ void __launch_bounds__(most_warps<kD>() * 32, 1) backward_resident_ke
   }
   __syncthreads();
 
-  // Jobs are dealt in rounds, first those of keys. Warps that come first draw more: not the same ones in every block, as
-  // each belongs to a scheduler.
+  // Jobs are dealt in rounds, first those of keys: where these end within a round, its other warps begin with queries. Warps
+  // that come first draw more: not the same ones in every block, as each belongs to a scheduler.
   auto job_of = [&](int round) { return round + static_cast<int>((warp_number() + blockIdx.x) % warps); };
 #pragma unroll 1
   for (int round = 0; round < a.jobs; round += warps) {
@@ -411,7 +412,7 @@ __device__ __forceinline__ void stream_jobs(const BackwardArguments& a, unsigned
     }
   }
   KeyJob<kD> job;  // grad_q is kept in job.dk
-  key_sums[threadIdx.x] = {};
+  if (keys_here) key_sums[threadIdx.x] = {};
   // One counter for chunks and the rows in them; odd where this warp's rows are beyond the end and it only helps to copy.
   unsigned n = first < a.N ? 0 : 1;
 #pragma unroll 1
@@ -484,7 +485,9 @@ template <int kD>
 ResidentLaunch resident_launch(int N) {
   const size_t limit = shared_memory_limit(), rows = round_up(N, 16);
   auto bytes = [&](int warps) { return rows * (4 * kD * 2 + 6 * sizeof(float)) + sums_bytes<kD>(warps); };
-  const int most = bytes(half_warps<kD>()) <= limit / 2 ? half_warps<kD>() : most_warps<kD>();
+  // Of each block the system takes 1 KB, of the memory of an SM, which is as much more than what one block may have.
+  const bool two = 2 * (bytes(half_warps<kD>()) + 1024) <= limit + 1024;
+  const int most = two ? half_warps<kD>() : most_warps<kD>();
   const int warps = min(static_cast<int>(ceil_div(N, job_rows<kD>())), most);
   return {warps, bytes(warps), bytes(warps) <= limit};
 }

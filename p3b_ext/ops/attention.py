@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..reference import CLS_ATTENTION, ENTROPY, RECEIVED, TO_CLS, VALUE_NORM, acc_dtype
+from ..reference import (
+    CHANNEL_GATE,
+    CLS_ATTENTION,
+    ENTROPY,
+    RECEIVED,
+    TO_CLS,
+    TOKEN_SIZE,
+    VALUE_NORM,
+    acc_dtype,
+)
 from ..transforms import call, register_gradient
 from .checks import check_bool, check_dense, check_device, check_number, check_shape, check_tensor, second_derivative
 
@@ -347,13 +356,13 @@ def fake_packed(qkv, key_mask, token_size, channel_gate, scale, aux):
     return fake_forward(q, q, q, key_mask, token_size, channel_gate, scale, aux)
 
 
-def fake_backward(grad_out, q, k, v, out, lse, key_mask, token_size, channel_gate, scale):
+def fake_backward(grad_out, q, k, v, out, lse, key_mask, token_size, channel_gate, scale, which):
     batch, heads, n, d = q.shape
     acc = acc_dtype(q.dtype)
     return (
         q.new_empty((batch, n, 3, heads, d)),
-        q.new_empty((0,) if token_size is None else (batch, n), dtype=acc),
-        q.new_empty((0,) if channel_gate is None else channel_gate.shape, dtype=acc),
+        q.new_empty((batch, n) if token_size is not None and which & TOKEN_SIZE else (0,), dtype=acc),
+        q.new_empty(channel_gate.shape if channel_gate is not None and which & CHANNEL_GATE else (0,), dtype=acc),
     )
 
 
@@ -392,14 +401,16 @@ def register(namespace: str) -> None:
         if grad_out is None:
             return (None,) * (ctx.count + 5)
         q, k, v = tensors[0].permute(2, 0, 3, 1, 4).unbind(0) if packed else tensors
-        saved = (q, k, v, out, lse, key_mask, token_size, channel_gate, ctx.scale)
+        _, for_size, for_gate = ctx.needs_input_grad[ctx.count : ctx.count + 3]
+        which = (TOKEN_SIZE if for_size else 0) | (CHANNEL_GATE if for_gate else 0)
+        saved = (q, k, v, out, lse, key_mask, token_size, channel_gate, ctx.scale, which)
         grad_qkv, grad_size, grad_gate = call(namespace, "masked_attention_backward", grad_out.contiguous(), *saved)
         grads = (grad_qkv,) if packed else grad_qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return (
             *grads,
             None,
-            grad_size if token_size is not None else None,
-            grad_gate if channel_gate is not None else None,
+            grad_size if for_size else None,
+            grad_gate if for_gate else None,
             None,
             None,
         )

@@ -680,8 +680,11 @@ def _loaded(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tenso
         death = worker_death(error)
         if not death and loader.num_workers and not isinstance(error, RuntimeError) and not _from_worker(error):
             death = _death(f"{type(error).__name__} while it handed a batch over")  # before PyTorch has heard of it
-            with contextlib.suppress(RuntimeError):  # here, not in whatever the main thread does when the signal comes
-                time.sleep(HEARD)
+            try:
+                time.sleep(HEARD)  # its report comes here, not in whatever the main thread does next
+            except RuntimeError as report:
+                if not (death := worker_death(report)):
+                    raise
         if not death:
             raise
         raise OSError(death) from error

@@ -109,7 +109,7 @@ def _attention(n: int, d: int, dtype: torch.dtype, extras: bool) -> Callable[[],
             rest = (mask, torch.empty(B, n, **f32), torch.empty(H, d, **f32), d**-0.5)
         kernels.attention.masked_attention._init_fn(q, k, v, *rest, 7 if extras else 0)
         out, lse = torch.empty(B, n, H, d, dtype=dtype, device="cuda"), torch.empty(B, H, n, **f32)
-        kernels.attention.masked_attention_backward._init_fn(out, q, k, v, out, lse, *rest)
+        kernels.attention.masked_attention_backward._init_fn(out, q, k, v, out, lse, *rest, 3 if extras else 0)
         if extras:
             kernels.attention.attention_columns._init_fn(q, k, lse, *rest, 3)
 
