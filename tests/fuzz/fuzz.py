@@ -191,9 +191,9 @@ def masked_attention_backward(d: Draw, machine: Machine) -> Case:
     grads = torch.autograd.grad(out, wanted, double(grad), allow_unused=True)
     grads = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)}
     grad_qkv = torch.stack([grads[id(t)] for t in (q, k, v)]).permute(1, 3, 0, 2, 4)
-    none = torch.empty(0, dtype=torch.float64)
-    grad_size = none if size is None else grads[id(size)]
-    grad_gate = none if gate is None else grads[id(gate)]
+    none, which = torch.empty(0, dtype=torch.float64), d.upto(3, 0)
+    grad_size = none if size is None or not which & reference.TOKEN_SIZE else grads[id(size)]
+    grad_gate = none if gate is None or not which & reference.CHANNEL_GATE else grads[id(gate)]
     # With a saturated softmax the gradient is a difference of numbers as large as grad_out * v * k.
     dp = D**0.5 * scale_of(grad) * scale_of(c.v) * (1.5 if gate is not None else 1)
     floor = 1e-3 + 0.3 * scale_of(grad) + 0.1 * abs(c.scale) * dp * max(scale_of(c.q), scale_of(c.k))
@@ -204,7 +204,7 @@ def masked_attention_backward(d: Draw, machine: Machine) -> Case:
         (c.rounded if machine.isa == "avx512_bf16" else c.exact) * max(shape * (B * H * N) ** 0.5, scale_of(grad_gate)),
     )
     saved = (out.detach().to(d.dtype), lse.detach().to(d.acc()))
-    return Case((grad, *c.inputs, *saved, *c.extras, c.scale), (grad_qkv, grad_size, grad_gate), tolerance)
+    return Case((grad, *c.inputs, *saved, *c.extras, c.scale, which), (grad_qkv, grad_size, grad_gate), tolerance)
 
 
 def attention_columns(d: Draw, machine: Machine) -> Case:
