@@ -301,8 +301,9 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_gradients_that_nobody_wants_are_not_computed():
-    inputs = leaves(AttentionCase(2, 3, 7, 8, mask="some", sizes=3, gate="HD").inputs(torch.float32))
+@pytest.mark.parametrize("device", sorted({device for device, _ in DEVICE_BACKENDS}))
+def test_gradients_that_nobody_wants_are_not_computed(device):
+    inputs = leaves(AttentionCase(2, 3, 7, 8, mask="some", sizes=3, gate="HD").inputs(torch.float32, device=device))
     args = [None if t is None else t.detach() for t in flat_args(inputs)]
     out, lse, *_ = torch.ops.p3b_ext.masked_attention(*args, 0.3, 0)
     op, grad = torch.ops.p3b_ext.masked_attention_backward, torch.randn_like(out)
@@ -315,7 +316,7 @@ def test_gradients_that_nobody_wants_are_not_computed():
     for which in range(4):
         for number, key in enumerate(names):
             inputs[key] = inputs[key].detach().requires_grad_(bool(which & 1 << number))
-        with Asked() as asked:
+        with Asked() as asked, p3b_ext.backend(device):
             p3b_ext.masked_attention(**inputs, scale=0.3).sum().backward()
         assert asked.which == [which]
         for number, key in enumerate(names):

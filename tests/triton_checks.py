@@ -361,6 +361,18 @@ def with_gradient(t):
     return None if t is None else t.detach().requires_grad_()
 
 
+def test_attention_gradients_that_nobody_wants():
+    inputs = AttentionCase(2, 2, 5, 8, mask="some", sizes=3, gate="HD").inputs(torch.float32, device=DEVICE)
+    q, k, v, *rest = (inputs[n] for n in ("q", "k", "v", "key_mask", "token_size", "channel_gate"))
+    out, lse, *_ = attention.masked_attention(q, k, v, *rest, 0.3, 0)
+    grad_out = torch.randn_like(out)
+    everything = attention.masked_attention_backward(grad_out, q, k, v, out, lse, *rest, 0.3, 3)
+    for which in range(3):
+        grads = attention.masked_attention_backward(grad_out, q, k, v, out, lse, *rest, 0.3, which)
+        for found, want, wanted in zip(grads, everything, (True, which & 1, which & 2), strict=True):
+            assert torch.equal(found, want) if wanted else found.shape == (0,)
+
+
 def test_attention_opcheck():
     inputs = AttentionCase(2, 2, 5, 8, mask="some", sizes=3, gate="HD").inputs(torch.float32, device=DEVICE)
     q, k, v, mask, size, gate = (inputs[n] for n in ("q", "k", "v", "key_mask", "token_size", "channel_gate"))
