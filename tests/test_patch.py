@@ -491,7 +491,7 @@ def test_a_pooling_that_is_chosen_after_the_patch_knows_the_sizes():
         if first:
             p3b_ext.patch(model, p3b_ext.ToMe(9))
     x = vits.images(2)
-    assert torch.equal(before(x), after(x))
+    torch.testing.assert_close(before(x), after(x))  # where patch takes oneDNN's linear, the head made later has not
 
 
 def test_sizes_reach_the_pooling_of_a_model_whose_blocks_are_compiled():
