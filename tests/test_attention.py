@@ -117,11 +117,14 @@ def test_many_tokens(N, D):
     out, aux, grads = run(inputs, "cpu", grad_out)
     truth, true_aux, true_grads = run(float64(inputs), "reference", grad_out.double())
     yard, yard_aux, yard_grads = eager(inputs, grad_out)
-    assert_within("out", out, truth, yard, torch.float32)
+    # A sum of N terms, one after the other, rounds about sqrt(N) / 2 times as far as one addition; into how many parts
+    # PyTorch splits its own depends on the CPU.
+    slack = 0.5 * N**0.5 * torch.finfo(torch.float32).eps
+    assert_within("out", out, truth, yard, torch.float32, slack)
     for n in NAMES:
-        assert_within(n, getattr(aux, n), getattr(true_aux, n), getattr(yard_aux, n), torch.float32)
+        assert_within(n, getattr(aux, n), getattr(true_aux, n), getattr(yard_aux, n), torch.float32, slack)
     for n in grads:
-        assert_within(n, grads[n], true_grads[n], yard_grads[n], torch.float32)
+        assert_within(n, grads[n], true_grads[n], yard_grads[n], torch.float32, slack)
 
 
 @pytest.mark.parametrize("device,backend", DEVICE_BACKENDS)

@@ -38,7 +38,8 @@ class Part:
 
 def run(options, group, **keywords):
     train, val = (Part(batches(n, seed), group.rank, group.world) for n, seed in ((6, 0), (2, 1)))
-    return p3b.prune(vit(), train, val, config(**options), **keywords)
+    # Not Adam, which makes whole steps of gradients that are rounding alone.
+    return p3b.prune(vit(), train, val, config(opt="sgd", lr=3e-2, finetune_lr=3e-2, **options), **keywords)
 
 
 def worker(case, folder):
@@ -100,7 +101,7 @@ def test_two_processes_make_the_masks_of_one(case, tmp_path):
     for mine, theirs in zip(alone.history["epochs"], history["epochs"], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     weights = torch.cat([p.detach().flatten() for p in alone.model.parameters()])
-    assert torch.allclose(weights, found["weights"], atol=2e-3)
+    torch.testing.assert_close(found["weights"], weights, rtol=1e-3, atol=1e-4)
 
 
 def test_one_process_needs_no_group():
