@@ -21,6 +21,8 @@ PACKAGES = {
     "p3b_ext.ops": "p3b_ext/ops",
     "p3b_ext.kernels": "kernels",
     "p3b": "python/p3b",
+    "p3b.cli": "python/p3b/cli",
+    "p3b.methods": "python/p3b/methods",
 }
 BUILDING = bool({"build_ext", "bdist_wheel", "editable_wheel", "develop", "build", "install"} & set(sys.argv))
 

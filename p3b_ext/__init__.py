@@ -9,7 +9,7 @@ from .backends import backend, build_info
 from .modules import Attention
 from .ops.attention import AttentionAux, masked_attention, scaled_dot_product_attention
 from .ops.select import select_tokens, topk_tokens
-from .patch import patch, token_map, unpatch
+from .patch import current_patch, current_reduction, patch, token_map, unpatch
 from .plan import TokenPlan, plan_fuse, plan_merge, plan_ppt, plan_prune, token_scores
 from .reduction import PPT, EViT, ToMe, TopK
 from .tuning import at_cost, calibrate, solve_r, token_counts

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from p3b.allocator import keep_freed_memory, out_of_memory
 from p3b.cli import main
+from p3b.memory import keep_freed_memory, out_of_memory
 
 COUNT = """
 import resource
 import sys
 import torch
-from p3b.allocator import keep_freed_memory
+from p3b.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 faults = []
@@ -44,7 +44,7 @@ def test_another_c_library(monkeypatch):
 
 @pytest.mark.parametrize("ask", [torch.empty, np.empty], ids=["torch", "numpy"])
 def test_too_little_memory_is_one_line_with_a_remedy(tmp_path, monkeypatch, capsys, ask):
-    monkeypatch.setattr("p3b.cli.model_and_data", lambda *_: ask(2**50))
+    monkeypatch.setattr("p3b.cli.train.start", lambda *_: ask(2**50))
     arguments = ["--model", "vit_tiny_patch16_224", "--data", "digits", "--device", "cpu"]
     assert main(["finetune", *arguments, "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err

@@ -13,13 +13,18 @@ import pytest
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from toy import read_data
 
 import p3b
 import p3b_ext
-from p3b.cli import Job, Progress, _parser, check_model_name, main
-from p3b.methods import METHODS
+from p3b.cli import main
+from p3b.cli.main import parser as make_parser
+from p3b.config import METHODS
+from p3b.create import check_model_name
+from p3b.job import Job
+from p3b.progress import ProgressBar
+from p3b.resume import load_state
 from p3b.run import new_run_folder
-from p3b.state import load_state
 
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 SETTINGS = {
@@ -98,8 +103,8 @@ def test_the_folder_gives_the_reported_accuracy(demo_run, capsys):
     model = p3b.load(demo_run)
     assert sum(parameter.numel() for parameter in model.parameters()) == reported["params"]
     settings = json.loads((demo_run / "model.json").read_text())["meta"]["data"]
-    data = p3b.data.create_data(**settings)
-    assert p3b.evaluate.evaluate(model, data.val)["top1"] == reported["top1"]
+    data = read_data(**settings)
+    assert p3b.accuracy.evaluate(model, data.val)["top1"] == reported["top1"]
 
 
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
@@ -368,7 +373,7 @@ def test_interrupted_is_130(monkeypatch, tmp_path, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("p3b.demo.create_model", interrupted)
+    monkeypatch.setattr("p3b.cli.demo.create_model", interrupted)
     assert main(["demo", "--output", str(tmp_path / "run")]) == 130
     assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
@@ -376,7 +381,7 @@ def test_interrupted_is_130(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_tidies_up_as_an_interrupt_does(monkeypatch, tmp_path, capsys, number):
     before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
-    monkeypatch.setattr("p3b.demo.create_model", lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr("p3b.cli.demo.create_model", lambda *_, **__: os.kill(os.getpid(), number))
     assert main(["demo", "--output", str(tmp_path / "run")]) == 128 + number
     assert "interrupted, nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert signal.getsignal(number) == signal.SIG_DFL
@@ -407,7 +412,7 @@ def test_an_output_that_cannot_take_its_place_is_refused(tmp_path, capsys, monke
 
 def test_every_command_has_help(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"p3b {p3b_ext.__version__}\n"
-    commands = _parser()._subparsers._group_actions[0].choices
+    commands = make_parser()._subparsers._group_actions[0].choices
     assert len(commands) == 10
     for command, parser in commands.items():
         assert main([command, "--help"]) == 0
@@ -442,7 +447,7 @@ def test_every_setting_is_a_flag_with_a_sentence(capsys):
 
 
 def test_progress_on_a_log_is_one_line_a_phase(capsys):
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.phase("prune", 2)
         for epoch in range(2):
             for step in range(3):
@@ -454,7 +459,7 @@ def test_progress_on_a_log_is_one_line_a_phase(capsys):
 
 def test_progress_bar_shows_phase_epoch_loss_accuracy_and_parameters(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.phase("prune", 1)
         progress.step(phase="prune", epoch=0, step=2, steps=3, loss=0.25, accuracy=75.0, params=2_000_000)
     shown = capsys.readouterr().err

@@ -18,10 +18,12 @@ import pytest
 import torch
 
 from p3b import compare as module
-from p3b import evaluate
+from p3b import table
+from p3b import task as task_module
 from p3b.cli import main
-from p3b.compare import Task, _First, compare, comparisons
+from p3b.compare import FirstImages, compare
 from p3b.config import Config, recipes
+from p3b.task import Task, comparisons
 
 TINY = """
 title = "Digits"
@@ -73,7 +75,7 @@ class Inside:
         out = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
             patch.setenv("OMP_NUM_THREADS", environment["OMP_NUM_THREADS"])
-            self.returncode = module._worker(path, source)
+            self.returncode = module.run_worker(path, source)
         (path / module.LOG).write_text(out.getvalue())
 
     def poll(self):
@@ -83,12 +85,12 @@ class Inside:
 @pytest.fixture(autouse=True)
 def inside(monkeypatch):
     Inside.started = []
-    monkeypatch.setattr(module, "_spawn", Inside)
+    monkeypatch.setattr(module, "start_worker", Inside)
     monkeypatch.setattr(module, "POLL", 0)
 
 
 def task(**changes):
-    return dataclasses.replace(module._built(Task, tomllib.loads(TINY), "TINY"), **changes)
+    return dataclasses.replace(task_module._built(Task, tomllib.loads(TINY), "TINY"), **changes)
 
 
 def quietly(*_):
@@ -99,7 +101,7 @@ def quietly(*_):
 def done(tmp_path_factory):
     """The folder and the results of a whole comparison."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_spawn", Inside)
+        patch.setattr(module, "start_worker", Inside)
         Inside.started = []
         folder = tmp_path_factory.mktemp("compare") / "digits"
         said = []
@@ -186,7 +188,7 @@ def test_timed_with_as_many_threads_as_a_job_has(done, tmp_path, monkeypatch):
 
     def measure(*args, **options):
         seen.append(torch.get_num_threads())
-        return evaluate.measure(*args, **options)
+        return table.measure(*args, **options)
 
     monkeypatch.setattr(module, "measure", measure)
     compare(task(), folder, threads=2, say=quietly)
@@ -258,7 +260,7 @@ def test_a_killed_comparison_goes_on_where_it_was(done, tmp_path, monkeypatch):
     assert process.returncode == 130 and "the same command goes on from there" in error, error
     assert not (jobs / "p3b-0.5-s0" / "metrics.json").exists()
 
-    monkeypatch.setattr(module, "_spawn", Inside)
+    monkeypatch.setattr(module, "start_worker", Inside)
     compare(task(seeds=[0]), folder, say=quietly)
     assert Inside.started == ["p3b-0.5-s0", "uniform-0.5-s0"]
     for name in Inside.started:
@@ -283,8 +285,8 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     path.mkdir()
     (path / "job.json").write_text(json.dumps(job.spec))
     starter = (
-        "import os, sys, time; from pathlib import Path; from p3b.compare import _spawn; path = Path(sys.argv[1])\n"
-        "process = _spawn(path, path, os.environ | {'OMP_NUM_THREADS': '1'})\n"
+        "import os, sys, time; from pathlib import Path; from p3b.compare import start_worker; path = Path(sys.argv[1])\n"
+        "process = start_worker(path, path, os.environ | {'OMP_NUM_THREADS': '1'})\n"
         "print(process.pid, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", starter, str(path)], stdout=subprocess.PIPE, text=True)
@@ -391,7 +393,7 @@ def test_names_of_either_kind_are_told_apart(tmp_path, capsys):
 
 def test_the_first_images():
     batches = [(torch.zeros(4, 1), torch.zeros(4)) for _ in range(5)]
-    assert [len(list(_First(batches, n))) for n in (1, 4, 5, 100)] == [1, 1, 2, 5]
+    assert [len(list(FirstImages(batches, n))) for n in (1, 4, 5, 100)] == [1, 1, 2, 5]
 
 
 def test_slots():

@@ -15,10 +15,10 @@ BIASES = {"qkv_bias": True, "proj_bias": True}
 CONSTANT = 5  # channels of each gate that are made constant
 
 
-def vit(name="deit", units="channels", seed=0, **options):
+def vit(name="deit", granularity="channels", seed=0, **options):
     model = vits.family(name, **({"img_size": (32, 24), "patch_size": 8, "depth": 3} | BIASES | options))
-    gates = attach(model, units=units)
-    if units == "channels":
+    gates = attach(model, granularity=granularity)
+    if granularity == "channels":
         gates.set(torch.rand(gates.values.shape, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.1)
     return model
 
@@ -87,11 +87,11 @@ def test_it_survives_the_shrink():
     assert small.blocks[0].mlp.fc1.out_features < 4 * 48
 
 
-@pytest.mark.parametrize("units", ["channels", "heads"])
+@pytest.mark.parametrize("granularity", ["channels", "heads"])
 @pytest.mark.parametrize("half", ["attn", "mlp"])
-def test_the_mean_output_of_the_next_linear_stays(half, units):
+def test_the_mean_output_of_the_next_linear_stays(half, granularity):
     """Not constant channels: what the last Linear of the first changed sub-block writes keeps its mean over tokens."""
-    model = vit(units=units, init_values=0.3)
+    model = vit(granularity=granularity, init_values=0.3)
     gates, seen = model.p3b_gates, []
     block = gates.blocks[half == "mlp"]
     last = model.blocks[0].attn.proj if half == "attn" else model.blocks[0].mlp.fc2
@@ -106,7 +106,7 @@ def test_the_mean_output_of_the_next_linear_stays(half, units):
     compensate(model, means, old, new)
     model(images(2))
     before, changed, after = seen
-    if units == "heads" or half == "mlp":  # a head channel also changes the attention itself
+    if granularity == "heads" or half == "mlp":  # a head channel also changes the attention itself
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert (after - before).norm() < 0.5 * (changed - before).norm()
 

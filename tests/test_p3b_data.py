@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy import read_data
 
+from p3b.array_loader import ArrayLoader
 from p3b.augment import colour, erase, shift_and_flip, warp
-from p3b.cli import _workers
-from p3b.data import ArrayLoader, FileLoader, SeededImages, _loaded, check_files, create_data, worker_death
+from p3b.data import check_files
+from p3b.loaders import FileLoader, SeededImages, batches_of, worker_death
+from p3b.machine import decoding_workers
 
 
 def batches(loader):
@@ -66,13 +69,13 @@ def folder(tmp_path):
 
 
 def test_digits_are_split_once_and_normalised():
-    data = create_data("digits", img_size=16, batch_size=64, augment="none")
+    data = read_data("digits", img_size=16, batch_size=64, augment="none")
     assert (data.num_classes, data.in_chans, data.img_size) == (10, 1, (16, 16))
     assert len(data.train.labels) + len(data.val.labels) == 1797
     assert torch.bincount(data.val.labels).min() >= 34  # a fifth of every class
-    other = create_data("digits", img_size=16, batch_size=64, augment="none", seed=1)
+    other = read_data("digits", img_size=16, batch_size=64, augment="none", seed=1)
     assert torch.equal(data.val.images, other.val.images)
-    raw = create_data("digits", img_size=8, batch_size=2000, augment="none")
+    raw = read_data("digits", img_size=8, batch_size=2000, augment="none")
     images, labels = next(iter(raw.train))
     assert images.shape == (len(raw.train.labels), 1, 8, 8) and images.dtype == torch.float32
     assert abs(float(images.mean())) < 1e-4 and abs(float(images.std()) - 1) < 1e-3
@@ -80,8 +83,8 @@ def test_digits_are_split_once_and_normalised():
 
 
 def test_digits_by_class_are_renumbered_in_the_order_given():
-    whole = create_data("digits", img_size=8, batch_size=2000, augment="none")
-    data = create_data("digits", img_size=8, batch_size=2000, augment="none", classes=[7, 3])
+    whole = read_data("digits", img_size=8, batch_size=2000, augment="none")
+    data = read_data("digits", img_size=8, batch_size=2000, augment="none", classes=[7, 3])
     assert data.num_classes == 2 and data.class_names == ("7", "3")
     for new, old in enumerate((7, 3)):
         assert torch.equal(data.val.images[data.val.labels == new], whole.val.images[whole.val.labels == old])
@@ -89,7 +92,7 @@ def test_digits_by_class_are_renumbered_in_the_order_given():
 
 def test_batches_depend_on_seed_and_epoch_only():
     def make(seed=0):
-        return create_data("digits", img_size=12, batch_size=200, seed=seed).train
+        return read_data("digits", img_size=12, batch_size=200, seed=seed).train
 
     loader, again = make(), make()
     first, second = batches(loader), batches(loader)
@@ -170,7 +173,7 @@ def test_erased_boxes_have_the_published_sizes():
 
 def test_strong_arrays(npz):
     def make(**changes):
-        return create_data(npz(), img_size=8, batch_size=10, **{"augment": "strong", "seed": 1} | changes)
+        return read_data(npz(), img_size=8, batch_size=10, **{"augment": "strong", "seed": 1} | changes)
 
     strong, light = batches(make().train), batches(make(augment="light").train)
     assert same(strong, batches(make().train)) and not same(strong, light)
@@ -184,9 +187,9 @@ def test_strong_arrays(npz):
 def test_repeated_augmentation(npz, folder, kind):
     """As DeiT samples: copies of an image stand in a row, so that processes, which take turns, get different ones."""
     source = npz() if kind == "arrays" else folder(count=10)
-    data = create_data(source, img_size=8, batch_size=6, augment="strong", re_prob=1.0, repeats=3)
+    data = read_data(source, img_size=8, batch_size=6, augment="strong", re_prob=1.0, repeats=3)
     drawn = batches(data.train)
-    once = create_data(source, img_size=8, batch_size=6, augment="none").train
+    once = read_data(source, img_size=8, batch_size=6, augment="none").train
     assert len(drawn) == len(once)  # an epoch is as long as ever
     order = torch.cat([y for _, y in batches(once)])
     assert torch.equal(torch.cat([y for _, y in drawn]), order.repeat_interleave(3)[: len(order)])
@@ -196,24 +199,24 @@ def test_repeated_augmentation(npz, folder, kind):
 
 def test_arrays_read_as_files(npz):
     common = dict(img_size=(6, 5), batch_size=8, augment="none", crop_pct=1.0)
-    device, files = (create_data(npz(), on_device=on, mean=[0.5] * 3, std=[0.5] * 3, **common) for on in (True, False))
+    device, files = (read_data(npz(), on_device=on, mean=[0.5] * 3, std=[0.5] * 3, **common) for on in (True, False))
     assert isinstance(files.train, FileLoader) and files.class_names == device.class_names
     for (x, y), (z, w) in zip(device.val, files.val, strict=True):
         assert torch.allclose(x, z, atol=1e-5) and torch.equal(y, w)
-    again = create_data(**files.settings)
+    again = read_data(**files.settings)
     assert same(batches(files.val), batches(again.val))
     black = npz(x_train=np.zeros((30, 6, 5, 1), np.uint8), x_test=np.zeros((8, 6, 5, 1), np.uint8))
-    grey = create_data(black, img_size=6, on_device=False, batch_size=2)
+    grey = read_data(black, img_size=6, on_device=False, batch_size=2)
     assert next(iter(grey.val))[0].shape == (2, 3, 6, 6)
 
 
 def test_policies_of_timm(folder):
     root = folder()
     settings = ({}, {"auto_augment": ""}, {"auto_augment": "", "color_jitter": 0.0, "re_prob": 0.0})
-    kept = [create_data(root, img_size=8, batch_size=18, augment="strong", **how).train for how in settings]
+    kept = [read_data(root, img_size=8, batch_size=18, augment="strong", **how).train for how in settings]
     assert len({float(next(iter(loader))[0].sum()) for loader in kept}) == 3
     with pytest.raises(ValueError, match=r"auto_augment must be a policy that timm knows .* got 'lots'"):
-        create_data(root, augment="strong", auto_augment="lots")
+        read_data(root, augment="strong", auto_augment="lots")
 
 
 def test_a_device_without_room(npz, monkeypatch):
@@ -222,7 +225,7 @@ def test_a_device_without_room(npz, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", full)
     with pytest.raises(ValueError, match=r"data: device must have 0.0 GiB free on cpu for set.npz \(on_device=False"):
-        create_data(npz())
+        read_data(npz())
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "original", "v0", "augmix-m10-w3"])
@@ -230,7 +233,7 @@ def test_policies_take_every_image(policy):
     read = Deadly()
     read.deadly = False
     for index in range(2):
-        transform = create_data(
+        transform = read_data(
             "digits", on_device=False, img_size=8, augment="strong", auto_augment=policy
         ).train.dataset
         dataset = SeededImages(read, 40, transform.transform, 2, seed=index)
@@ -249,8 +252,8 @@ def test_an_image_that_the_transforms_refuse():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_batch_on_the_device_waits_for_nothing(npz):
-    data = create_data(npz(), img_size=8, batch_size=6, augment="strong", device="cuda")
-    on_cpu = create_data(npz(), img_size=8, batch_size=6, augment="strong")
+    data = read_data(npz(), img_size=8, batch_size=6, augment="strong", device="cuda")
+    on_cpu = read_data(npz(), img_size=8, batch_size=6, augment="strong")
     loader = iter(data.train)
     next(loader)  # the epoch's tables are copied here
     try:
@@ -263,7 +266,7 @@ def test_a_batch_on_the_device_waits_for_nothing(npz):
 
 
 def test_every_move_is_drawn():
-    loader = create_data("digits", img_size=8, batch_size=400, shift=1, flip=True).train
+    loader = read_data("digits", img_size=8, batch_size=400, shift=1, flip=True).train
     offset, mirrored = loader._draw_moves(1000, torch.Generator().manual_seed(0))
     counts = torch.unique(offset, dim=0, return_counts=True)[1]
     assert len(counts) == 9 and counts.min() > 70 and 450 < int(mirrored.sum()) < 550
@@ -275,8 +278,8 @@ def test_every_move_is_drawn():
 def test_processes_share_the_batches_of_one(npz, folder, kind, augment, world):
     source = npz() if kind == "arrays" else folder(count=7)
     common = dict(img_size=8, batch_size=6, seed=3, augment=augment, repeats=3 if augment == "strong" else 1)
-    whole = create_data(source, **common)
-    parts = [create_data(source, rank=rank, world=world, workers=rank % 2, **common) for rank in range(world)]
+    whole = read_data(source, **common)
+    parts = [read_data(source, rank=rank, world=world, workers=rank % 2, **common) for rank in range(world)]
     for epoch in range(2):
         assert len({len(part.train) for part in parts}) == 1
         for batch, *mine in zip(whole.train, *(part.train for part in parts), strict=True):
@@ -294,23 +297,23 @@ def test_processes_share_the_batches_of_one(npz, folder, kind, augment, world):
 
 def test_batches_that_processes_cannot_share(npz):
     with pytest.raises(ValueError, match=r"batch_size must be a multiple of 3, .* \(as 63 or 66\), got 64"):
-        create_data("digits", batch_size=64, rank=0, world=3)
+        read_data("digits", batch_size=64, rank=0, world=3)
     with pytest.raises(ValueError, match="rank must be 0 to 1"):
-        create_data("digits", rank=2, world=2)
+        read_data("digits", rank=2, world=2)
     with pytest.raises(ValueError, match="at most the 30 training images where 4 processes share a batch, got 40"):
-        create_data(npz(), batch_size=40, rank=0, world=4)
-    assert [len(y) for _, y in create_data(npz(), batch_size=40, rank=1, world=2, img_size=4).train] == [15]
+        read_data(npz(), batch_size=40, rank=0, world=4)
+    assert [len(y) for _, y in read_data(npz(), batch_size=40, rank=1, world=2, img_size=4).train] == [15]
 
 
 def test_npz(npz):
-    data = create_data(npz(), img_size=(6, 5), batch_size=8)
+    data = read_data(npz(), img_size=(6, 5), batch_size=8)
     assert (data.num_classes, data.in_chans) == (3, 3) and data.train.flip
     images, labels = next(iter(data.val))
-    assert data.train.shift == 2 and create_data(npz(), img_size=(84, 90)).train.shift == 6
+    assert data.train.shift == 2 and read_data(npz(), img_size=(84, 90)).train.shift == 6
     assert images.shape == (8, 3, 6, 5) and labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     pixel = torch.from_numpy(np.load(npz())["x_test"])[0, 2, 3].float() / 255
     assert torch.allclose(images[0, :, 2, 3], (pixel - torch.tensor(data.mean)) / torch.tensor(data.std), atol=1e-5)
-    grey = create_data(npz(x_train=np.zeros((30, 6, 5), np.uint8), x_test=np.zeros((8, 6, 5), np.uint8)), img_size=6)
+    grey = read_data(npz(x_train=np.zeros((30, 6, 5), np.uint8), x_test=np.zeros((8, 6, 5), np.uint8)), img_size=6)
     assert grey.in_chans == 1 and not grey.train.flip
     assert all(torch.isfinite(x).all() for x, _ in grey.train)  # a constant image has no deviation to divide by
 
@@ -323,7 +326,7 @@ def test_labels_that_nothing_can_be_learned_from(tmp_path, train, test, message)
     images = np.zeros((6, 8, 8), np.uint8)
     np.savez(tmp_path / "a.npz", x_train=images, y_train=train, x_test=images, y_test=test)
     with pytest.raises(ValueError, match=message):
-        create_data(tmp_path / "a.npz", img_size=8, batch_size=2)
+        read_data(tmp_path / "a.npz", img_size=8, batch_size=2)
 
 
 def test_labels_beyond_all_images_are_refused_before_they_cost_memory(tmp_path):
@@ -331,30 +334,30 @@ def test_labels_beyond_all_images_are_refused_before_they_cost_memory(tmp_path):
     for last in (12, 10**12):
         np.savez(tmp_path / "a.npz", x_train=images, y_train=[0, 1, 2, 0, 1, last], x_test=images, y_test=[0] * 6)
         with pytest.raises(ValueError, match=f"labels of .*a.npz must be numbered from 0 on, .* 12 images, got {last}"):
-            create_data(tmp_path / "a.npz", img_size=8, batch_size=2)
+            read_data(tmp_path / "a.npz", img_size=8, batch_size=2)
 
 
 def test_the_first_training_images(npz, folder):
-    whole, few = (create_data(npz(), img_size=6, augment="none", train_images=n) for n in (None, 4))
+    whole, few = (read_data(npz(), img_size=6, augment="none", train_images=n) for n in (None, 4))
     assert torch.equal(few.train.images, whole.train.images[:4]) and len(few.train.labels) == 4
     assert few.num_classes == 3 and len(few.val.labels) == len(whole.val.labels)
-    assert len(create_data(**few.settings).train.labels) == 4
+    assert len(read_data(**few.settings).train.labels) == 4
     with pytest.raises(ValueError, match="train_images must be 1 to 30, the images there are, got 31"):
-        create_data(npz(), train_images=31)
+        read_data(npz(), train_images=31)
     with pytest.raises(ValueError, match="train_images must be left out"):
-        create_data(folder(), train_images=3)
+        read_data(folder(), train_images=3)
 
 
 def test_settings_make_the_same_data_again(npz, folder):
     for source in (npz(), str(folder()), "digits"):
-        data = create_data(source, img_size=8, batch_size=4, seed=3, augment="light", val_share=0.4)
-        again = create_data(**data.settings, seed=3)
+        data = read_data(source, img_size=8, batch_size=4, seed=3, augment="light", val_share=0.4)
+        again = read_data(**data.settings, seed=3)
         assert same(batches(data.val), batches(again.val)) and same(batches(data.train), batches(again.train))
 
 
 def test_image_folder_with_parts(folder):
     root = folder("train", "val")
-    data = create_data(root, img_size=16, batch_size=5, augment="none")
+    data = read_data(root, img_size=16, batch_size=5, augment="none")
     assert data.class_names == ("blue", "green", "red") and len(data.train) == 3 and len(data.val) == 4
     images, labels = next(iter(data.val))
     assert images.shape == (5, 3, 16, 16)
@@ -364,7 +367,7 @@ def test_image_folder_with_parts(folder):
 
 
 def test_image_folder_without_parts_is_split_by_class(folder):
-    data = create_data(folder(), img_size=8, batch_size=18, val_share=1 / 3, augment="none")
+    data = read_data(folder(), img_size=8, batch_size=18, val_share=1 / 3, augment="none")
     train, val = next(iter(data.train))[1], next(iter(data.val))[1]
     assert torch.bincount(train).tolist() == [4, 4, 4] and torch.bincount(val).tolist() == [2, 2, 2]
 
@@ -372,14 +375,19 @@ def test_image_folder_without_parts_is_split_by_class(folder):
 @pytest.mark.parametrize("augment", ["light", "strong"])
 def test_augmented_files_do_not_depend_on_workers(folder, augment):
     root = folder(count=4)
-    loaders = [create_data(root, img_size=8, batch_size=3, workers=w, augment=augment).train for w in (0, 2)]
+    loaders = [read_data(root, img_size=8, batch_size=3, workers=w, augment=augment).train for w in (0, 2)]
     assert same(batches(loaders[0]), batches(loaders[1]))
-    assert not same(batches(loaders[0]), batches(create_data(root, img_size=8, batch_size=3, augment=augment).train))
+    assert not same(batches(loaders[0]), batches(read_data(root, img_size=8, batch_size=3, augment=augment).train))
 
 
 def test_nested_classes_keep_their_path(folder):
     root = folder("train/birds", "train/insects")
-    assert create_data(root, img_size=8).class_names[:4] == ("birds/blue", "birds/green", "birds/red", "insects/blue")
+    assert read_data(root, img_size=8).class_names[:4] == (
+        "birds/blue",
+        "birds/green",
+        "birds/red",
+        "insects/blue",
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -387,7 +395,7 @@ def test_unreadable_image_is_one_line(folder, workers):
     root = folder()
     broken = root / "red" / "3.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    data = create_data(root, img_size=8, batch_size=2, workers=workers)
+    data = read_data(root, img_size=8, batch_size=2, workers=workers)
     with pytest.raises(ValueError, match=r"data: .*3\.png must be a readable image") as error:
         batches(data.train), batches(data.val)
     assert "\n" not in str(error.value)
@@ -395,7 +403,7 @@ def test_unreadable_image_is_one_line(folder, workers):
 
 def test_a_file_that_vanishes_during_training(folder):
     root = folder()
-    data = create_data(root, img_size=8, batch_size=6, workers=1)
+    data = read_data(root, img_size=8, batch_size=6, workers=1)
     batches(data.train)
     gone = root / "red" / "1.png"
     gone.unlink()
@@ -423,9 +431,11 @@ class Deadly:
 def test_workers_that_are_not_asked_for(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert [_workers(n, cpu) for n in (-1, 0, 3)] == [0, 0, 3] and [_workers(n, gpu) for n in (-1, 0, 3)] == [15, 0, 3]
+    assert [decoding_workers(n, cpu) for n in (-1, 0, 3)] == [0, 0, 3] and [
+        decoding_workers(n, gpu) for n in (-1, 0, 3)
+    ] == [15, 0, 3]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert _workers(-1, gpu) == 3
+    assert decoding_workers(-1, gpu) == 3
 
 
 def test_a_killed_worker_is_one_line():
@@ -467,9 +477,9 @@ def test_a_death_that_is_seen_before_it_is_reported(monkeypatch, report, error, 
             raise report
 
     waits = []
-    monkeypatch.setattr("p3b.data.time.sleep", sleep)
+    monkeypatch.setattr("p3b.loaders.time.sleep", sleep)
     with pytest.raises(error, match=match):
-        next(_loaded(Loader()))
+        next(batches_of(Loader()))
     assert len(waits) == 1 and waits[0] > 0
 
 
@@ -509,7 +519,7 @@ def test_a_worker_that_dies_while_something_is_written():
 
 
 def test_workers_stay_from_epoch_to_epoch(folder):
-    train = create_data(folder(), img_size=8, batch_size=3, workers=1).train
+    train = read_data(folder(), img_size=8, batch_size=3, workers=1).train
     first = batches(train)
     workers = [worker.pid for worker in train._loader._iterator._workers]
     next(iter(train))  # a pass that is given up
@@ -518,29 +528,29 @@ def test_workers_stay_from_epoch_to_epoch(folder):
 
 
 def test_loading_takes_no_random_number_of_the_run(folder):
-    data = create_data(folder(), img_size=8, batch_size=3)
+    data = read_data(folder(), img_size=8, batch_size=3)
     state = torch.get_rng_state()
     batches(data.train), batches(data.val)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_labels_out_of_range(npz):
-    data = create_data(npz(), img_size=8, batch_size=6, on_device=False)
+    data = read_data(npz(), img_size=8, batch_size=6, on_device=False)
     data.train.dataset.read.labels = np.full(30, 7)
     with pytest.raises(ValueError, match=r"data: label of image \d+ of set.npz must be 0 to 2, got 7"):
         next(iter(data.train))
     with pytest.raises(ValueError, match=r"labels of set.npz must be one of the 2 labels below num_classes, got .* 2"):
-        create_data(npz(), num_classes=2)
-    assert create_data(npz(), num_classes=5).class_names == ("0", "1", "2", "3", "4")
+        read_data(npz(), num_classes=2)
+    assert read_data(npz(), num_classes=5).class_names == ("0", "1", "2", "3", "4")
 
 
 def test_empty_class_folder(folder):
     root = folder("train", "val")
     (root / "train" / "__MACOSX").mkdir()
-    create_data(root)
+    read_data(root)
     (root / "train" / "yellow").mkdir()
     with pytest.raises(ValueError, match=r"data: .*train/yellow must hold images, as every class folder, got none"):
-        create_data(root)
+        read_data(root)
 
 
 @pytest.fixture
@@ -573,19 +583,19 @@ def test_inaturalist_as_it_unpacks(lists):
     labels = [(2, 5, 9)[i % 3] for i in range(9)]
     (root / "train2018.json").write_text(coco(names[:6], labels[:6], categories))
     (root / "val2018.json").write_text(coco(names[6:], labels[6:], categories))
-    data = create_data(root, img_size=8, batch_size=3, augment="none")
+    data = read_data(root, img_size=8, batch_size=3, augment="none")
     assert data.class_names == ("ash", "oak", "elm", "fir") and (len(data.train), len(data.val)) == (2, 1)
     images, labels = next(iter(data.val))
     assert labels.tolist() == [0, 1, 2] and images.argmax(1)[:, 4, 4].tolist() == [2, 1, 0]
     (root / "train2019.json").write_text("{}")
     with pytest.raises(ValueError, match=r"lists of one set, got train2018.json, train2019.json"):
-        create_data(root)
+        read_data(root)
     (root / "train2018.json").unlink()
     with pytest.raises(ValueError, match=r"train2019.json must be a list with images, .* got KeyError: 'images'"):
-        create_data(root)
+        read_data(root)
     (root / "train2019.json").write_text(coco(["nowhere.png"], [2], categories))
     with pytest.raises(ValueError, match=r"must list images of .*listed, got no file .*nowhere.png"):
-        create_data(root)
+        read_data(root)
 
 
 def test_ifood_as_it_unpacks(lists):
@@ -594,29 +604,29 @@ def test_ifood_as_it_unpacks(lists):
     (root / "class_list.txt").write_text("0 apple pie\n1 baklava\n2 churro\n3 donut\n")
     (root / "train_labels.csv").write_text("img_name,label\n" + "".join(f"train_{i}.png,{i % 3}\n" for i in range(6)))
     (root / "val_labels.csv").write_text("img_name,label\n" + "".join(f"val_{i}.png,{i % 3}\n" for i in range(3)))
-    data = create_data(root, img_size=8, batch_size=3, augment="none")
+    data = read_data(root, img_size=8, batch_size=3, augment="none")
     assert data.class_names == ("apple pie", "baklava", "churro", "donut")
     assert (len(data.train), len(data.val)) == (2, 1)
     images, labels = next(iter(data.val))
     assert labels.tolist() == [0, 1, 2] and images.argmax(1)[:, 4, 4].tolist() == [2, 1, 0]
     (root / "val_labels.csv").unlink()  # one part: a share of each class is set aside
-    assert len(create_data(root, img_size=8, batch_size=3, val_share=0.5).val.dataset) == 3
+    assert len(read_data(root, img_size=8, batch_size=3, val_share=0.5).val.dataset) == 3
     (root / "train_labels.csv").write_text("train_0.png\n")
     with pytest.raises(ValueError, match=r"train_labels.csv must have rows of image name and label"):
-        create_data(root)
+        read_data(root)
 
 
 def test_hugging_face_set_on_disk(tmp_path, folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("datasets")
     root = folder("train", "test")
-    data = create_data(f"hfds/{root}", root=str(tmp_path / "cache"), img_size=8, batch_size=6, augment="none")
+    data = read_data(f"hfds/{root}", root=str(tmp_path / "cache"), img_size=8, batch_size=6, augment="none")
     assert data.class_names == ("blue", "green", "red") and data.train.count == 18
     images, labels = next(iter(data.val))
     assert images[:, :, 4, 4].argmax(1).tolist() == [2 - int(y) for y in labels]
     broken = root / "test" / "blue" / "0.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    bad = create_data(f"hfds/{root}", root=str(tmp_path / "again"), img_size=8, batch_size=6)
+    bad = read_data(f"hfds/{root}", root=str(tmp_path / "again"), img_size=8, batch_size=6)
     with pytest.raises(ValueError, match=r"image 0 of hfds/.* must be a readable image"):
         batches(bad.val)
 
@@ -635,7 +645,7 @@ def test_webdataset_shards(tmp_path):
         info["splits"][part] = {"name": part, "num_samples": count, **files}
     (tmp_path / "info.json").write_text(json.dumps(info))
     common = dict(root=str(tmp_path), img_size=8, batch_size=4, augment="none")
-    data = create_data("wds/colours", num_classes=3, **common)
+    data = read_data("wds/colours", num_classes=3, **common)
     assert len(batches(data.train)) == len(data.train) == 3
     assert [len(y) for _, y in data.val] == [4, 1] and len(data.val) == 2
     images, labels = next(iter(data.val))
@@ -643,29 +653,29 @@ def test_webdataset_shards(tmp_path):
     shared = [batches(data.val.part(rank, 2)) for rank in range(2)]
     assert [[y.tolist() for _, y in part] for part in shared] == [[[0, 2], [1]], [[1, 0]]]
     with pytest.raises(ValueError, match=r"world must be torch.distributed's 1 for a stream, got 2"):
-        create_data("wds/colours", num_classes=3, rank=0, world=2, **common)
+        read_data("wds/colours", num_classes=3, rank=0, world=2, **common)
     with pytest.raises(ValueError, match="labels must be 0 to 1"):
-        batches(create_data("wds/colours", num_classes=2, **common).val)
+        batches(read_data("wds/colours", num_classes=2, **common).val)
     with pytest.raises(ValueError, match="num_classes must be given for 'wds/colours'"):
-        create_data("wds/colours", **common)
+        read_data("wds/colours", **common)
 
 
 def test_folders_that_are_no_data_sets(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"one folder per class .* got no images"):
-        create_data(tmp_path / "empty")
+        read_data(tmp_path / "empty")
     Image.new("RGB", (4, 4)).save(tmp_path / "empty" / "a.png")
     with pytest.raises(ValueError, match="got 1 images outside any class folder"):
-        create_data(tmp_path / "empty")
+        read_data(tmp_path / "empty")
     root = folder("train", "val")
     (root / "val" / "red").rename(root / "val" / "rot")
     with pytest.raises(ValueError, match=r"must have the classes of .* got also rot"):
-        create_data(root)
+        read_data(root)
 
 
 def test_one_class_is_no_data_set(folder):
     with pytest.raises(ValueError, match="two or more classes, got only 'blue'"):
-        create_data(folder(classes=("blue",)))
+        read_data(folder(classes=("blue",)))
 
 
 @pytest.mark.parametrize(
@@ -681,12 +691,12 @@ def test_one_class_is_no_data_set(folder):
 )
 def test_npz_that_does_not_fit(npz, changes, message):
     with pytest.raises(ValueError, match=message):
-        create_data(npz(**changes))
+        read_data(npz(**changes))
 
 
 def test_classes_without_validation_images(npz):
     with pytest.raises(ValueError, match=r"got \[0, 1\] with 20 training and 0 validation images"):
-        create_data(npz(y_test=np.full(8, 2)), classes=[0, 1])
+        read_data(npz(y_test=np.full(8, 2)), classes=[0, 1])
 
 
 def test_npz_cut_short(npz):
@@ -694,7 +704,7 @@ def test_npz_cut_short(npz):
     whole = open(path, "rb").read()
     open(path, "wb").write(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"must be a readable .npz file"):
-        create_data(path)
+        read_data(path)
 
 
 @pytest.mark.parametrize(
@@ -708,13 +718,13 @@ def test_npz_cut_short(npz):
 )
 def test_unknown_names_come_with_near_ones(source, hint):
     with pytest.raises(ValueError, match="data: source must be an existing folder") as error:
-        create_data(source)
+        read_data(source)
     assert repr(source) in str(error.value) and (f"did you mean {hint}" in str(error.value)) == bool(hint)
 
 
 def test_a_set_that_was_not_downloaded(tmp_path):
     with pytest.raises(ValueError, match=r"readable by timm's create_dataset in .* got: ") as error:
-        create_data("torch/cifar10", root=str(tmp_path))
+        read_data("torch/cifar10", root=str(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -735,7 +745,7 @@ def test_a_set_that_was_not_downloaded(tmp_path):
 )
 def test_settings_are_checked(setting, message):
     with pytest.raises(ValueError, match=message):
-        create_data("digits", **setting)
+        read_data("digits", **setting)
 
 
 def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -752,4 +762,4 @@ def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(ValueError, match=r"owl must be a readable folder, got: Permission denied"):
-        create_data(tmp_path, img_size=8)
+        read_data(tmp_path, img_size=8)

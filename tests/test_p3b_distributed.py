@@ -24,7 +24,7 @@ CASES = {
 
 
 class Part:
-    """Every world-th image of each batch: what `create_data(rank=, world=)` gives."""
+    """Every world-th image of each batch: what `read_data(rank=, world=)` gives."""
 
     def __init__(self, whole, rank, world):
         self.parts = [(images[rank::world], labels[rank::world]) for images, labels in whole]

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import p3b_ext
+from p3b.accuracy import evaluate
 from p3b.costs import count_macs, count_params, peak_memory, throughput
-from p3b.evaluate import Row, evaluate, measure, metrics, relative, tables
+from p3b.table import Row, measure, metrics, relative, tables
 
 SMALL = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, in_chans=1, num_classes=5)
 

@@ -343,7 +343,7 @@ def test_torch_compile_is_a_runtime(monkeypatch):
 
 def test_what_is_known_about_a_timm_model():
     flags = ["export", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--output", "tiny.onnx"]
-    model, meta = cli._model_and_meta(cli._parser().parse_args(flags))
+    model, meta = cli._model_and_meta(cli.parser().parse_args(flags))
     assert model.patch_embed.img_size == (32, 32)
     assert len(meta["class_names"]) == 1000 and meta["class_names"][0].startswith("tench")
     assert meta["data"]["mean"] == (0.5,) * 3 and meta["data"]["crop_pct"] == 0.9

@@ -12,8 +12,9 @@ from torch import nn
 
 from p3b import Config, gates, shrink
 from p3b.architecture import build, describe
-from p3b.gates import attach, detach, outside_cost, sharpening, sub_blocks
+from p3b.gates import attach, detach, sharpening
 from p3b.masks import soft_mask
+from p3b.sub_blocks import outside_cost, sub_blocks
 from p3b_ext.patch import patch, unpatch
 
 FAMILIES = [

@@ -13,7 +13,8 @@ from p3b import Config, shrink
 from p3b.gates import attach
 from p3b.masks import MIN_SHARE, Scores, block_mask, block_ranks, global_masks, ratio_masks, scaled_ranks
 from p3b.methods import create
-from p3b.train import PruneRun
+from p3b.progress import Silent
+from p3b.prune import PruningPhase
 
 METHODS = ("uniform", "random", "magnitude-l1", "magnitude-l2", "taylor", "vtp", "isomorphic")
 CLASSES, STEPS, BATCH = 4, 4, 8
@@ -39,13 +40,13 @@ def config(method, **options):
 
 
 def start(method, model=None, **options):
-    return PruneRun(model or vit(), config(method, **options), STEPS)
+    return PruningPhase(model or vit(), config(method, **options), STEPS)
 
 
 def train(run, epochs=None, data=None):
     data = data or batches()
     for epoch in range(run.config.final_epoch if epochs is None else epochs):
-        run.epoch(epoch, data, batches(1, 1), p3b.train.Silent())
+        run.epoch(epoch, data, batches(1, 1), Silent())
     return run
 
 
@@ -324,7 +325,7 @@ def test_vtp_goes_on_where_it_stopped():
     state = copy.deepcopy(first.state())
     second = start("vtp")
     second.load_state(state)
-    second.epoch(2, batches(), batches(1, 1), p3b.train.Silent())
+    second.epoch(2, batches(), batches(1, 1), Silent())
     assert torch.equal(second.gates.values, whole.gates.values)
     for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -13,9 +13,12 @@ import torch
 from test_p3b_train import CLASSES, batches, config, prune, vit
 
 import p3b
-from p3b.cli import FINETUNE
-from p3b.step import FIRST_SCALE, GROW_AFTER, Meter, Step, distillation
-from p3b.train import PruneRun, Schedule, _optimizer
+from p3b.cli.train import FINETUNE
+from p3b.distillation import distillation
+from p3b.progress import Silent
+from p3b.prune import PruningPhase
+from p3b.schedule import Schedule
+from p3b.step import FIRST_SCALE, GROW_AFTER, Meter, Step, create_optimizer
 from p3b_ext.patch import patch
 
 pytestmark = pytest.mark.filterwarnings("ignore:importance")
@@ -24,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:importance")
 def step_of(**options):
     settings = config(**options)
     model = patch(vit())
-    return Step(model, _optimizer(model, settings, settings.lr), settings, torch.device("cpu"))
+    return Step(model, create_optimizer(model, settings, settings.lr), settings, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
@@ -38,7 +41,7 @@ def test_mixed_precision_finds_what_full_precision_finds(amp):
 
 def test_float16_scores_are_those_of_the_plain_gradient():
     def scores(amp):
-        run = PruneRun(patch(vit()), config(start_epoch=0, amp=amp), 6)
+        run = PruningPhase(patch(vit()), config(start_epoch=0, amp=amp), 6)
         run.step([batches(1)[0]], Meter(run.device))
         return run.gates.score_sum
 
@@ -55,7 +58,7 @@ def test_an_overflowing_float16_loss_halves_its_scale_and_leaves_everything_else
 
 
 def test_an_overflowing_float16_step_leaves_the_scores_clean():
-    run = PruneRun(patch(vit()), config(start_epoch=0, amp="float16"), 6)
+    run = PruningPhase(patch(vit()), config(start_epoch=0, amp="float16"), 6)
     first, second = batches(2)
     run.step([first], Meter(run.device))
     kept = [run.gates.score_sum.clone(), run.gates.energy_sum.clone(), run.gates.count.clone()]
@@ -108,7 +111,7 @@ def test_benefit_of_clean_targets():
 def test_benefit_of_images_before_they_were_mixed():
     seen = []
 
-    run = PruneRun(patch(vit()), config(start_epoch=0, benefit_targets="clean", mixup=0.8), 6)
+    run = PruningPhase(patch(vit()), config(start_epoch=0, benefit_targets="clean", mixup=0.8), 6)
     add = run.method.benefit.add
     run.method.benefit.add = lambda losses: (seen.append(run.clean), add(losses))
     images, labels = batches(1)[0]
@@ -201,7 +204,7 @@ def test_distillation_is_zero_for_equal_answers_and_pulls_towards_the_teacher():
 def test_a_teacher_of_something_else_is_found_before_training(options, message):
     settings, teacher = config(distill=0.5), vit(**options)
     steps = []
-    progress = p3b.train.Silent()
+    progress = Silent()
     progress.epoch = steps.append
     for train in (p3b.prune, p3b.finetune):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -210,7 +213,7 @@ def test_a_teacher_of_something_else_is_found_before_training(options, message):
 
 
 def test_a_warm_up_that_never_ends_is_found_before_training():
-    progress = p3b.train.Silent()
+    progress = Silent()
     progress.epoch = lambda record: pytest.fail("trained")
     settings = config(schedule="cosine", warmup_epochs=2, finetune_epochs=2)
     with pytest.raises(ValueError, match="warmup_epochs must be below the 2 epochs, got 2"):

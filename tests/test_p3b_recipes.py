@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import p3b
-from p3b.cli import Job, main
+from p3b.cli import main
 from p3b.config import Config, read_recipe
+from p3b.job import Job
 
 # What a test may not take from the file: size and length.
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -30,7 +31,7 @@ def flags(settings):
 
 @pytest.mark.parametrize(("name", "command"), RUNS)
 def test_recipe_runs_two_steps(name, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("p3b.run.write_report", lambda folder: None)  # pictures have tests of their own
+    monkeypatch.setattr("p3b.cli.train.write_report", lambda folder: None)  # pictures have tests of their own
     recipe = read_recipe(name)
     count = 2 * BATCH * recipe.get("accumulate", 1)
     rng = np.random.default_rng(0)

@@ -5,8 +5,11 @@ import json
 import pytest
 from PIL import Image
 
-from p3b.evaluate import Row, metrics
-from p3b.report import HISTORY, METRICS, REPORT, draw, write_atomically, write_json, write_report
+from p3b.figures import draw
+from p3b.files import write_atomically, write_json
+from p3b.page import REPORT, write_report
+from p3b.run import HISTORY, METRICS
+from p3b.table import Row, metrics
 
 BLOCKS = [f"blocks.{i}.{half}" for i in range(3) for half in ("attn", "mlp")]
 

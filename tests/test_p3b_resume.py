@@ -8,7 +8,7 @@ import torch
 from test_p3b_train import batches, config, vit
 
 import p3b
-from p3b.state import STATE, load_state, save_state
+from p3b.resume import STATE, load_state, save_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:importance")
 
@@ -99,7 +99,7 @@ def test_what_is_measured_on_training_images_is_measured_on_the_same(tmp_path, o
     same(whole, shuffled(state_dir=tmp_path, resume=True))
     (tmp_path / STATE).unlink()
     with monkeypatch.context() as patched:
-        patched.setattr(p3b.train, "shrink", lambda model: (_ for _ in ()).throw(Power.Gone))
+        patched.setattr("p3b.prune.shrink", lambda model: (_ for _ in ()).throw(Power.Gone))
         with pytest.raises(Power.Gone):  # between the last state of pruning and the first of fine-tuning
             shuffled(state_dir=tmp_path)
     same(whole, shuffled(state_dir=tmp_path, resume=True))

@@ -11,8 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 import p3b
 from p3b.costs import count_macs
 from p3b.gates import attach, detach
+from p3b.progress import Silent
+from p3b.prune import PruningPhase
 from p3b.surgery import kept_indices
-from p3b.train import PruneRun, Silent
 from p3b_ext import PPT, ToMe, patch
 
 FAMILIES = [
@@ -152,7 +153,7 @@ class HeadsOnActivations:
 def test_head_gates_equal_scaled_heads_and_so_do_their_gradients():
     model = vit().double()
     plain = copy.deepcopy(model)
-    gates = attach(model, units="heads")
+    gates = attach(model, granularity="heads")
     values = torch.rand(gates.values.shape, generator=torch.Generator().manual_seed(5))
     for block in gates.blocks:
         values[block.slices()[0]] = values[block.slices()[1]] = 1.0
@@ -208,7 +209,7 @@ def started(method, **options):
     """A run on the way to its first step, and its training batches."""
     config = p3b.Config(**({"method": method, "start_epoch": 1, "sparse_epoch": 3, "final_epoch": 4} | options))
     model = patch(small_vit(num_classes=10))
-    return PruneRun(model, config, 8), Loader(256, 1)
+    return PruningPhase(model, config, 8), Loader(256, 1)
 
 
 @pytest.mark.parametrize("budget", ["params", "macs"])

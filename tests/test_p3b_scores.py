@@ -10,8 +10,8 @@ from vits import vit
 
 import p3b_ext
 from p3b import scores
+from p3b.accuracy import evaluate
 from p3b.cli import main
-from p3b.evaluate import evaluate
 from p3b_ext.tuning import score_spreads
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,8 @@ from torch import nn
 
 import p3b
 from p3b.checkpoint import read_meta
-from p3b.gates import attach, outside_cost
+from p3b.gates import attach
+from p3b.sub_blocks import outside_cost
 from p3b_ext import PPT, ToMe, patch, unpatch
 
 FAMILIES = [

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy import read_data
 from vits import family, vit
 
 import p3b_ext
-from p3b import bench, reductions, visualize
+from p3b import bench, reductions, token_maps
 from p3b.cli import main
-from p3b.data import create_data
 
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
 BENCH = Path(__file__).parent / "bench"
@@ -98,9 +98,9 @@ def test_panels_show_the_final_tokens(model, run, images):
         model = vit() if model == "vit" else family(model)
     score = "cls_value" if model.has_class_token else "received"
     p3b_ext.patch(model, p3b_ext.TopK(keep_rate=0.5, blocks=(0, 2), score=score), trace=True)
-    picture, image = visualize.prepare(images / "wide.png", model, (0.5,) * 3, (0.2,) * 3)
+    picture, image = token_maps.prepare(images / "wide.png", model, (0.5,) * 3, (0.2,) * 3)
     assert image.shape[2:] == model.patch_embed.img_size == picture.size[::-1]
-    panels = visualize.panels(model, picture, image)
+    panels = token_maps.panels(model, picture, image)
     patches = model.patch_embed.num_patches
     counts = [patches, patches // 2, patches // 4]
     titles = [f"block {b}: {k} tokens, {patches - k} patches pruned" for b, k in zip((0, 2), counts[1:], strict=True)]
@@ -115,12 +115,12 @@ def test_panels_show_the_final_tokens(model, run, images):
 
 def test_a_picture_is_scaled_and_cropped_as_it_is_normalised(images):
     model = vit()
-    picture, image = visualize.prepare(images / "tall.jpg", model, (0.5, 0.25, 0.0), (0.5, 0.5, 1.0))
+    picture, image = token_maps.prepare(images / "tall.jpg", model, (0.5, 0.25, 0.0), (0.5, 0.5, 1.0))
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
     expected = torch.stack([(pixels[0] - 0.5) / 0.5, (pixels[1] - 0.25) / 0.5, pixels[2]])
     torch.testing.assert_close(image[0], expected)
     grey = vit(in_chans=1)
-    picture, image = visualize.prepare(images / "tall.jpg", grey, (0.5,), (0.5,))
+    picture, image = token_maps.prepare(images / "tall.jpg", grey, (0.5,), (0.5,))
     torch.testing.assert_close(image[0, 0], (torch.from_numpy(np.array(picture))[..., 0] / 255 - 0.5) / 0.5)
 
 
@@ -261,15 +261,19 @@ def test_the_models_of_a_comparison_share_their_weights():
 def test_settings_scale_with_the_model():
     deit = vit(img_size=112, depth=12)
     assert deit.patch_embed.num_patches == 196
-    assert reductions.reduction("tome", deit) == p3b_ext.ToMe(13)
-    ppt = reductions.reduction("ppt", deit)
+    assert reductions.create_reduction("tome", deit) == p3b_ext.ToMe(13)
+    ppt = reductions.create_reduction("ppt", deit)
     assert (ppt.r, ppt.blocks, ppt.score, ppt.unit) == (50, (3, 6, 9), "cls_value", "cv2")
-    assert reductions.reduction("evit", deit) == p3b_ext.EViT(0.7, (3, 6, 9))
-    assert reductions.reduction("topk", deit) == p3b_ext.TopK(0.7, (3, 6, 9))
+    assert reductions.create_reduction("evit", deit) == p3b_ext.EViT(0.7, (3, 6, 9))
+    assert reductions.create_reduction("topk", deit) == p3b_ext.TopK(0.7, (3, 6, 9))
     small = vit()  # 64 patches, 4 blocks
-    assert reductions.reduction("tome", small).r == 13 and reductions.reduction("ppt", small).blocks == (1, 2, 3)
-    assert reductions.reduction("tome", small, r=2, blocks=[1, 3]).r == [0, 2, 0, 2]
-    assert reductions.reduction("ppt", small).r == 16
+    assert reductions.create_reduction("tome", small).r == 13 and reductions.create_reduction("ppt", small).blocks == (
+        1,
+        2,
+        3,
+    )
+    assert reductions.create_reduction("tome", small, r=2, blocks=[1, 3]).r == [0, 2, 0, 2]
+    assert reductions.create_reduction("ppt", small).r == 16
 
 
 def test_the_published_threshold_in_both_units(images):
@@ -284,8 +288,8 @@ def test_the_published_threshold_in_both_units(images):
 def test_without_a_class_token(images):
     model = family("gap")
     with pytest.raises(ValueError, match="EViT: score must be one of"):
-        p3b_ext.patch(model, reductions.reduction("evit", model))
-    chosen = reductions.reduction("ppt", model)
+        p3b_ext.patch(model, reductions.create_reduction("evit", model))
+    chosen = reductions.create_reduction("ppt", model)
     assert chosen.score == "received" and chosen.threshold is None
     x = torch.randn(8, 3, 64, 64)
     found = reductions.apply(model, chosen, [x], trace=True)
@@ -295,7 +299,7 @@ def test_without_a_class_token(images):
 
 
 def test_calibration_reads_training_images():
-    data = create_data("digits", img_size=8, batch_size=16)
+    data = read_data("digits", img_size=8, batch_size=16)
     batches = bench.calibration_batches(data)
     assert len(batches) == bench.CALIBRATION_BATCHES and batches[0].shape == (16, 1, 8, 8)
     data.train.set_epoch(0)

@@ -9,8 +9,10 @@ import vits
 import p3b
 import p3b_ext
 from p3b import Config, budget, costs, reductions
-from p3b.gates import attach, outside_cost
+from p3b.gates import attach
 from p3b.probes import Probes, Taps
+from p3b.prune import PruningPhase
+from p3b.sub_blocks import outside_cost
 from p3b.surgery import shrink
 from p3b_ext import tuning
 
@@ -259,7 +261,7 @@ def test_an_attention_that_tells_tokens_apart_is_not_emptied():
 
     def run(reduction):
         model = p3b_ext.patch(vit(), reduction)
-        train = p3b.train.PruneRun(model, Config(start_epoch=0, sparse_epoch=1, final_epoch=1), 6)
+        train = PruningPhase(model, Config(start_epoch=0, sparse_epoch=1, final_epoch=1), 6)
         worst = torch.tensor([-9.0, 1, -9, 1, -9, 1], dtype=torch.float64)
         train.method.benefit.take = lambda gathered: {"cls": worst, "patch": worst}
         train.update(final=True)
@@ -286,7 +288,7 @@ def test_an_attention_that_tells_tokens_apart_is_not_emptied():
 @pytest.mark.filterwarnings("ignore:reduction")
 def test_a_reduction_moves_to_a_block_that_has_attention(gone, reduction, expected):
     small = without_attention(*gone)
-    fitting = reductions.fitting(reduction, small)
+    fitting = reductions.remap_blocks(reduction, small)
     assert fitting == expected
     with torch.no_grad():
         p3b_ext.patch(small, fitting)(vits.images(2, 16))
@@ -294,9 +296,9 @@ def test_a_reduction_moves_to_a_block_that_has_attention(gone, reduction, expect
 
 def test_moving_a_reduction_warns():
     with pytest.warns(UserWarning, match=r"blocks\.1 has no attention left; blocks\.2 loses tokens in its place"):
-        reductions.fitting(p3b_ext.TopK(0.5, blocks=[1]), without_attention(1))
+        reductions.remap_blocks(p3b_ext.TopK(0.5, blocks=[1]), without_attention(1))
 
 
 def test_a_whole_model_keeps_its_reduction():
     for reduction in REDUCTIONS.values():
-        assert reductions.fitting(reduction, vit()) is reduction
+        assert reductions.remap_blocks(reduction, vit()) is reduction

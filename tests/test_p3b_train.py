@@ -11,8 +11,8 @@ import vits
 
 import p3b
 from p3b import Config
-from p3b.step import Meter, Step
-from p3b.train import PruneRun, _optimizer
+from p3b.prune import PruningPhase
+from p3b.step import Meter, Step, create_optimizer
 from p3b_ext.patch import patch, unpatch
 
 CLASSES, STEPS, BATCH = 4, 6, 16
@@ -176,7 +176,7 @@ def test_soft_targets_give_the_same_losses_as_labels():
 
 
 def run_of(model=None, **options):
-    run = PruneRun(patch(model or vit()), config(**options), STEPS)
+    run = PruningPhase(patch(model or vit()), config(**options), STEPS)
     run.model.train()
     return run, Meter(run.device)
 
@@ -278,7 +278,7 @@ def test_what_pruning_held_is_gone_when_fine_tuning_begins():
 
     class Looking(Recorder):
         def phase(self, name, total_epochs):
-            found = [each for each in gc.get_objects() if isinstance(each, (PruneRun, Step))]
+            found = [each for each in gc.get_objects() if isinstance(each, (PruningPhase, Step))]
             self.calls.append((name, len(found)))
 
     gc.collect()
@@ -302,7 +302,7 @@ def test_clipping():
     model = vit()
     step = Step(
         model,
-        _optimizer(model, config(opt="sgd"), 1.0),
+        create_optimizer(model, config(opt="sgd"), 1.0),
         config(clip_grad=1e-3, weight_decay=0.0),
         torch.device("cpu"),
     )

@@ -4,7 +4,9 @@
 from . import budget, gates
 from .checkpoint import load, save
 from .config import Config, recipes
+from .finetune import finetune
+from .prune import Result, prune
+from .step import Diverged
 from .surgery import shrink
-from .train import Diverged, Result, finetune, prune
 
 __all__ = ["Config", "Diverged", "Result", "budget", "finetune", "gates", "load", "prune", "recipes", "save", "shrink"]

@@ -18,22 +18,24 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import p3b_ext
-from p3b_ext.reduced import RECORD
 from p3b_ext.tuning import count_macs
 
 from . import export, reductions
 from .architecture import build
-from .data import Data, create_data
-from .evaluate import Row, first_images, measure, metrics, tables
-from .files import write_atomically
-from .report import new_figure, write_json
+from .config import Config
+from .create import check_model_name
+from .data import Data
+from .figures import new_figure, save_figure
+from .files import write_json, write_text
+from .job import Job, run_data, start
 from .run import load_run
+from .table import Row, first_images, measure, metrics, tables
 
 RESULT, PAGE, PLOT = "bench.json", "bench.md", "bench.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE = "dense"
 OURS = " + p3b_ext"  # a model as timm runs it, but for our attention
-BATCH = 64  # images of a pass where nobody says how many
+BATCH = 64  # images per pass by default
 CALIBRATION_BATCHES = 8
 # Of dense, pruned, and the reductions; distinct in hue and in lightness.
 STYLES = {"dense": ("#5f5e5a", "o"), "pruned": ("#2c2c2a", "D"), "ToMe": ("#185fa5", "s"), "PPT": ("#d85a30", "^")}
@@ -43,7 +45,7 @@ STYLES |= {"EViT": ("#1d9e75", "v"), "TopK": ("#ba7517", "P")}
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `compare` found: a row for each model, the dense timm model first, and the reductions behind the rows."""
+    """The result of `compare`: a row for each model, the dense timm model first, and the reductions of the rows."""
 
     rows: list[Row]
     reductions: dict[str, Any]
@@ -99,7 +101,7 @@ def compare(
         if name == DENSE:
             continue
         base = models[base_name]
-        for chosen in _chosen(reductions.reduction(name, base), base, macs_ratios, whole):
+        for chosen in _chosen(reductions.create_reduction(name, base), base, macs_ratios, whole):
             title = reductions.label(chosen)
             title = title if base_name == DENSE else f"{base_name} + {title}"
             twins[title], base_of[title] = _twin(base), base_name
@@ -164,8 +166,6 @@ def models_and_data(
     data_source: as `create_data`, or "run" for a run's own images; None or "": no data. batch_size: of the validation
     images; None: a run's own. Without data the weights of a timm model are random, which changes no cost.
     """
-    from .cli import Job, check_model_name, create_model, run_data
-
     if os.path.isdir(name):
         if img_size:
             raise ValueError(f"img_size: flag must be left out for the folder of a run, got {img_size}")
@@ -174,30 +174,21 @@ def models_and_data(
         models = {DENSE: build(small.p3b_description), "pruned": p3b_ext.unpatch(small)}
         data = None
         if data_source:
-            source = None if data_source == "run" else data_source
-            data = run_data(meta, source, root=root, workers=workers, device=device, batch_size=batch_size)
+            data = run_data(meta, data_source, root=root, workers=workers, device=device, batch_size=batch_size)
         return models, data, (DENSE,), trained  # the dense model's weights were not kept
     check_model_name(name)
     if not data_source:
         model = timm.create_model(name, **({"img_size": img_size} if img_size else {}))
         return {DENSE: _vit(name, model)}, None, (), {}
-    normal = timm.get_pretrained_cfg(name)
-    settings = dict(
-        img_size=img_size or normal.input_size[1:],
-        root=root,
-        workers=workers,
-        device=device,
-        batch_size=BATCH,
-    )
-    data = create_data(data_source, **settings)
-    if data.num_classes != normal.num_classes:
+    job = Job(model=name, data=data_source, img_size=img_size, batch_size=BATCH, workers=workers, data_root=root or "")
+    begin = start(job, Config(device=str(device)))
+    classes = timm.get_pretrained_cfg(name).num_classes
+    if begin.data.num_classes != classes:
         raise ValueError(
-            f"data: images must have the {normal.num_classes} classes of {name}, got {data.num_classes}; "
+            f"data: images must have the {classes} classes of {name}, got {begin.data.num_classes}; "
             "p3b finetune gives the model a head for them"
         )
-    if data.in_chans == 3:  # the weights expect the colours they were trained on
-        data = create_data(data_source, mean=normal.mean, std=normal.std, **settings)
-    return {DENSE: p3b_ext.unpatch(create_model(Job(model=name), data))}, data.validated_in(batch_size), (), {}
+    return {DENSE: p3b_ext.unpatch(begin.model)}, begin.data.validated_in(batch_size), (), {}
 
 
 def several_runs(
@@ -215,12 +206,10 @@ def several_runs(
     Arguments as `models_and_data`; "run" takes the images of the first. Raises ValueError for a folder that is no run
     and for runs whose images or classes differ.
     """
-    from .cli import run_data
-
     models, first = {}, {}
     for folder in folders:
         if not os.path.isdir(folder):
-            raise ValueError(f"model: each of several must be the folder of a run, got {folder!r}")
+            raise ValueError(f"model: of several, each must be the folder of a run, got {folder!r}")
         small, meta = load_run(folder)
         name = Path(folder).resolve().name
         if [Path(other).resolve() for other in folders].count(Path(folder).resolve()) > 1:
@@ -235,15 +224,14 @@ def several_runs(
                 raise ValueError(f"model: runs must have the same {key}, got {was} ({folders[0]}) and {now} ({folder})")
     data = None
     if data_source:
-        source = None if data_source == "run" else data_source
-        data = run_data(first, source, root=root, workers=workers, device=device, batch_size=batch_size)
+        data = run_data(first, data_source, root=root, workers=workers, device=device, batch_size=batch_size)
     trained = _trained_under(models)
     return {name: p3b_ext.unpatch(model) for name, model in models.items()}, data, trained
 
 
 def _trained_under(models: Mapping[str, nn.Module]) -> dict[str, Any]:
-    records = {name: model.__dict__.get(RECORD) for name, model in models.items()}
-    return {name: record.reduction for name, record in records.items() if record is not None and record.reduction}
+    reductions = {name: p3b_ext.current_reduction(model) for name, model in models.items()}
+    return {name: reduction for name, reduction in reductions.items() if reduction is not None}
 
 
 def calibration_batches(data: Data, batch_size: int | None = None) -> list[Tensor]:
@@ -261,12 +249,12 @@ def write(folder: Path, found: Comparison, *, title: str, conditions: str, comma
     record = dict(title=title, conditions=conditions, command=command, settings=settings, **metrics(found.rows))
     write_json(folder / RESULT, record)
     figure = draw(found)
-    write_atomically(folder / PLOT, lambda path: figure.savefig(path, dpi=120, format="png"))
+    save_figure(figure, folder / PLOT)
     page = [f"# {title}", "", tables(found.rows, markdown=True), "", conditions, "", f"![{PLOT}]({PLOT})", ""]
     for name, tokens in found.tokens.items():
         page.append(f"- {name}: tokens behind the blocks {', '.join(map(str, tokens))}")
     page += ["", "## Made by", "", f"    {command}", ""]
-    write_atomically(folder / PAGE, lambda path: path.write_text("\n".join(page), encoding="utf-8"))
+    write_text(folder / PAGE, "\n".join(page))
 
 
 def draw(found: Comparison) -> Any:

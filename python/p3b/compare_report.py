@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a comparison found: table.md, results.json and the plots, from the folders of its jobs."""
+"""The results of a comparison: table.md, results.json and the plots, from the folders of its jobs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import statistics
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .evaluate import Row, relative
-from .files import write_atomically
-from .report import HISTORY, new_figure, read_json, write_json
-
-if TYPE_CHECKING:
-    from .compare import Job, Task
+from .figures import families, new_figure, save_figure
+from .files import read_json, write_json, write_text
+from .run import HISTORY, METRICS
+from .table import Row, format_table, relative
+from .task import DENSE, SOURCE, CompareJob, Task
 
 TABLE, RESULTS = "table.md", "results.json"
-DENSE = "dense"
-# Distinct in hue or lightness and by marker; p3b's two stand out, what takes no measurement is grey.
+# Distinct in hue or lightness and by marker; methods that measure nothing are grey.
 STYLES = {
     "p3b": ("#d85a30", "o"),
     "p3b+": ("#7a1fa2", "D"),
@@ -40,7 +38,7 @@ FIGURES += ("accuracy_improvement", "parameter_reduction", "flops_reduction", "t
 def write(
     folder: Path,
     task: Task,
-    jobs: Sequence[Job],
+    jobs: Sequence[CompareJob],
     description: str,
     rates: Mapping[str, Any] | None,
     *,
@@ -51,11 +49,9 @@ def write(
 
     rates: what was measured on the models (compare.THROUGHPUT), or None before that.
     """
-    from .compare import DONE, SOURCE
-
     rows = []
     for job in jobs:
-        path = folder / "jobs" / job.name / DONE
+        path = folder / "jobs" / job.name / METRICS
         row: dict[str, Any] = {"name": job.name, "method": job.method or DENSE, "ratio": job.ratio, "seed": job.seed}
         if job.name == SOURCE:
             row["method"] = SOURCE
@@ -77,13 +73,13 @@ def write(
     write_json(folder / RESULTS, results)
     pictures = _draw(folder, task, results) if plots else {}
     page = _page(task, results, pictures)
-    write_atomically(folder / TABLE, lambda file: file.write_text(page, encoding="utf-8"))
+    write_text(folder / TABLE, page)
     return results
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The table in plain text for the terminal."""
-    return "\n\n".join(_aligned(*part) for part in _tables(results))
+    return "\n\n".join(format_table(*part) for part in _tables(results))
 
 
 def _timed(rates: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
@@ -125,7 +121,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _reactivation(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many channels came back, where and when: means over the seeds of each method and ratio."""
+    """How many channels were reactivated, where and when: means over the seeds of each method and ratio."""
     groups: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
     for row in rows:
         if row["ratio"] is not None and "top1" in row:
@@ -186,23 +182,6 @@ def _cell(line: Mapping[str, Any], key: str, form: str, unit: float = 1.0) -> st
     return f"{text} ± {spread}" if float(spread) else text
 
 
-def _aligned(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
-    rows = [headings, ["-" * width for width in widths], *lines]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
-def _markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = "|---|" + "---:|" * (len(headings) - 1)
-    return "\n".join(["| " + " | ".join(headings) + " |", rule, *("| " + " | ".join(row) + " |" for row in lines)])
-
-
 def _page(task: Task, results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     done = sum("top1" in row for row in results["jobs"])
     source = next((row for row in results["jobs"] if row["method"] == "source"), None)
@@ -217,13 +196,13 @@ def _page(task: Task, results: Mapping[str, Any], pictures: Mapping[str, str]) -
         few = f"the first {task.images_per_epoch_check:,} test images, in whole batches"
         parts[-1] += f" Accuracy before fine-tuning and after each epoch is that of {few}; top-1 is that of all."
     for headings, lines in _tables(results):
-        parts += ["", _markdown(headings, lines)]
+        parts += ["", format_table(headings, lines, markdown=True)]
     parts += ["", results["conditions"]] if results["conditions"] else []
     failed = [row for row in results["jobs"] if "error" in row]
     if failed:
         parts += ["", "## Failed", "", *(f"- {row['name']}: {row['error']}" for row in failed)]
     if results["reactivation"]:
-        parts += ["", "## Channels that came back", "", _reactivation_table(results["reactivation"])]
+        parts += ["", "## Reactivated channels", "", _reactivation_table(results["reactivation"])]
     for name, caption in pictures.items():
         parts += ["", f"![{Path(name).stem}]({name})", "", caption]
     parts += ["", "## Made by", "", f"    {results['command']}", ""]
@@ -235,7 +214,7 @@ def _name(task: Task) -> str:
 
 
 def _reactivation_table(found: Sequence[Mapping[str, Any]]) -> str:
-    headings = ("method", "came back", "cut", "in attention, %", "sub-block with most", "half of them by epoch")
+    headings = ("method", "reactivated", "removed", "in attention, %", "sub-block with most", "half of them by epoch")
     lines = []
     for each in found:
         total = each["came_back"]
@@ -248,7 +227,7 @@ def _reactivation_table(found: Sequence[Mapping[str, Any]]) -> str:
         else:
             cells += ["–", "–", "–"]
         lines.append(cells)
-    return _markdown(headings, lines)
+    return format_table(headings, lines, markdown=True)
 
 
 def _running(pairs: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -289,13 +268,13 @@ def _draw(folder: Path, task: Task, results: Mapping[str, Any]) -> dict[str, str
         )
         wanted[f"reactivation-{ratio:g}.png"] = (
             lambda members=members: _draw_reactivation(members),
-            f"Channels that came back at each mask update at {100 * ratio:g} %, mean over the seeds.",
+            f"Reactivated channels at each mask update at {100 * ratio:g} %, mean over the seeds.",
         )
     drawn = {}
     for name, (function, caption) in wanted.items():
         figure = function()
         if figure is not None:
-            write_atomically(folder / name, lambda path, figure=figure: figure.savefig(path, dpi=110, format="png"))
+            save_figure(figure, folder / name, dpi=110)
             drawn[name] = caption
     return drawn
 
@@ -358,12 +337,6 @@ def _mean_updates(
     return epochs, values
 
 
-def _kinds(names: Iterable[str]) -> dict[str, list[str]]:
-    names = list(names)
-    attention = [name for name in names if name.endswith("attn")]
-    return {"attention": attention, "MLP": [name for name in names if name not in attention]}
-
-
 def _draw_benefit(histories: Sequence[Mapping[str, Any]]) -> Any:
     from matplotlib import colormaps
 
@@ -371,7 +344,7 @@ def _draw_benefit(histories: Sequence[Mapping[str, Any]]) -> Any:
     figure, axes = new_figure(9.6, 2.9 * len(criteria), 2, len(criteria))
     for row, criterion in enumerate(criteria):
         epochs, values = _mean_updates(histories, lambda update, c=criterion: update.get("benefit", {}).get(c))
-        for column, (kind, names) in enumerate(_kinds(values).items()):
+        for column, (kind, names) in enumerate(families(values).items()):
             axis = axes[2 * row + column]
             for depth, name in enumerate(names):
                 color = colormaps["viridis_r"](0.1 + 0.9 * depth / max(len(names) - 1, 1))
@@ -392,11 +365,11 @@ def _draw_keep_ratios(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any
         return None
     columns = 2 * min(2, len(found))
     rows = -(-2 * len(found) // columns)
-    blocks = max(len(_kinds(values)["MLP"]) for _, values in found.values())
+    blocks = max(len(families(values)["MLP"]) for _, values in found.values())
     figure, axes = new_figure(2.9 * columns, (0.8 + 0.13 * blocks) * rows + 0.4, columns, rows)
     image = None
     for place, (method, (epochs, values)) in enumerate(found.items()):
-        for column, (kind, names) in enumerate(_kinds(values).items()):
+        for column, (kind, names) in enumerate(families(values).items()):
             axis = axes[2 * place + column]
             grid = [values[name] for name in names] or [[float("nan")] * len(epochs)]
             image = axis.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
@@ -425,14 +398,14 @@ def _draw_reactivation(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> An
         total = [sum(values[name][i] for name in values) for i in range(len(epochs))]
         axes[0].plot(epochs, total, color=color, lw=1.4, marker=marker, ms=3, label=method)
         depth: dict[int, float] = {}
-        for names in _kinds(values).values():
+        for names in families(values).values():
             for block, name in enumerate(names):
                 depth[block + 1] = depth.get(block + 1, 0) + sum(values[name])
         axes[1].plot(list(depth), list(depth.values()), color=color, lw=1.4, marker=marker, ms=4, label=method)
     if not drawn:
         return None
     axes[0].set_xlabel("epoch", fontsize=9)
-    axes[0].set_ylabel("channels that came back", fontsize=9)
+    axes[0].set_ylabel("reactivated channels", fontsize=9)
     axes[1].set_xlabel("block", fontsize=9)
     axes[1].set_ylabel("in the whole run", fontsize=9)
     axes[1].xaxis.get_major_locator().set_params(integer=True)

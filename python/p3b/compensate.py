@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mean-activation compensation: when channels are about to go, the mean of what they gave moves into the next bias.
+"""Mean-activation compensation: the mean activation of removed channels is added to the next layer's bias.
 
 Variance-Based Pruning (2025) does so for hidden neurons; here also for what attention hands to its projection and for
 what qkv and the MLP read. Exact where a channel is constant, right on average elsewhere.
@@ -16,7 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import mlp as mlps
-from .gates import Gates, SubBlock
+from .gates import Gates
+from .sub_blocks import SubBlock
 
 Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
 
@@ -81,17 +82,21 @@ def checked_gates(model: VisionTransformer) -> Gates:
     """The gates of a model that can be compensated; ValueError or NotImplementedError says why it cannot."""
     gates = getattr(model, "p3b_gates", None)
     if gates is None:
-        raise ValueError("compensate: model must have gates (p3b.gates.attach), got one without")
+        raise ValueError("compensate: the model has no gates; p3b.gates.attach puts some on")
     if gates.embedding is not None:
         raise NotImplementedError(
-            "compensate: method must leave the channels of the embedding alone, got one that prunes them (savit does)"
+            "compensate: not available for a method that prunes channels of the embedding (savit)"
         )
     for block in gates.blocks:
         branch = getattr(model.blocks[block.block], block.kind)
         if not isinstance(branch.norm, nn.Identity):
-            raise NotImplementedError(f"compensate: {block.name} must have no norm behind its inner gate, got one")
+            raise NotImplementedError(
+                f"compensate: {block.name} has a norm after its inner gate, which is not supported"
+            )
         if any(linear.bias is None for linear in _linears(model, block)):
-            raise NotImplementedError(f"compensate: {block.name} must have Linear layers with bias, got one without")
+            raise NotImplementedError(
+                f"compensate: {block.name} has a Linear layer without bias, which is not supported"
+            )
     return gates
 
 
@@ -106,7 +111,7 @@ def _spread(model: VisionTransformer, block: SubBlock, inner: Tensor) -> Tensor:
     if block.kind == "mlp":
         return inner
     attn = model.blocks[block.block].attn
-    return inner.repeat(attn.num_heads) if block.units == "channels" else inner.repeat_interleave(attn.head_dim)
+    return inner.repeat(attn.num_heads) if block.granularity == "channels" else inner.repeat_interleave(attn.head_dim)
 
 
 def _watch(model: VisionTransformer, block: SubBlock, gates: Gates, sums: dict[str, Any]) -> list[Any]:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Settings of a pruning run: one dataclass, one sentence per field, every relation checked when it is
-built."""
+"""Settings of a pruning run: one dataclass, one sentence per field, all values checked when it is made."""
 
 from __future__ import annotations
 
@@ -11,55 +10,63 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .methods import METHODS, SETTINGS
+METHODS = (
+    *("p3b", "p3b+", "uniform", "random", "magnitude-l1", "magnitude-l2"),
+    *("taylor", "vtp", "wdpruning", "savit", "isomorphic"),
+)
+
+
+class MethodDefault(str):
+    """A setting that nobody has chosen: it has the value that the method gives it, and changes with the method."""
+
+
+METHOD_DEFAULTS = {"p3b+": {"rank_across": "block"}}
+"""Settings whose default another method changes; what is given explicitly wins."""
 
 
 @dataclass
 class Config:
-    """Settings of `p3b.prune` and `p3b.finetune`. Epoch numbers count from 0; the prune run ends at
-    `final_epoch`.
+    """Settings of `p3b.prune` and `p3b.finetune`. Epoch numbers count from 0; the pruning phase ends at `final_epoch`.
 
-    Defaults are P3B's published constants where it has one (methods of arXiv 2506.23675); learning rates are
-    for AdamW. Raises ValueError (values) or TypeError (types) that name the field, what was expected and what
-    came.
+    Defaults are P3B's published constants where there is one (arXiv 2506.23675); learning rates are for AdamW.
+    Raises ValueError (values) or TypeError (types) that name the field, the expected and the given value.
     """
 
     method: str = "p3b"
     """What decides which channels stay: p3b, p3b+, uniform, random, magnitude-l1, magnitude-l2, taylor, vtp, wdpruning,
-    savit, isomorphic. (p3b+: p3b with its improved defaults; the others are rivals.)"""
+    savit, isomorphic. (p3b+: p3b with improved defaults; the others are baselines.)"""
     prune_ratio: float = 0.5
-    """Share of the model's cost (all of it, what lies outside the blocks included) that the pruned model
-    gives up, in (0, 1)."""
+    """Share of the model's cost (parts outside the blocks included) that is pruned, in (0, 1)."""
     budget: str = "params"
     """What `prune_ratio` counts: "params" or "macs" (multiply-accumulates of one image)."""
     floor: float = 0.0
-    """Smallest keep ratio that any sub-block may be given, in [0, 1); keeps a late block from starving."""
+    """Smallest keep ratio of any sub-block, in [0, 1); prevents a late block from being pruned entirely."""
     round_to: int = 1
-    """Kept channels of every gate are a multiple of this in the end (whole and empty gates apart); 8 suits the vector
-    units of most machines."""
+    """Kept channels of every gate end as a multiple of this (full and empty gates excepted); 8 suits the vector units
+    of most CPUs and GPUs."""
     compensate: bool = False
-    """At the shrink, what the channels that go now gave on average moves into the next bias."""
+    """At the shrink, add the mean activation of the removed channels to the next layer's bias."""
 
     start_epoch: int = 2
-    """Warm-up: before this epoch model and probes train, the gates stay at one and nothing is measured."""
+    """Warm-up: before this epoch model and probes train, all gates stay at 1 and nothing is measured."""
     sparse_epoch: int = 7
-    """The keep ratios go linearly from one (at `start_epoch`) to their goal, reached at this epoch."""
+    """The keep ratios go linearly from 1 (at `start_epoch`) to their goal, which they reach at this epoch."""
     final_epoch: int = 10
-    """The soft masks sharpen from `sparse_epoch` on and are hard at this epoch, where the prune run ends and
-    the model shrinks."""
+    """The soft masks sharpen from `sparse_epoch` on and are hard at this epoch, where the pruning phase ends and the
+    model shrinks."""
     finetune_epochs: int = 14
     """Epochs of ordinary fine-tuning after the shrink."""
     updates_per_epoch: int = 3
     """Mask updates per epoch."""
 
     alpha: float = 0.5
-    """Weight of the class-token benefit; the patch benefit has 1 - alpha. Models without class token use
-    patches only."""
+    """Weight of the class-token benefit; the patch benefit has 1 - alpha. Models without a class token use the patches
+    alone."""
     gamma: float = 0.2
     """Weight of the newest importance in its running mean, in (0, 1]."""
     momentum: str = "published"
-    """How benefit becomes importance: "published" divides it by the parameters kept so far and averages; "sqrt" goes at
-    once to the fixed point of that rule, the square root of benefit over size."""
+    """How benefit becomes importance: "published" divides it by the parameters kept so far and averages; "sqrt" takes
+    the fixed point of that rule directly, the square root of benefit over size."""
     temperature: float = 10.0
     """Upper end T of the smooth clamp that turns benefit into importance."""
     min_kept_share: float = 0.05
@@ -79,17 +86,16 @@ class Config:
     """Factor on the ranks of the MLP's hidden channels."""
     scale_mlp_out: float = 1.5
     """Factor on the ranks of the MLP's output channels."""
-    rank_across: str = "gate"
-    """"gate" (published) ranks elements inside each gate, so that scores never compare gates; "block" compares all
-    elements of a sub-block by score per cost that they save."""
+    rank_across: str = MethodDefault("gate")
+    """"gate" (published) ranks elements inside each gate, so that scores of different gates are never compared; "block"
+    compares all elements of a sub-block by their score per cost saved. (p3b+: block.)"""
     rank_zero_by: str = "gradient"
-    """How elements with mask 0 (their score (m * g)^2 vanishes) are ordered below the others: "gradient", by
-    today's g^2, or "last", by their last score before they fell asleep. Today's gradient is the default: a
-    last score was measured on a network that has changed since."""
+    """How elements with mask 0, whose score (m * g)^2 is 0, are ordered below the others: "gradient", by the current
+    g^2, or "last", by their last score before the mask became 0 (measured on a network that has changed since)."""
 
     benefit_targets: str = "train"
-    """Targets that benefit is measured with: "train" (published: smoothed and mixed as the model is trained with) or
-    "clean" (labels without smoothing, images without mixing, which costs a forward pass where images are mixed)."""
+    """Targets that benefit is measured with: "train" (published: the smoothed and mixed targets of training) or "clean"
+    (labels without smoothing, images without mixing, which costs a forward pass where images are mixed)."""
     patch_probe: str = "pointwise"
     """Form of the patch probe: "conv" (published: two 3x3 convolutions), "pointwise" (one 1x1 convolution) or
     "linear" (none); each ends in the mean over tokens and a linear layer."""
@@ -97,52 +103,51 @@ class Config:
     """Hidden channels of the patch probe; 0: the model's width for "conv", a quarter of it for
     "pointwise"."""
     probe_share: float = 1.0
-    """Share of each batch that the probes read and learn from, in (0, 1]."""
+    """Share of each batch that the probes are trained and evaluated on, in (0, 1]."""
     probe_every: int = 1
-    """The probes read the stream and learn in one step of this many; 1: in every step."""
+    """The probes are trained and evaluated in one step of this many; 1: in every step."""
     probe_lr: float = 5e-4
-    """Learning rate of the probes, constant. Patch probes other than "conv" learn at ten times this rate, which makes
-    their benefit agree with its own (docs/results/probes.md)."""
+    """Learning rate of the probes, constant. Patch probes other than "conv" use ten times this rate, which brings their
+    benefit closest to that of "conv" (docs/results/probes.md)."""
     probe_weight_decay: float = 0.05
     """Weight decay of the probes' weights."""
 
     opt: str = "adamw"
     """Optimizer of the model, a name that timm's create_optimizer_v2 knows: adamw, sgd, lamb, lion, ..."""
     lr: float = 5e-4
-    """Learning rate of the prune run, constant."""
+    """Learning rate of the pruning phase, constant."""
     weight_decay: float = 0.05
     """Weight decay of weights with two or more axes."""
     finetune_lr: float = 1e-3
     """Peak learning rate of fine-tuning."""
     schedule: str = "one-cycle"
     """Learning rate over fine-tuning: "one-cycle" (PyTorch's: 10 % warm-up, then cosine to zero), "cosine" (timm's) or
-    "constant". (The prune run's is constant.)"""
+    "constant". (That of the pruning phase is constant.)"""
     warmup_epochs: int = 0
-    """Epochs in which the cosine schedule rises to its place from timm's 1e-5 before it follows the cosine."""
+    """Warm-up of the cosine schedule in epochs, linear from timm's 1e-5."""
     min_lr: float = 0.0
-    """Where the cosine schedule ends."""
+    """Final learning rate of the cosine schedule."""
     label_smoothing: float = 0.1
     """Smoothing of integer labels, in [0, 1); soft targets are taken as they come."""
     mixup: float = 0.0
-    """Alpha of mixup (timm.data.Mixup, per batch); 0 does not mix. Both runs mix."""
+    """Alpha of mixup (timm.data.Mixup, per batch) in both phases; 0: disabled."""
     cutmix: float = 0.0
-    """Alpha of CutMix; 0 does not cut."""
+    """Alpha of CutMix; 0: disabled."""
     mix_prob: float = 1.0
-    """Share of the batches that are mixed at all, where mixup or cutmix is above 0."""
+    """Share of the batches that are mixed, where mixup or cutmix is above 0."""
     mix_switch_prob: float = 0.5
-    """Share of the mixed batches that CutMix gets, where both are on."""
+    """Share of the mixed batches that use CutMix, where both are enabled."""
     distill: float = 0.0
-    """Weight, in [0, 1], of the dense model's answers in the loss of fine-tuning after the shrink; 0 asks nobody."""
+    """Weight, in [0, 1], of the distillation loss (the dense model is the teacher) in fine-tuning; 0: disabled."""
     distill_temperature: float = 2.0
-    """Temperature that softens both models' answers there."""
+    """Temperature of the distillation loss."""
     ema: float = 0.0
-    """Decay of a moving average of the weights over fine-tuning (timm.utils.ModelEmaV3), whose model is the result;
-    0 keeps none."""
+    """Decay of an exponential moving average of the weights in fine-tuning (timm.utils.ModelEmaV3), which is then the
+    result; 0: disabled."""
     select: str = "last"
-    """Which epoch of fine-tuning is the result: "last", or "best" by validation accuracy (fine-tuning alone, so never a
-    model that is not pruned yet)."""
+    """Which epoch of fine-tuning is the result: "last", or "best" by validation accuracy."""
     clip_grad: float = 0.0
-    """Largest 2-norm of the model's gradient; 0 does not clip."""
+    """Largest 2-norm of the model's gradient; 0: no clipping."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one optimizer step; steps, schedules and mask updates count
     optimizer steps."""
@@ -157,14 +162,17 @@ class Config:
     """"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..."""
 
     def __post_init__(self) -> None:
-        self._fields()
-        self._training()
-
-    def _fields(self) -> None:
         for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), MethodDefault):
+                value = METHOD_DEFAULTS.get(str(self.method), {}).get(field.name, field.default)
+                setattr(self, field.name, MethodDefault(value))
             self._coerce(field)
+        self._check_pruning()
+        self._check_training()
+
+    def _check_pruning(self) -> None:
         self._check("prune_ratio", 0 < self.prune_ratio < 1, "in (0, 1)")
-        self._choice("method", tuple(METHODS))
+        self._choice("method", METHODS)
         self._choice("budget", ("params", "macs"))
         self._check("floor", 0 <= self.floor < 1, "in [0, 1)")
         self._check("round_to", self.round_to >= 1, "1 or more")
@@ -193,7 +201,7 @@ class Config:
         self._check("probe_share", 0 < self.probe_share <= 1, "in (0, 1]")
         self._check("probe_every", self.probe_every >= 1, "1 or more")
 
-    def _training(self) -> None:
+    def _check_training(self) -> None:
         for rate in ("probe_lr", "lr", "finetune_lr"):
             self._check(rate, getattr(self, rate) > 0, "above 0")
         for decay in ("weight_decay", "probe_weight_decay", "clip_grad", "mixup", "cutmix"):
@@ -238,21 +246,18 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """A Config from plain keys and values, over the defaults of their method (methods.SETTINGS).
-
-        An unknown key is a ValueError that lists the known ones.
-        """
+        """A Config from plain keys and values. Raises ValueError for an unknown key, and lists the known ones."""
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"config: key must be one of {', '.join(known)}, got {', '.join(unknown)}")
-        return cls(**(SETTINGS.get(str(values.get("method")), {}) | values))
+        return cls(**values)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Config:
         """A Config from a TOML file of plain keys, or from a shipped recipe by its name (see `recipes()`).
 
-        What a recipe says of model and data is for the command line; it is left out here.
+        Settings of model and data in a recipe are for the command line and left out here.
         """
         file = Path(path)
         if not file.is_file():
@@ -266,7 +271,15 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain keys and values, ready for JSON; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {key: str(value) if isinstance(value, MethodDefault) else value for key, value in values.items()}
+
+
+def as_config(config: Config | None) -> Config:
+    """The given Config, or one of defaults. Raises TypeError for anything else."""
+    if config is not None and not isinstance(config, Config):
+        raise TypeError(f"train: config must be a p3b.Config (Config.from_dict makes one), got {type(config).__name__}")
+    return config or Config()
 
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import os
 import statistics
 import time
@@ -14,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import p3b_ext
 
 
 class Deployed(nn.Module):
-    """A model as something else than PyTorch runs it, called like the model; its parameters and MACs are the model's.
+    """A model in another runtime, called like the model; its parameters and MACs are the model's.
 
-    run: from images [B, C, H, W] of exactly `batch` images to logits. Fewer are filled up, more are divided.
+    run: from images [B, C, H, W] of exactly `batch` images to logits. Smaller batches are padded, larger ones split.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[Tensor], Tensor], batch: int) -> None:
@@ -53,12 +54,10 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
     """
     counted = model.model if isinstance(model, Deployed) else model
     copied = copy.deepcopy(counted).to("cpu", torch.float32).eval()
-    counter = _MacCounter()
-    # Not inference_mode: there composite operators (conv2d, linear) reach the counter whole, under other
-    # names.
-    with torch.no_grad(), _compiled_ops(), counter:
-        copied(_random_image(input_size))
-    return counter.macs
+    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), _compiled_ops(), FlopCounterMode(display=False) as counter:
+        copied(image)
+    return counter.get_total_flops() // 2
 
 
 def throughput(
@@ -128,39 +127,6 @@ def allocated_peak(call: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-class _MacCounter(TorchDispatchMode):
-    """Adds up the products of every operator that passes the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.macs += _macs(func._schema.name.split("::")[-1], (*args, *(kwargs or {}).values()), out)
-        return out
-
-
-def _macs(name: str, args: Sequence[Any], out: Any) -> int:
-    if name in ("addmm", "baddbmm", "addmv", "addbmm"):  # bias + left @ right
-        return args[1].numel() * args[2].shape[-1]
-    if name in ("mm", "bmm", "mv"):
-        return out.numel() * args[0].shape[-1]
-    if "linear" in name and isinstance(out, Tensor) and "backward" not in name:  # aten, mkldnn and p3b_ext linears
-        return out.numel() * args[0].shape[-1]
-    if name in ("convolution", "_convolution", "_convolution_pointwise", "mkldnn_convolution"):
-        weight = args[1]  # [out, in / groups, kernel...]
-        return out.numel() * math.prod(weight.shape[1:])
-    if name in ("masked_attention_packed", "attention_packed"):  # qkv [B, N, 3, H, D]
-        batch, tokens, _, heads, channels = args[0].shape
-        return 2 * batch * heads * tokens * tokens * channels
-    if "attention" in name and "backward" not in name and name != "attention_columns":
-        query, key, value = args[:3]  # [B, H, N, D]
-        rows = query.numel() // query.shape[-1]
-        return rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-    return 0
-
-
 @contextlib.contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
@@ -173,17 +139,9 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _compiled_ops() -> contextlib.AbstractContextManager[None]:
-    """p3b_ext's compiled CPU ops, where they exist: one name per op, and the choice of tokens stays apart."""
-    try:
-        import p3b_ext
-    except ImportError:
-        return contextlib.nullcontext()
+    """p3b_ext's compiled CPU ops where they exist, whose FLOP formulas count attention but not the choice of tokens."""
     ready = p3b_ext.build_info()["backends"]["cpu"] == "ready"
     return p3b_ext.backend("cpu" if ready else "reference")
-
-
-def _random_image(input_size: Sequence[int]) -> Tensor:
-    return torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
 
 
 def _bytes(tensors: Any) -> int:

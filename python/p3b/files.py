@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Files that are whole or not there."""
+"""Files that are complete or absent, and JSON in them."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file under another name beside `path`, then gives it its name in one step.
+    """Lets `write` make a file under another name beside `path`, then renames it.
 
-    Whatever happens, `path` holds all of the old or all of the new.
+    Whatever happens, `path` holds all of the old content or all of the new.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,13 +32,41 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, written atomically."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, written atomically. Numbers that are not finite, which JSON does not have, become null."""
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file of a run. Raises ValueError in one line where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is not the folder of a run: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+
+
 def is_temporary(path: Path) -> bool:
-    """Whether a file has the name of one that `write_atomically` was making."""
+    """Whether a file has the name of one that `write_atomically` was writing."""
     return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
 
 
 def umask() -> int:
-    """The permission bits that new files of this process go without."""
+    """The permission bits that this process takes from new files."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

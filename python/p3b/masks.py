@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import budget
+from .budget import prune_costs, prune_count, rounded
 
 if TYPE_CHECKING:
-    from .gates import SubBlock
+    from .sub_blocks import SubBlock
 
 HARD = 0.5  # published: an element counts as kept at m >= 0.5
 MIN_SHARE = 0.05  # of every gate, pruned last where scores of different gates are compared (SAViT's share)
@@ -30,20 +30,20 @@ class Scores(NamedTuple):
     """Mean of (m * g)^2, or any other measure of what an element is worth, 0 or more."""
     tie: Tensor
     """Orders the elements whose mask is about 0, so that their score says nothing."""
-    awake: Tensor
+    active: Tensor
     """Bool: the other elements."""
 
     def order(self, place: slice = slice(None), price: Tensor | None = None) -> np.ndarray:
-        """Indices of the elements at `place`, the lowest score first: those asleep by `tie`, then the others; equal
-        ones by place.
+        """Indices of the elements at `place`, the lowest score first: the inactive ones by `tie`, then the others;
+        equal ones by place.
 
         price: `[E]`, what score and tie are divided by.
         """
-        score, tie, awake = (values[place] for values in self)
+        score, tie, active = (values[place] for values in self)
         if price is not None:
             score, tie = score / price, tie / price
-        first = torch.where(awake, score, torch.full_like(score, -1.0)).numpy()
-        second = torch.where(awake, torch.zeros_like(tie), tie).numpy()
+        first = torch.where(active, score, torch.full_like(score, -1.0)).numpy()
+        second = torch.where(active, torch.zeros_like(tie), tie).numpy()
         return np.lexsort((second, first))
 
 
@@ -67,14 +67,14 @@ def soft_mask(ranks: Tensor, threshold_rank: float, tau: float) -> Tensor:
     return torch.sigmoid(math.log(9.0) * (ranks - threshold_rank) / (tau * len(ranks) + 1e-8))
 
 
-def scaled_ranks(block: SubBlock, score: Tensor, tie: Tensor, awake: Tensor, scales: list[float]) -> Tensor:
+def scaled_ranks(block: SubBlock, score: Tensor, tie: Tensor, active: Tensor, scales: list[float]) -> Tensor:
     """Rank of every element of a sub-block on the axis that its three gates share, float64 `[E]`.
 
-    Inside a gate the elements are ranked 1/n .. 1 by `score`, those asleep below all others by `tie`, equal
-    ones by place; the ranks are multiplied by the gate's scale. score, tie, awake: `[G]` on the host; scales:
+    Inside a gate the elements are ranked 1/n .. 1 by `score`, inactive ones below all others by `tie`, equal
+    ones by place; the ranks are multiplied by the gate's scale. score, tie, active: `[G]` on the host; scales:
     of the gates in, out, inner.
     """
-    scores, scaled = Scores(score, tie, awake), []
+    scores, scaled = Scores(score, tie, active), []
     for place, scale in zip(block.slices(), scales, strict=True):
         order = scores.order(place)
         ranks = np.empty(len(order))
@@ -83,14 +83,14 @@ def scaled_ranks(block: SubBlock, score: Tensor, tie: Tensor, awake: Tensor, sca
     return torch.from_numpy(np.concatenate(scaled).round(12))  # so that 1.5 * (2 / 48) and 3 / 48 are equal
 
 
-def block_ranks(block: SubBlock, scores: Scores, unit: str = "params") -> Tensor:
+def block_ranks(block: SubBlock, scores: Scores, budget: str = "params") -> Tensor:
     """Rank 1/E .. 1 of every element of a sub-block among all of them, float64 `[E]`: by score per cost that the
     element saves while all others are whole.
 
     Gates compete, so that one might go as a whole, and the sub-block with it: the best MIN_SHARE of each rank last.
     """
     size_in, size_out, size_inner = block.sizes
-    full, cost = block.full(unit), block.cost(unit)
+    full, cost = block.full(budget), block.cost(budget)
     less = [
         (size_in - 1, size_inner, size_out),
         (size_in, size_inner, size_out - 1),
@@ -105,7 +105,7 @@ def block_ranks(block: SubBlock, scores: Scores, unit: str = "params") -> Tensor
 
 
 def block_mask(
-    block: SubBlock, ranks: Tensor, kappa: float, tau: float, unit: str = "params", round_to: int = 1
+    block: SubBlock, ranks: Tensor, kappa: float, tau: float, budget: str = "params", round_to: int = 1
 ) -> Tensor:
     """Soft mask `[E]` of a sub-block that keeps the share `kappa` of its cost as closely as its ranks allow.
 
@@ -119,12 +119,12 @@ def block_mask(
     if kappa <= 0:
         return torch.zeros(elements)
     gate = torch.repeat_interleave(torch.arange(3), torch.tensor(block.sizes))
-    cost = block.cost(unit)
-    target = kappa * block.full(unit)
+    cost = block.cost(budget)
+    target = kappa * block.full(budget)
     best = (math.inf, elements, torch.arange(elements))
     for places in itertools.permutations(range(3)):
         order = torch.from_numpy(np.lexsort((torch.tensor(places)[gate].numpy(), ranks.numpy())))
-        pruned, error = budget.prune_count(gate[order], block.sizes, cost, target, block.steps(round_to))
+        pruned, error = prune_count(gate[order], block.sizes, cost, target, block.steps(round_to))
         if error < best[0]:
             best = (error, pruned, order)
     _, pruned, order = best
@@ -144,13 +144,13 @@ def ratio_masks(
     tau: float,
     *,
     scales: dict[str, float],
-    unit: str = "params",
+    budget: str = "params",
     rank_across: str = "gate",
     round_to: int = 1,
 ) -> Tensor:
     """Masks `[G]` that keep the share keep_ratio `[S]` of each sub-block's cost, the best-ranked elements first.
 
-    scales: factor on the ranks, by gate name. unit: of cost, "params" or "macs". rank_across: "gate" ranks inside
+    scales: factor on the ranks, by gate name. budget: of cost, "params" or "macs". rank_across: "gate" ranks inside
     each gate (`scaled_ranks`), "block" among a sub-block's three gates (`block_ranks`; no scales). round_to: every gate
     keeps a multiple of it (`block_mask`); what a sub-block misses its share by, the next one makes up for.
     """
@@ -158,14 +158,14 @@ def ratio_masks(
     owed = 0.0
     for block, kappa in zip(blocks, keep_ratio.tolist(), strict=True):
         if rank_across == "block":
-            ranks = block_ranks(block, scores, unit)
+            ranks = block_ranks(block, scores, budget)
         else:
             ranks = scaled_ranks(block, *scores, [scales[name] for name in block.gate_names])
-        share = kappa + owed / block.full(unit) if 0 < kappa < 1 else kappa
-        mask = block_mask(block, ranks, share, tau, unit, round_to)
+        share = kappa + owed / block.full(budget) if 0 < kappa < 1 else kappa
+        mask = block_mask(block, ranks, share, tau, budget, round_to)
         if round_to > 1:
             kept_in, kept_out, kept_inner = (int(part.sum()) for part in mask.split(block.sizes))
-            owed += kappa * block.full(unit) - float(block.cost(unit)(kept_in, kept_inner, kept_out))
+            owed += kappa * block.full(budget) - float(block.cost(budget)(kept_in, kept_inner, kept_out))
         masks[block.start : block.stop] = mask
     return masks
 
@@ -175,7 +175,7 @@ def global_masks(
     scores: Scores,
     target: float,
     *,
-    unit: str = "params",
+    budget: str = "params",
     min_share: float | Tensor = MIN_SHARE,
     round_to: int = 1,
 ) -> Tensor:
@@ -191,9 +191,9 @@ def global_masks(
     for block in blocks:  # each element saves what its sub-block costs less after it than before it
         here = position[block.start : block.stop]
         gate = torch.repeat_interleave(torch.arange(3), torch.tensor(block.sizes))[torch.from_numpy(here.argsort())]
-        costs = budget.prune_costs(gate, block.sizes, block.cost(unit), block.steps(round_to))
+        costs = prune_costs(gate, block.sizes, block.cost(budget), block.steps(round_to))
         saved[np.sort(here) + 1] = -np.diff(costs.numpy())
-    cost = sum(block.full(unit) for block in blocks) - saved.cumsum()
+    cost = sum(block.full(budget) for block in blocks) - saved.cumsum()
     pruned = int(np.abs(cost - target).argmin())
     sizes = [size for block in blocks for size in block.sizes]
     steps = [step for block in blocks for step in block.steps(round_to)]
@@ -224,5 +224,5 @@ def _rounded_mask(gate: Tensor, order: Tensor, pruned: int, sizes: list[int], st
     mask = torch.zeros(len(order))
     for i, (size, step) in enumerate(zip(sizes, steps, strict=True)):
         ranked = order[gate[order] == i]
-        mask[ranked[size - int(budget.rounded(kept[i], size, step)) :]] = 1.0
+        mask[ranked[size - int(rounded(kept[i], size, step)) :]] = 1.0
     return mask

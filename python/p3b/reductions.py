@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Token reductions by name, with settings that fit a model of any size: what the commands share."""
+"""Token reductions by name, with the published settings scaled to a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import p3b_ext
-from p3b_ext.patch import reducing_blocks
-from p3b_ext.reduced import RECORD
 
 NAMES = ("tome", "ppt", "evit", "topk")
 KINDS = {"tome": p3b_ext.ToMe, "ppt": p3b_ext.PPT, "evit": p3b_ext.EViT, "topk": p3b_ext.TopK}
@@ -28,13 +26,13 @@ SETTINGS = {
 # The published settings belong to 196 patches and 12 blocks; other models get the same shares.
 PATCHES, DEPTH = 196, 12
 TOME_R, PPT_R, KEEP_RATE = 13, 50, 0.7
-# Smallest keep ratio of an attention whose scores or keys say which tokens go: all of its gates keep a channel.
+# Smallest keep ratio of an attention whose scores or keys a reduction reads: every gate of it keeps a channel.
 LEAST_ATTENTION = 0.05
 # PPT's published threshold on the variance of the scores, 7e-5, as squared coefficient of variation: the mean is 1 / N.
 PPT_CV2 = 7e-5 * PATCHES**2
 
 
-def reduction(
+def create_reduction(
     name: str,
     model: VisionTransformer,
     *,
@@ -85,7 +83,7 @@ def reduction(
 
 def apply(
     model: VisionTransformer,
-    found: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK,
+    reduction: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK,
     images: Iterable,
     *,
     prune_share: float | None = None,
@@ -96,40 +94,42 @@ def apply(
     images: batches [B, C, H, W] on which a PPT finds its threshold, for the share `prune_share`, or 1/2 where the
     reduction has no threshold.
     """
-    p3b_ext.patch(model, found, trace=trace)
-    if not isinstance(found, p3b_ext.PPT) or (prune_share is None and found.threshold is not None):
-        return found
+    p3b_ext.patch(model, reduction, trace=trace)
+    if not isinstance(reduction, p3b_ext.PPT) or (prune_share is None and reduction.threshold is not None):
+        return reduction
     threshold = p3b_ext.calibrate(model, images, 0.5 if prune_share is None else prune_share)
-    return dataclasses.replace(found, threshold=threshold)
+    return dataclasses.replace(reduction, threshold=threshold)
 
 
 def floors(model: VisionTransformer, floor: float) -> float | Tensor:
-    """The smallest keep ratio of each sub-block: `floor`, and enough for the attentions that a reduction listens to.
+    """The smallest keep ratio of each sub-block: `floor`, and at least LEAST_ATTENTION where an attention's scores or
+    keys are read by the token reduction.
 
     Returns float64 `[2L]`, or `floor` itself where the model is not patched with a reduction.
     """
-    record = model.__dict__.get(RECORD)
-    if record is None or record.reduction is None:
+    reduction = p3b_ext.current_reduction(model)
+    if reduction is None:
         return floor
-    least = torch.full((len(model.blocks), 2), floor, dtype=torch.float64)
-    least[reducing_blocks(model, record.reduction), 0] = max(floor, LEAST_ATTENTION)
+    depth = len(model.blocks)
+    least = torch.full((depth, 2), floor, dtype=torch.float64)
+    least[[i for i in range(depth) if reduction.reduces(i, depth)], 0] = max(floor, LEAST_ATTENTION)
     return least.flatten()
 
 
-def fitting(
-    found: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK | None, model: VisionTransformer
+def remap_blocks(
+    reduction: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK | None, model: VisionTransformer
 ) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK | None:
-    """The reduction for a pruned model: where the attention of one of its blocks has been pruned away, the nearest
-    block that still has one and is not taken serves instead (the later of two), with a warning; else it is left out.
+    """The reduction for a pruned model: a block whose attention has been pruned entirely is replaced by the nearest
+    block with one that is not in use (the later of two), with a warning; without such a block it is left out.
 
-    ToMe passes over such blocks itself.
+    ToMe skips such blocks itself.
     """
-    if not hasattr(found, "blocks"):
-        return found
+    if not hasattr(reduction, "blocks"):
+        return reduction
     able = [i for i, block in enumerate(model.blocks) if getattr(block, "attn", None) is not None]
-    free = [i for i in able if i not in found.blocks]
-    places: list[int | None] = list(found.blocks)
-    for place, block in enumerate(found.blocks):
+    free = [i for i in able if i not in reduction.blocks]
+    places: list[int | None] = list(reduction.blocks)
+    for place, block in enumerate(reduction.blocks):
         if block in able:
             continue
         places[place] = min(free, key=lambda i, block=block: (abs(i - block), -i), default=None)
@@ -137,27 +137,27 @@ def fitting(
             free.remove(places[place])
         instead = "no block" if places[place] is None else f"blocks.{places[place]}"
         warnings.warn(
-            f"reduction: blocks.{block} has no attention left; {instead} loses tokens in its place", stacklevel=2
+            f"reduction: the attention of blocks.{block} is pruned; {instead} reduces tokens instead", stacklevel=2
         )
-    if places == list(found.blocks):
-        return found
+    if places == list(reduction.blocks):
+        return reduction
     stay = [place for place, block in enumerate(places) if block is not None]
     if not stay:
         return None
     change = {"blocks": [places[place] for place in stay]}
     for name in ("r", "keep_rate", "threshold"):
-        value = getattr(found, name, None)
+        value = getattr(reduction, name, None)
         if isinstance(value, tuple):
             change[name] = [value[place] for place in stay]
-    return dataclasses.replace(found, **change)
+    return dataclasses.replace(reduction, **change)
 
 
-def label(found: object) -> str:
-    """A reduction in a few letters: "ToMe r=13", "EViT 0.70"."""
-    kind = type(found).__name__
-    if hasattr(found, "keep_rate"):
-        return f"{kind} {found.keep_rate:.2f}"
-    return f"{kind} r={found.r}"
+def label(reduction: object) -> str:
+    """A short label of a reduction: "ToMe r=13", "EViT 0.70"."""
+    kind = type(reduction).__name__
+    if hasattr(reduction, "keep_rate"):
+        return f"{kind} {reduction.keep_rate:.2f}"
+    return f"{kind} r={reduction.r}"
 
 
 def _quarters(model: VisionTransformer) -> list[int]:

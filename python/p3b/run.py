@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The folder of a run: made whole or not at all, never overwritten, readable without this software.
+"""The folder of a run: written completely or not at all, never overwritten, readable without this software.
 
 model.safetensors and model.json (checkpoint.py), config.json (every setting), history.json (what training recorded),
-metrics.json (the table), report.md and its pictures.
+metrics.json (the table); report.md and its pictures are made from these.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,21 +21,20 @@ from torch import nn
 
 from . import checkpoint
 from .data import Data
-from .evaluate import Row, metrics
-from .files import is_temporary, umask
-from .report import HISTORY, METRICS, read_json, write_json, write_report
-from .state import STATE
+from .files import is_temporary, read_json, umask, write_json
+from .resume import STATE
+from .table import Row, conditions, metrics
 
-CONFIG = "config.json"
-RUN, LOCK = "run.json", ".lock"  # of a run that is not done
+CONFIG, HISTORY, METRICS = "config.json", "history.json", "metrics.json"
+RUN, LOCK = "run.json", ".lock"  # of a run that is not finished
 
 
 @contextlib.contextmanager
 def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name when the block ends well.
+    """A temporary folder beside `output` that is renamed to it when the block ends well.
 
-    When the block fails the folder is removed, unless it holds a whole model already: then it stays, and a note on the
-    error says where. ValueError where `output` holds anything already.
+    When the block fails the folder is removed, unless it holds a complete model: then it stays, and a note on the error
+    says where. ValueError where `output` holds anything.
     """
     target = _free(output)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -49,18 +47,18 @@ def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    _give_name(staging, target)
+    _rename(staging, target)
 
 
 @contextlib.contextmanager
 def training_folder(
     output: str | os.PathLike[str], command: str, settings: Mapping[str, Any], *, resume: bool = False
 ) -> Iterator[Path]:
-    """The folder `output.unfinished`, which takes the name `output` when the block ends well.
+    """The folder `output.unfinished`, which is renamed to `output` when the block ends well.
 
-    What is in it when the block fails, or the machine does, is what `resume` goes on with. It holds run.json (command
-    and settings) from the start and state.pt after each epoch. ValueError where `output` holds anything already, where
-    there is an unfinished run and `resume` is False or none and it is True, and where another process is at it.
+    What is in it when the block or the machine fails is what `resume` continues. It holds run.json (command and
+    settings) from the start and state.pt after each epoch. ValueError where `output` holds anything, where there is an
+    unfinished run and `resume` is False or none and it is True, and where another process writes to it.
     """
     target = _free(output)
     folder = unfinished(target)
@@ -68,17 +66,19 @@ def training_folder(
         unfinished_run(output)
     elif (folder / RUN).exists():
         raise ValueError(
-            f"output: run must be a new one, got an unfinished run in {folder}; p3b {command} --resume {output} goes "
-            "on with it, and without that folder it starts anew"
+            f"output: {folder} holds an unfinished run; p3b {command} --resume {output} continues it, and without "
+            "that folder a new run starts"
         )
+    elif _complete(folder):
+        raise ValueError(f"output: {folder} holds a finished run; p3b {command} --resume {output} renames it")
     elif folder.exists() and any(path.name != LOCK and not is_temporary(path) for path in folder.iterdir()):
-        raise ValueError(f"output: {folder} must be free for the run, got a folder that holds other files")
+        raise ValueError(f"output: {folder} holds other files; the run needs that folder")
     folder.mkdir(exist_ok=True)  # one without run.json is of a process that was killed before it began
     with open(folder / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"output: {folder} must be free, got one that another process writes to") from None
+            raise ValueError(f"output: another process writes to {folder}") from None
         try:
             for path in filter(is_temporary, folder.iterdir()):  # of a process that was killed
                 path.unlink()
@@ -89,17 +89,36 @@ def training_folder(
             if (folder / STATE).exists() or resume:
                 if (folder / checkpoint.DESCRIPTION).exists():
                     error.add_note(f"the trained model is in {folder}")
-                error.add_note(f"p3b {command} --resume {output} goes on from the last whole epoch")
+                error.add_note(f"p3b {command} --resume {output} continues from the last complete epoch")
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        _give_name(folder, target)
-        for name in (STATE, RUN, LOCK):  # after the name: a process killed in between has not lost its run
-            (target / name).unlink(missing_ok=True)
+        # Before the folder is renamed, so that a finished run never holds them. What a process killed in between leaves
+        # is complete (`_complete`), and --resume renames it.
+        for name in (STATE, RUN, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        _rename(folder, target)
+
+
+def finish_interrupted(output: str | os.PathLike[str]) -> bool:
+    """Renames a run that was complete when its process was killed; returns whether there was one."""
+    folder = unfinished(output)
+    if (folder / RUN).exists() or not _complete(folder):
+        return False
+    target = _free(output)
+    for name in (STATE, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    _rename(folder, target)
+    return True
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a folder holds all that a finished run does."""
+    return all((folder / name).exists() for name in (checkpoint.DESCRIPTION, METRICS))
 
 
 def unfinished(target: str | os.PathLike[str]) -> Path:
-    """Where a run that will be called `target` lives until it is done."""
+    """Where a run that will be called `target` is until it is finished."""
     target = Path(target).expanduser().resolve()
     return target.with_name(target.name + ".unfinished")
 
@@ -109,11 +128,11 @@ def unfinished_run(output: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]
     path = unfinished(output) / RUN
     if not path.exists():
         done = Path(output).expanduser()
-        state = "one that is done" if (done / METRICS).exists() else "none of that name"
-        raise ValueError(f"resume: {output} must be an unfinished run (with a folder {path.parent.name}), got {state}")
+        state = f"{output} is a finished run" if (done / METRICS).exists() else f"there is no folder {path.parent.name}"
+        raise ValueError(f"resume: no unfinished run of {output}: {state}")
     run = read_json(path)
     if not isinstance(run, dict) or not {"command", "settings"} <= run.keys():
-        raise ValueError(f"resume: {path} must hold command and settings, got something else")
+        raise ValueError(f"resume: {path} does not hold a command and settings")
     return run["command"], run["settings"]
 
 
@@ -134,24 +153,24 @@ def _free(output: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _give_name(folder: Path, target: Path) -> None:
+def _rename(folder: Path, target: Path) -> None:
     try:
         if target.exists():
             target.rmdir()
         os.rename(folder, target)
     except OSError as error:
-        raise OSError(f"output: {target} must be free, got {error}; the result is in {folder}") from error
+        raise OSError(f"output: {target} is in use ({error}); the result is in {folder}") from error
 
 
 def save_trained(
     folder: Path, *, model: Any, data: Data, history: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Write what training made, as soon as it is made: the model, config.json and history.json.
+    """Writes what training made, as soon as it is made: the model, config.json and history.json.
 
-    `model` is the Result of a pruning run or a plain model.
+    model: the Result of a pruning run or a plain model.
     """
-    meta = {"data": data.settings, "class_names": list(data.class_names), "top1": history["accuracy_final"]}
-    for name in (checkpoint.DESCRIPTION, checkpoint.WEIGHTS):  # of an attempt that was cut short here
+    meta = {"data": data.config.recorded(), "class_names": list(data.class_names), "top1": history["accuracy_final"]}
+    for name in (checkpoint.DESCRIPTION, checkpoint.WEIGHTS):  # of an attempt that was interrupted here
         (folder / name).unlink(missing_ok=True)
     checkpoint.save(model, folder, meta=meta)
     write_json(folder / CONFIG, dict(settings))
@@ -170,10 +189,10 @@ def save_measured(
     command: str,
     seconds: Mapping[str, float] | None = None,
 ) -> None:
-    """Write what was measured on a trained model: metrics.json, report.md and pictures.
+    """Writes metrics.json: what was measured on a trained model.
 
-    `saved_as` is the name of the saved model's row, whose accuracy (in full precision, as `p3b evaluate` finds it) the
-    model's description takes; `batch_size` is the number of images the rows were timed with.
+    saved_as: the name of the saved model's row, whose accuracy (in full precision, as `p3b evaluate` finds it) goes
+    into the model's description. batch_size: the number of images the rows were timed with.
     """
     checkpoint.update_meta(folder, top1=next(row.top1 for row in rows if row.name == saved_as))
     record = {
@@ -185,7 +204,6 @@ def save_measured(
         **metrics(rows),
     }
     write_json(folder / METRICS, record)
-    write_report(folder)
 
 
 def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -194,29 +212,5 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]
     meta = checkpoint.read_meta(folder)
     missing = [key for key in ("data", "class_names", "top1") if key not in meta]
     if missing:
-        raise ValueError(f"p3b: {folder} must be the folder of a p3b run, got one without {', '.join(missing)}")
+        raise ValueError(f"{folder} is not the folder of a p3b run: its model.json has no {', '.join(missing)}")
     return model, meta
-
-
-def conditions(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """One sentence on how the costs were measured: machine, threads, batch, versions. shape [B, C, H, W] as timed."""
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-        memory = "torch.cuda.max_memory_allocated"
-    else:
-        threads = torch.get_num_threads()
-        machine = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-        memory = "the sum of live tensors"
-    size = " x ".join(str(n) for n in shape)
-    return (
-        f"Costs: one forward pass of {size}, {str(dtype)[6:]}, on {machine}; images/s is the median of interleaved "
-        f"repeats, peak memory {memory} (weights included), GMACs are for one image. PyTorch {torch.__version__}."
-    )
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -20,10 +20,11 @@ import p3b_ext
 from p3b_ext import plan
 from p3b_ext.tuning import count_macs, score_spreads
 
-from .evaluate import evaluate
-from .files import write_atomically
-from .reductions import PPT_R, reduction
-from .report import new_figure, write_json
+from .accuracy import evaluate
+from .figures import new_figure, save_figure
+from .files import write_json, write_text
+from .reductions import PPT_R, create_reduction
+from .table import format_table
 
 RESULT, PAGE, PLOT = "scores.json", "scores.md", "scores.png"
 MODES = ("prune", "merge", "ppt")
@@ -98,7 +99,7 @@ def sweep(
     for mode, score, r in wanted:
         report(f"{mode} {score or ''} r={r}")
         threshold = {"prune": -math.inf, "merge": math.inf, "ppt": 0.0}[mode]
-        ppt = reduction("ppt", model, r=r, blocks=blocks, score=score or scores[0], threshold=threshold)
+        ppt = create_reduction("ppt", model, r=r, blocks=blocks, score=score or scores[0], threshold=threshold)
         ppt = dataclasses.replace(ppt, unit="cv2")
         p3b_ext.patch(model, ppt)
         if mode != "ppt":
@@ -126,33 +127,27 @@ def _case(mode: str, score: str | None, r: int, model: VisionTransformer, loader
     return Case(mode, score, r, evaluate(model, loader)["top1"], count_macs(model), tokens)
 
 
-def tables(cases: Sequence[Case]) -> str:
-    """Accuracy of every setting, and below it what PPT saw and did in each block; in markdown."""
-    dense = cases[0]
-    rows = [("mode", "score", "r", "tokens left", "MACs", "top-1 %", "against unreduced")]
+def tables(cases: Sequence[Case], *, markdown: bool = False) -> str:
+    """Accuracy of every setting, and below it the score spreads and pruned shares of PPT in each block."""
+    dense, rows = cases[0], []
+    headings = ("mode", "score", "r", "tokens left", "MACs", "top-1 %", "against unreduced")
     for case in cases:
         change = "" if case is dense else f"{case.top1 - dense.top1:+.2f}"
         score = NAMES[case.score] if case.score else "–"
         share = f"{100 * case.macs / dense.macs:.0f} %"
         rows.append((case.mode, score, str(case.r or "–"), str(case.tokens), share, f"{case.top1:.2f}", change))
-    text = _markdown(rows)
+    text = format_table(headings, rows, markdown=markdown)
     chosen = [case for case in cases if case.pruned]
     if chosen:
-        rows = [("score", "r", "threshold", "block", "spread of scores", "images pruned")]
+        headings, rows = ("score", "r", "threshold", "block", "spread of scores", "images pruned"), []
         for case in chosen:
             for block, share in case.pruned.items():
                 mean, deviation = case.spread[block]
                 limit = f"{case.threshold:.3f}"
                 numbers = (str(block), f"{mean:.3f} ± {deviation:.3f}", f"{100 * share:.0f} %")
                 rows.append((NAMES[case.score], str(case.r), limit, *numbers))
-        text += "\n\n" + _markdown(rows)
+        text += "\n\n" + format_table(headings, rows, markdown=markdown)
     return text
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
 def draw(cases: Sequence[Case]) -> Any:
@@ -186,7 +181,7 @@ def write(folder: Path, cases: Sequence[Case], *, title: str, conditions: str, c
     )
     write_json(folder / RESULT, record)
     figure = draw(cases)
-    write_atomically(folder / PLOT, lambda path: figure.savefig(path, dpi=110, format="png"))
-    page = [f"# {title}", "", tables(cases), "", conditions, "", f"![{PLOT}]({PLOT})", ""]
+    save_figure(figure, folder / PLOT, dpi=110)
+    page = [f"# {title}", "", tables(cases, markdown=True), "", conditions, "", f"![{PLOT}]({PLOT})", ""]
     page += ["## Made by", "", f"    {command}", ""]
-    write_atomically(folder / PAGE, lambda path: path.write_text("\n".join(page), encoding="utf-8"))
+    write_text(folder / PAGE, "\n".join(page))

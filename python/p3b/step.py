@@ -1,45 +1,49 @@
 # SPDX-License-Identifier: MIT
-"""One optimizer step, for pruning and for fine-tuning: forward, losses, backward, skip what is not finite.
-
-Nothing is read back to the host in a step on a GPU (a CPU's optimizer reads one flag); what a step counts it counts on
-the device.
-"""
+"""One optimizer step: forward and backward passes, mixed images, distillation, skipped steps; and what every loop needs
+around it: batches in groups, running means, validation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from .accuracy import evaluate
 from .config import Config
+from .context import ProbeBatch
+from .distillation import check_teacher, distillation
 from .distributed import Processes
+from .methods.base import Method
 from .probes import Taps
 
-if TYPE_CHECKING:
-    from .train import PruneRun
+Batches = Iterable[tuple[Tensor, Tensor]]  # images float [B, C, H, W], labels int64 [B] or soft targets [B, K]
 
 MAX_SKIPPED = 10  # steps in a row with a non-finite gradient before the run gives up
-REMEDY = "lower the learning rate or look for broken images"
+REMEDY = "lower the learning rate, or look for damaged images"
 FIRST_SCALE = 2.0**16  # of a float16 loss; GradScaler's own constants
 GROW_AFTER = 2000
+FUSED = ("adam", "adamw", "sgd")  # optimizers that PyTorch runs as one kernel, on CPU and CUDA
 
 
 class Diverged(RuntimeError):
-    """Training left the finite numbers: the learning rate is too high, or images are broken."""
+    """Loss, gradients, weights or logits are not finite: the learning rate is too high, or images are damaged."""
 
 
 class Step:
-    """One optimizer step on one group of batches; in a prune run also the method's step and statistics.
+    """One optimizer step on one group of batches; in a pruning phase also the method's step and statistics.
 
     A step whose gradients are not finite changes neither weights nor statistics and is counted.
     model: what is trained; the Step wraps it for several processes and for torch.compile. teacher: a model in eval mode
-    whose answers the loss asks for too.
+    for the distillation loss. method: the pruning method of the phase. check: called with the first batch; by default
+    it refuses what the model or the teacher cannot take.
     """
 
     def __init__(
@@ -48,24 +52,24 @@ class Step:
         optimizer: torch.optim.Optimizer,
         config: Config,
         device: torch.device,
-        run: PruneRun | None = None,
         *,
         processes: Processes | None = None,
         teacher: nn.Module | None = None,
+        method: Method | None = None,
+        check: Callable[[Any], None] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.config, self.device, self.run = model, optimizer, config, device, run
+        self.model, self.optimizer, self.config, self.device, self.method = model, optimizer, config, device, method
         self.processes, self.teacher = processes or Processes(), teacher
-        self.later_teacher: nn.Module | None = None  # of the run's next phase, looked at before this one
         self.wrapped = self.processes.wrap(model)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
-        self.taps = Taps(model) if run is not None and run.method.reads_stream else None
+        self.taps = Taps(model) if method is not None and method.reads_stream else None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
         self.longest_skip = torch.zeros((), device=device)
         self.scale = torch.full((), FIRST_SCALE if config.amp == "float16" else 1.0, device=device)
         self.since_growth = torch.zeros((), device=device)
-        self.checked = False  # whether the first batch was found to fit the model
+        self.check_batch: Callable[[Any], None] | None = check or InputCheck(model, config, device, teacher)
         self.on_device = device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups)
         self.mixup = None
         if config.mixup or config.cutmix:
@@ -80,45 +84,35 @@ class Step:
                 num_classes=model.num_classes,
             )
 
-    def __call__(self, batches: list[tuple[Tensor, Tensor]], meter: Meter) -> None:
-        run = self.run
-        measuring = run is not None and run.measuring
-        if not self.checked:
-            check_batch(self.model, batches[0])
-            asked = self.teacher if self.teacher is not None else self.later_teacher
-            if asked is not None:
-                check_teacher(asked, self.model, batches[0][0].to(self.device))
-            self._check_mixing(*batches[0])
-            self.checked = True
+    def __call__(
+        self, batches: list[tuple[Tensor, Tensor]], meter: Meter, *, measuring: bool = False, pruning: bool = False
+    ) -> None:
+        """One step on a group of batches, whose gradients are averaged.
+
+        measuring: whether the method's loss is part of this step. pruning: whether masks may change at this step.
+        """
+        if self.check_batch is not None:
+            self.check_batch(batches[0])
+            self.check_batch = None
         for i, (images, targets) in enumerate(batches):
             images = images.to(self.device, non_blocking=True)
             targets = targets.to(self.device, non_blocking=True)
             last = i == len(batches) - 1
-            # gradients of several batches meet before they are averaged over processes
-            alone = nullcontext() if last or self.processes.world == 1 else self.wrapped.no_sync()
-            with alone, self.taps or nullcontext():
-                total, logits, loss = self._losses(images, targets, measuring)
+            # gradients of several batches are added before they are averaged over processes
+            local = nullcontext() if last or self.processes.world == 1 else self.wrapped.no_sync()
+            with local, self.taps or nullcontext():
+                total, logits, loss = self._losses(images, targets, measuring, pruning)
                 (total * (self.scale / len(batches))).backward()
             meter.add(loss, logits, targets)
-        self._apply(measuring)
+        self._apply(measuring, pruning)
 
-    def _check_mixing(self, images: Tensor, targets: Tensor) -> None:
-        if self.mixup is None:
-            return
-        if targets.ndim == 2:
-            raise TypeError(f"train: labels must be int64 [B] to be mixed, got {list(targets.shape)} {targets.dtype}")
-        if len(images) % 2:
-            raise ValueError(f"train: batch must have an even number of images to be mixed, got {len(images)}")
-
-    def _losses(self, images: Tensor, targets: Tensor, measuring: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss to go back from, and the model's logits and own loss."""
-        config, run = self.config, self.run
+    def _losses(self, images: Tensor, targets: Tensor, measuring: bool, pruning: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of the backward pass, and the model's logits and own loss."""
+        config, clean = self.config, None
         rows = max(1, round(config.probe_share * len(images))) if measuring else 0
-        if measuring:
-            run.clean = None
         if self.mixup is not None:
             if measuring and config.benefit_targets == "clean" and self.taps is not None:
-                run.clean = (self._clean_stream(images[:rows]), targets[:rows])
+                clean = (self._clean_stream(images[:rows]), targets[:rows])
             # timm mixes in place; the loader's tensors are not ours
             images, targets = self.mixup(images.clone(), targets)
         if self.taps is not None:
@@ -137,12 +131,13 @@ class Step:
                 logits, answers.float(), config.distill_temperature
             )
         if measuring:
-            extra = run.method.loss(self.taps.stream if self.taps is not None else None, targets[:rows], self.criterion)
+            stream = self.taps.stream if self.taps is not None else None
+            extra = self.method.loss(ProbeBatch(targets[:rows], self.criterion, pruning, stream, clean))
             total = total if extra is None else total + extra
         return total, logits, loss
 
     def _clean_stream(self, images: Tensor) -> list[Tensor]:
-        """The residual stream of images as they are, in the mode that the model is in."""
+        """The residual stream of images without mixing, in the mode that the model is in."""
         self.taps.begin(len(images))
         with torch.no_grad(), autocast(self.config, self.device):
             self.model(images)
@@ -154,35 +149,30 @@ class Step:
             return F.cross_entropy(logits, targets, reduction="none")
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.config.label_smoothing)
 
-    def _apply(self, measuring: bool) -> None:
-        run, optimizer = self.run, self.optimizer
+    def _apply(self, measuring: bool, pruning: bool) -> None:
+        method, optimizer = self.method, self.optimizer
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        learnt, extra = [], []
-        if run is not None:
-            if measuring:
-                learnt = [
-                    p.grad
-                    for other in run.method.optimizers
-                    for group in other.param_groups
-                    for p in group["params"]
-                    if p.grad is not None
-                ]
-            extra = [run.gates.grad]
-            self.processes.all_reduce_mean([*learnt, *extra])
+        others = method.optimizers if method is not None and measuring else []
+        extra = [
+            p.grad for each in others for group in each.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if method is not None:
+            extra.append(method.gates.grad)
+            self.processes.all_reduce_mean(extra)
         if self.config.amp == "float16":
-            torch._foreach_mul_([*gradients, *learnt, *extra], 1 / self.scale)
+            torch._foreach_mul_([*gradients, *extra], 1 / self.scale)
         # the gates' gradient is built from other products than the weights', so it can overflow on its own
         norm = get_total_norm(gradients)
-        finite = torch.isfinite(norm) & (torch.isfinite(run.gates.grad).all() if run else True)
+        finite = torch.isfinite(norm)
+        if method is not None:
+            finite = finite & torch.isfinite(method.gates.grad).all()
         self._count(finite)
         if self.config.clip_grad:
             clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm)
-        self._step(optimizer, finite)
-        if run is not None:
-            if measuring:
-                for other in run.method.optimizers:
-                    self._step(other, finite)
-            run.method.stepped(finite)
+        for each in (optimizer, *others):
+            self._step(each, finite)
+        if method is not None:
+            method.stepped(finite, pruning)
 
     def _count(self, finite: Tensor) -> None:
         self.skipped_in_a_row = torch.where(finite, 0, self.skipped_in_a_row + 1)
@@ -203,12 +193,11 @@ class Step:
         optimizer.zero_grad(set_to_none=True)
 
     def check(self, where: str) -> None:
-        """Raises Diverged after ten steps in a row without a finite gradient; one host read, so not every step."""
+        """Raises Diverged after ten steps in a row with non-finite gradients. Reads from the device, so not called in
+        every step."""
         if self.longest_skip >= MAX_SKIPPED:
-            raise Diverged(
-                f"train: gradients must be finite, got {int(self.longest_skip)} steps in a row that are not "
-                f"({where}); {REMEDY}"
-            )
+            count = int(self.longest_skip)
+            raise Diverged(f"train: non-finite gradients in {count} steps in a row ({where}); {REMEDY}")
 
     def state(self) -> dict[str, Any]:
         """Optimizer and counters, for `load_state`."""
@@ -216,7 +205,7 @@ class Step:
         return {"optimizer": self.optimizer.state_dict(), "counters": torch.stack(counters)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Restores what `state` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         counters = state["counters"].to(self.device).unbind()
         self.skipped, self.skipped_in_a_row, self.longest_skip, self.scale, self.since_growth = (
@@ -224,10 +213,13 @@ class Step:
         )
 
 
-def distillation(logits: Tensor, answers: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence from a teacher's softened answers, times T^2: mean over the batch (Hinton 2015)."""
-    student, teacher = (F.log_softmax(x / temperature, dim=1) for x in (logits, answers))
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+def create_optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer of a Config for a model, as one fused kernel where PyTorch has it."""
+    fused = {"fused": True} if config.opt.lower() in FUSED else {}
+    try:
+        return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **fused)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"train: opt must be an optimizer that timm knows, got {config.opt!r} ({error})") from None
 
 
 class Meter:
@@ -237,15 +229,37 @@ class Meter:
         self.sums = torch.zeros(3, device=device)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """One batch: its mean loss, logits [B, K] and targets."""
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         right = (logits.detach().argmax(1) == labels).sum()
         count = torch.full_like(self.sums[2], len(labels))
         self.sums += torch.stack((loss.detach() * count, right.to(count.dtype), count))
 
     def read(self) -> tuple[float, float]:
-        """Mean loss and accuracy in percent; one host read."""
+        """Mean loss and accuracy in percent; one read from the device."""
         loss, right, count = self.sums.tolist()
         return loss / max(count, 1), 100 * right / max(count, 1)
+
+
+class InputCheck:
+    """Refuses a batch that a model cannot be trained on, or that its teacher cannot take."""
+
+    def __init__(
+        self, model: nn.Module, config: Config, device: torch.device, teacher: nn.Module | None = None
+    ) -> None:
+        self.model, self.device, self.teacher = model, device, teacher
+        self.mixes = bool(config.mixup or config.cutmix)
+
+    def __call__(self, batch: Any) -> None:
+        """TypeError or ValueError for a batch that does not fit."""
+        check_batch(self.model, batch)
+        images, targets = batch
+        if self.teacher is not None:
+            check_teacher(self.teacher, self.model, images.to(self.device))
+        if self.mixes and targets.ndim == 2:
+            raise TypeError(f"train: labels must be int64 [B] to be mixed, got {list(targets.shape)} {targets.dtype}")
+        if self.mixes and len(images) % 2:
+            raise ValueError(f"train: batch must have an even number of images to be mixed, got {len(images)}")
 
 
 def check_batch(model: nn.Module, batch: Any) -> None:
@@ -275,21 +289,8 @@ def check_batch(model: nn.Module, batch: Any) -> None:
         )
 
 
-@torch.no_grad()
-def check_teacher(teacher: nn.Module, model: nn.Module, images: Tensor) -> None:
-    """ValueError unless a teacher takes the model's images and answers with as many classes."""
-    size, classes = list(images.shape[1:]), getattr(model, "num_classes", None)
-    try:
-        answers = list(teacher(images[:1]).shape)
-    except (RuntimeError, AssertionError) as error:
-        what = " ".join(str(error).split())[:120]
-        raise ValueError(f"train: teacher must take images {size} as the model does, got {what}") from None
-    if len(answers) != 2 or classes not in (None, answers[1]):
-        raise ValueError(f"train: teacher must give the model's {classes} classes, got {answers[1:]}")
-
-
-def of_epoch(loader: Any, epoch: int) -> Any:
-    """The loader at an epoch: order and augmentation then depend on that alone, not on what ran before."""
+def at_epoch(loader: Any, epoch: int) -> Any:
+    """The loader set to an epoch: order and augmentation then depend on that alone, not on what ran before."""
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch)
     return loader
@@ -298,11 +299,23 @@ def of_epoch(loader: Any, epoch: int) -> Any:
 def groups(loader: Any, epoch: int, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """An epoch's batches in groups of `size`; a last group that is not full is left out."""
     group = []
-    for batch in of_epoch(loader, epoch):
+    for batch in at_epoch(loader, epoch):
         group.append(batch)
         if len(group) == size:
             yield group
             group = []
+
+
+def steps_per_epoch(loader: Batches, config: Config) -> int:
+    """Optimizer steps of an epoch. Raises TypeError for a loader without a length, ValueError for one too short."""
+    if not hasattr(loader, "__len__"):
+        raise TypeError(f"train: train_loader must have a length, got {type(loader).__name__}")
+    steps = len(loader) // config.accumulate
+    if steps == 0:
+        raise ValueError(
+            f"train: train_loader must give at least accumulate = {config.accumulate} batches, got {len(loader)}"
+        )
+    return steps
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:
@@ -310,3 +323,39 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager:
     if config.amp == "none":
         return nullcontext()
     return torch.autocast(device.type, getattr(torch, config.amp))
+
+
+def validate(model: nn.Module, loader: Batches, config: Config, device: torch.device, processes: Processes) -> float:
+    """Top-1 in percent over the validation images of all processes; leaves the model in eval mode. Raises Diverged for
+    logits that are not finite."""
+    model.eval()
+    found = evaluate(model, loader, autocast=lambda: autocast(config, device), reduce=processes.all_reduce_sum)
+    if found.get("non_finite"):
+        raise Diverged(f"train: non-finite logits for {found['non_finite']} validation images; {REMEDY}")
+    return found["top1"]
+
+
+def check_finite(model: nn.Module, history: dict[str, Any], phase: str) -> None:
+    """Raises Diverged unless the loss of the last epoch and every weight are finite."""
+    loss = history["epochs"][-1]["loss"]
+    if not math.isfinite(loss):
+        raise Diverged(f"train: the loss is {loss} in the last epoch of {phase}; {REMEDY}")
+    weights = [p.detach() for p in model.parameters()]
+    if not torch.isfinite(get_total_norm(weights, norm_type=float("inf"))):
+        raise Diverged(f"train: non-finite weights after {phase}; {REMEDY}")
+
+
+def epoch_record(
+    phase: str, epoch: int, meter: Meter, accuracy: float, params: int, processes: Processes
+) -> dict[str, Any]:
+    """What the history says of an epoch; accuracy on the validation images in percent."""
+    processes.all_reduce_sum([meter.sums])
+    loss, train_accuracy = meter.read()
+    return {
+        "phase": phase,
+        "epoch": epoch,
+        "loss": loss,
+        "train_accuracy": train_accuracy,
+        "val_accuracy": accuracy,
+        "params": params,
+    }

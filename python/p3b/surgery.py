@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From a masked model to a small dense one that computes the same, with ordinary timm modules as far as they
-reach.
+"""From a masked model to a small dense one that computes the same, with timm's own modules where possible.
 
 Inside a pruned block the norm keeps its statistics over the full width and hands on the kept channels;
 attention and MLP are timm's own, only narrower; their output is scattered back into the residual stream. What
@@ -17,13 +16,12 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from p3b_ext.patch import patch
-from p3b_ext.reduced import RECORD
+import p3b_ext
 
 from . import mlp as mlps
 from .architecture import describe
 from .gates import Gates, detach
-from .reductions import fitting
+from .reductions import remap_blocks
 
 
 class GatherLayerNorm(nn.LayerNorm):
@@ -136,7 +134,7 @@ def kept_indices(gates: Gates) -> dict[str, Any]:
     if gates.embedding is not None:
         kept["embedding"] = hard[gates.embedding].nonzero().flatten().tolist()
     for block in gates.blocks:
-        inner = "heads" if (block.kind, block.units) == ("attn", "heads") else "inner"
+        inner = "heads" if (block.kind, block.granularity) == ("attn", "heads") else "inner"
         places = dict(zip(("in", "out", inner), block.slices(), strict=True))
         if gates.embedding is not None:
             del places["in"], places["out"]
@@ -153,19 +151,20 @@ def shrink(model: VisionTransformer) -> VisionTransformer:
     """
     gates = getattr(model, "p3b_gates", None)
     if gates is None:
-        raise ValueError("shrink: model must have gates (p3b.gates.attach), got one without")
+        raise ValueError("shrink: the model has no gates; p3b.gates.attach puts some on")
     kept = kept_indices(gates)
     if kept.get("embedding") == []:
-        raise ValueError("shrink: embedding must keep a channel, got masks that remove all")
+        raise ValueError("shrink: the masks remove every channel of the embedding; one must stay")
     detach(model)
     try:
         model.p3b_description = describe(model)
     except NotImplementedError as error:  # the model shrinks all the same; saving it will say why it cannot
         model.p3b_description = {"unsupported": str(error)}
     cut(model, kept)
-    record = model.__dict__.get(RECORD)
-    if record is not None:
-        patch(model, fitting(record.reduction, model), trace=record.trace, linear=record.linear)
+    patch = p3b_ext.current_patch(model)
+    if patch is not None:
+        reduction = remap_blocks(patch.reduction, model)
+        p3b_ext.patch(model, reduction, trace=patch.trace and reduction is not None, linear=patch.linear)
     return model
 
 

@@ -17,8 +17,8 @@ from timm.layers import set_fused_attn
 
 import p3b
 from p3b.costs import allocated_peak
-from p3b.step import Meter, Step
-from p3b.train import PruneRun, _optimizer
+from p3b.prune import PruningPhase
+from p3b.step import Meter, Step, create_optimizer
 from p3b_ext.patch import patch
 
 VARIANTS = {
@@ -48,16 +48,16 @@ def main() -> None:
     device, config = torch.device("cpu"), p3b.Config(start_epoch=0, sparse_epoch=1, final_epoch=1, device="cpu")
     meter = Meter(device)
 
-    steps = {}
+    steps, phases = {}, {}
     for name, twin in (("timm", copy.deepcopy(model)), ("patched", patch(copy.deepcopy(model)))):
-        steps[f"plain, {name}"] = Step(twin.train(), _optimizer(twin, config, 5e-4), config, device)
+        steps[f"plain, {name}"] = Step(twin.train(), create_optimizer(twin, config, 5e-4), config, device)
     for name, settings in VARIANTS.items():
         if options.skip_exact and "exact" in name:
             continue
-        run = PruneRun(patch(copy.deepcopy(model)), p3b.Config.from_dict(config.to_dict() | settings), 100)
+        run = PruningPhase(patch(copy.deepcopy(model)), p3b.Config.from_dict(config.to_dict() | settings), 100)
         run.model.train()
         run.gates.set(torch.rand_like(run.gates.values))
-        steps[name] = run.step
+        steps[name], phases[name] = run.train_step, run
 
     if options.profile:
         profile(steps["p3b, default probes"], images, labels, meter)
@@ -74,7 +74,7 @@ def main() -> None:
     for name, values in times.items():
         middle, step = statistics.median(values), steps[name]
         peak = allocated_peak(lambda step=step: step([(images, labels)], meter), device) / 2**20
-        weights, state = held(step)
+        weights, state = held(phases[name].step if name in phases else step)
         print(
             f"{name:32s} {middle:9.1f} ms   {middle / base:5.2f} x   step {peak:7.1f} MiB   "
             f"weights {weights:6.1f} MiB   optimizer {state:6.1f} MiB"

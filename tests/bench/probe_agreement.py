@@ -16,6 +16,7 @@ for runs that are done, from their history.json.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import time
@@ -31,7 +32,8 @@ from torch import Tensor
 import p3b
 from p3b import budget
 from p3b.benefit import Benefit, Importance
-from p3b.data import Data, create_data
+from p3b.context import Context, ProbeBatch
+from p3b.data import Data, DataConfig, create_data
 from p3b.methods.p3b import P3B
 from p3b.probes import Probes
 
@@ -47,6 +49,7 @@ class Reader:
     rate: float = 1.0  # times the published learning rate
 
 
+phases = importlib.import_module("p3b.prune")  # the module, not the function of that name
 READERS = {
     "again": Reader("conv"),
     "quarter of the batch": Reader("conv", share=0.25),
@@ -70,9 +73,9 @@ class Passengers(P3B):
 
     readers: dict[str, Reader]
 
-    def __init__(self, run: p3b.train.PruneRun) -> None:
-        super().__init__(run)
-        self.others = {}
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.others, self.steps = {}, 0
         for number, (name, reader) in enumerate(self.readers.items()):
             torch.manual_seed(1000 * (number + 1) + self.config.seed)
             width = round(reader.width * self.model.embed_dim)
@@ -83,19 +86,21 @@ class Passengers(P3B):
             optimizer = torch.optim.AdamW(groups, fused=True)
             self.others[name] = (probes, optimizer, Benefit(("patch",), len(self.full), "cpu"))
 
-    def loss(self, stream: list[Tensor], targets: Tensor, criterion) -> Tensor:
+    def loss(self, batch: ProbeBatch) -> Tensor:
         for name, (probes, optimizer, benefit) in self.others.items():
             reader = self.readers[name]
-            if self.run.count % reader.every:
+            if self.steps % reader.every:
                 continue
-            rows = max(1, round(reader.share * len(targets)))
-            losses = probes([x[:rows] for x in stream], self._repeated(targets[:rows], criterion))
+            rows = max(1, round(reader.share * len(batch.targets)))
+            loss = self._repeated(batch.targets[:rows], batch.criterion)
+            losses = probes([x[:rows] for x in batch.stream], loss)
             losses["patch"].sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-            if self.run.count >= self.run.start:
+            if batch.pruning:
                 benefit.add(losses)
-        return super().loss(stream, targets, criterion)
+        self.steps += 1
+        return super().loss(batch)
 
     def update(self, progress: float, tau: float, final: bool) -> dict:
         others = {name: benefit.take(include_previous=final) for name, (_, _, benefit) in self.others.items()}
@@ -134,9 +139,9 @@ def main() -> None:
 
     source = trained(options)
     Passengers.readers = {name: READERS[name] for name in options.readers}
-    p3b.train.create = lambda name: Passengers  # the method of the exact run
+    phases.create = lambda name: Passengers  # the method of the exact run
     exact = run(options, source, "conv")
-    p3b.train.create = lambda name: P3B
+    phases.create = lambda name: P3B
     runs = {form: run(options, source, form) for form in options.runs}
     if options.output:
         options.output.write_text(json.dumps({"exact": exact, "runs": runs}))
@@ -146,12 +151,14 @@ def main() -> None:
 
 def data(options: argparse.Namespace, name: str) -> Data:
     return create_data(
-        options.data / f"{name}.npz",
-        img_size=28,
-        batch_size=options.batch,
-        seed=options.seed,
-        train_images=options.images,
-        flip=name == "fashion_mnist",
+        DataConfig(
+            options.data / f"{name}.npz",
+            img_size=28,
+            batch_size=options.batch,
+            seed=options.seed,
+            train_images=options.images,
+            flip=name == "fashion_mnist",
+        )
     )
 
 

@@ -411,8 +411,8 @@ def training(bench: Bench) -> None:
     import timm
 
     import p3b
-    from p3b.step import Meter, Step
-    from p3b.train import PruneRun, _optimizer
+    from p3b.prune import PruningPhase
+    from p3b.step import Meter, Step, create_optimizer
 
     name, batch = ("vit_tiny_patch16_224", 2) if bench.quick else ("deit_small_patch16_224", 256)
     torch.manual_seed(0)
@@ -426,11 +426,11 @@ def training(bench: Bench) -> None:
             twin = copy.deepcopy(model)
             twin = twin if what == "plain, timm" else p3b_ext.patch(twin)
             if what == "P3B":
-                run = PruneRun(twin, config, 100)
+                run = PruningPhase(twin, config, 100)
                 run.gates.set(torch.rand_like(run.gates.values))
-                step = run.step
+                step = run.train_step
             else:
-                step = Step(twin, _optimizer(twin, config, 5e-4), config, device)
+                step = Step(twin, create_optimizer(twin, config, 5e-4), config, device)
             twin.train()
             for _ in range(1 if bench.quick else 5):
                 step([(images, labels)], meter)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ways to decide what is pruned, one file each; `create(name)` gives the class."""
+"""The pruning methods, one file each; `create(name)` gives the class."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .base import Method
 
-# Imported when asked for: config.py needs the names alone.
-METHODS = {
+CLASSES = {
     "p3b": "p3b:P3B",
     "p3b+": "p3b:P3B",
     "uniform": "uniform:Uniform",
@@ -24,13 +23,10 @@ METHODS = {
     "isomorphic": "isomorphic:Isomorphic",
 }
 
-SETTINGS: dict[str, dict[str, object]] = {"p3b+": {"rank_across": "block"}}
-"""Defaults of Config that a method changes (Config.from_dict); what is given explicitly wins."""
-
 
 def create(name: str) -> type[Method]:
-    """The class of a method; ValueError for a name that is none."""
-    if name not in METHODS:
-        raise ValueError(f"config: method must be one of {', '.join(METHODS)}, got {name!r}")
-    module, _, kind = METHODS[name].partition(":")
+    """The class of a method. Raises ValueError for an unknown name."""
+    if name not in CLASSES:
+        raise ValueError(f"config: method must be one of {', '.join(CLASSES)}, got {name!r}")
+    module, _, kind = CLASSES[name].partition(":")  # imported when it is used
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)

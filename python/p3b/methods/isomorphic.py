@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ..masks import Scores
-from .ranking import GlobalRanking, awake
+from .ranking import GlobalRanking, active_scores
 
 
 class Isomorphic(GlobalRanking):
@@ -33,4 +33,4 @@ class Isomorphic(GlobalRanking):
         for members in (torch.cat(found) for found in classes.values()):
             order = torch.from_numpy(Scores(*(values[members] for values in scores)).order())
             ranks[members[order]] = (torch.arange(len(order), dtype=torch.float64) + 0.5) / len(order)
-        return awake(ranks)
+        return active_scores(ranks)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import mlp as mlps
 from ..gates import SubBlock
 from ..masks import Scores
-from .ranking import GlobalRanking, awake
+from .ranking import GlobalRanking, active_scores
 
 
 class Magnitude(GlobalRanking):
@@ -26,7 +26,9 @@ class Magnitude(GlobalRanking):
     power: float
 
     def scores(self, final: bool) -> Scores:
-        return awake(torch.cat([self._of_gate(mean) for block in self.gates.blocks for mean in self._powers(block)]))
+        return active_scores(
+            torch.cat([self._of_gate(mean) for block in self.gates.blocks for mean in self._powers(block)])
+        )
 
     def _of_gate(self, mean: Tensor) -> Tensor:
         norms = mean.pow(1 / self.power)

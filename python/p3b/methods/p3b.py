@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import budget
 from ..benefit import Benefit, Importance
+from ..context import Context, Criterion, ProbeBatch
 from ..gates import on_host
 from ..probes import Probes
-from .base import Criterion, Method
-
-if TYPE_CHECKING:
-    from ..train import PruneRun
+from .base import Method
 
 
 class P3B(Method):
@@ -23,8 +21,8 @@ class P3B(Method):
 
     reads_stream = True
 
-    def __init__(self, run: PruneRun) -> None:
-        super().__init__(run)
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
         config, blocks = self.config, self.gates.blocks
         self.probes = Probes(self.model, alpha=config.alpha, form=config.patch_probe, width=config.patch_probe_width)
         self.probes.to(self.device)
@@ -43,16 +41,15 @@ class P3B(Method):
     def modules(self) -> dict[str, nn.Module]:
         return {"probes": self.probes}
 
-    def loss(self, stream: list[Tensor] | None, targets: Tensor, criterion: Criterion) -> Tensor | None:
-        losses = self.probes(stream, self._repeated(targets, criterion))
-        if self.run.count >= self.run.start:
-            self.benefit.add(losses if self.config.benefit_targets == "train" else self._clean_losses(stream, targets))
+    def loss(self, batch: ProbeBatch) -> Tensor | None:
+        losses = self.probes(batch.stream, self._repeated(batch.targets, batch.criterion))
+        if batch.pruning:
+            self.benefit.add(losses if self.config.benefit_targets == "train" else self._clean_losses(batch))
         return sum(values.sum() for values in losses.values())
 
     @torch.no_grad()
-    def _clean_losses(self, stream: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
-        if self.run.clean is not None:  # the step's images were mixed
-            stream, targets = self.run.clean
+    def _clean_losses(self, batch: ProbeBatch) -> dict[str, Tensor]:
+        stream, targets = batch.clean or (batch.stream, batch.targets)
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         return self.probes(stream, self._repeated(labels, nn.CrossEntropyLoss(reduction="none")))
 
@@ -71,11 +68,11 @@ class P3B(Method):
         importance = self.importance.update(benefit, self.gates.kept_cost(config.budget))
         goal = budget.keep_ratios(importance, self.full, self.outside, config.prune_ratio, self.floor)
         change = self.keep(goal, progress, tau, final, scored)
-        named = self.run.named
+        by_name = self.gates.by_name
         return {
-            "benefit": {name: named(values) for name, values in (benefit or {}).items()},
-            "importance": named(importance),
-            "goal_keep_ratio": named(goal),
+            "benefit": {name: by_name(values) for name, values in (benefit or {}).items()},
+            "importance": by_name(importance),
+            "goal_keep_ratio": by_name(goal),
             **change,
         }
 

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..context import Context
 from ..masks import ratio_masks
-from .ranking import awake
+from .ranking import active_scores
 from .uniform import Uniform
-
-if TYPE_CHECKING:
-    from ..train import PruneRun
 
 
 class RandomOrder(Uniform):
@@ -22,10 +20,10 @@ class RandomOrder(Uniform):
     it can.
     """
 
-    def __init__(self, run: PruneRun) -> None:
-        super().__init__(run)
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
         generator = torch.Generator().manual_seed(self.config.seed)
-        self.scores = awake(torch.rand(len(self.gates.values), generator=generator))
+        self.scores = active_scores(torch.rand(len(self.gates.values), generator=generator))
 
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
         masks = ratio_masks(
@@ -34,7 +32,7 @@ class RandomOrder(Uniform):
             1 - (1 - self.goal) * progress,
             tau,
             scales=self.config.gate_scales,
-            unit=self.config.budget,
+            budget=self.config.budget,
             round_to=self.config.round_to if final else 1,
         )
         return dict(self.gates.put(masks))

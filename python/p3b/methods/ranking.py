@@ -34,14 +34,14 @@ class GlobalRanking(Method):
             self.gates.blocks,
             scores,
             self.target(progress),
-            unit=self.config.budget,
+            budget=self.config.budget,
             # what a sub-block costs is a product of two gates' counts
             min_share=torch.as_tensor(self.floor, dtype=torch.float64).sqrt().clamp_min(MIN_SHARE),
             round_to=self.config.round_to if final else 1,
         )
 
 
-def awake(score: Tensor) -> Scores:
+def active_scores(score: Tensor) -> Scores:
     """Scores that say something about every element, pruned or not."""
     score = score.detach().cpu()
     return Scores(score, torch.zeros_like(score), torch.ones_like(score, dtype=torch.bool))

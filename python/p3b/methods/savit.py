@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -14,13 +14,12 @@ from torch import Tensor
 
 from p3b_ext import backend
 
-from .. import budget
-from ..gates import Gates, attach, embedding_cost
+from ..budget import rounded
+from ..context import Context, Criterion
+from ..gates import Gates, attach
 from ..masks import MIN_SHARE
-from .base import Criterion, Method
-
-if TYPE_CHECKING:
-    from ..train import PruneRun
+from ..sub_blocks import embedding_cost
+from .base import Method
 
 TYPES = ("heads", "hidden", "embedding")
 
@@ -49,10 +48,10 @@ class SAViT(Method):
 
     @staticmethod
     def attach(model: VisionTransformer) -> Gates:
-        return attach(model, units="heads", embedding=True)
+        return attach(model, granularity="heads", embedding=True)
 
-    def __init__(self, run: PruneRun) -> None:
-        super().__init__(run)
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
         blocks = self.gates.blocks
         self.places = {
             "heads": [block.slices()[2] for block in blocks if block.kind == "attn"],
@@ -66,9 +65,9 @@ class SAViT(Method):
     def begin(self, batches: Iterable[tuple[Tensor, Tensor]], criterion: Criterion) -> None:
         training = self.model.training
         self.model.eval()
-        count = max(1, round(self.SHARE * self.run.steps_per_epoch * self.config.accumulate))
+        count = max(1, round(self.SHARE * self.milestones.steps_per_epoch * self.config.accumulate))
         importance, cross = self.measure(itertools.islice(batches, count), criterion)
-        self.run.processes.all_reduce_mean([importance, cross])
+        self.processes.all_reduce_mean([importance, cross])
         self.model.train(training)
         masks, shares = self.search(importance, cross)
         self.record = {
@@ -79,7 +78,7 @@ class SAViT(Method):
 
     def measure(self, batches: Iterable[tuple[Tensor, Tensor]], criterion: Criterion) -> tuple[Tensor, Tensor]:
         """Importance `[G]` and cross terms `[3, 3]` (float64) at gates of 1."""
-        processes = self.run.processes
+        processes = self.processes
         size = max(1, self.BATCH // processes.world)
         leaves = self.gates.leaves()
         flat = [leaves[0][0], *(inner for _, _, inner in leaves)]  # the embedding, then as in the flat tensors
@@ -110,15 +109,15 @@ class SAViT(Method):
         """Masks `[G]` of the shares that meet the budget at the least sum of cross terms, and the shares pruned of each
         of TYPES. ValueError, which names the smallest model possible, where there are none.
         """
-        unit, importance = self.config.budget, importance.cpu()
+        budget, importance = self.config.budget, importance.cpu()
         steps = (1, self.config.round_to, self.config.round_to)
         pools = [_Pool(self.places[name], importance, step) for name, step in zip(TYPES, steps, strict=True)]
         heads, hidden, width = (pool.kept.sum(1).double() for pool in pools)
         # at a given width, costs are linear in heads and neurons, so their sums over the layers are enough
         a, e = heads[:, None], width[None]
-        attention, mlp = (block.cost(unit) for block in self.gates.blocks[:2])
+        attention, mlp = (block.cost(budget) for block in self.gates.blocks[:2])
         layers = len(self.places["heads"])
-        rest = self.outside - (width[0] - e) * embedding_cost(self.model, unit)
+        rest = self.outside - (width[0] - e) * embedding_cost(self.model, self.gates.blocks, budget)
         rest = rest + layers * (e * (attention.in_ + attention.out + mlp.in_ + mlp.out) + attention.whole + mlp.whole)
         rest = rest + a * (e * (attention.a_q + attention.q_o) + attention.inner)
         price = e * (mlp.a_q + mlp.q_o) + mlp.inner
@@ -144,7 +143,7 @@ class SAViT(Method):
             pool.apply(masks, pruned)
         return masks.to(self.device), shares[:, *best].tolist()
 
-    def stepped(self, finite: Tensor) -> None:
+    def stepped(self, finite: Tensor, pruning: bool) -> None:
         self.gates.grad.zero_()
 
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
@@ -171,7 +170,7 @@ class _Pool:
         counts = torch.nn.functional.one_hot(layer[score.argsort(stable=True)], len(places)).cumsum(0)
         counts = torch.cat((torch.zeros(1, len(places), dtype=torch.long), counts))
         sizes = [place.stop - place.start for place in places]
-        kept = [budget.rounded(size - counts[:, i], size, step) for i, size in enumerate(sizes)]
+        kept = [rounded(size - counts[:, i], size, step) for i, size in enumerate(sizes)]
         self.kept = torch.stack(kept, 1)
         """[P + 1, layers], after pruning the 0, 1, .. P least important."""
 

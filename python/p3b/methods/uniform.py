@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .. import budget
+from ..context import Context
 from .base import Method
-
-if TYPE_CHECKING:
-    from ..train import PruneRun
 
 
 class Uniform(Method):
@@ -20,8 +18,8 @@ class Uniform(Method):
     What P3B gains over it is what block benefit is worth.
     """
 
-    def __init__(self, run: PruneRun) -> None:
-        super().__init__(run)
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
         alike = torch.ones_like(self.full)
         self.goal = budget.keep_ratios(alike, self.full, self.outside, self.config.prune_ratio, self.floor)
 

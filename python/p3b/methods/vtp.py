@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import mlp as mlps
+from ..context import Context
 from ..masks import HARD, Scores
-from .ranking import GlobalRanking, awake
-
-if TYPE_CHECKING:
-    from ..train import PruneRun
+from .ranking import GlobalRanking, active_scores
 
 
 class VTP(GlobalRanking):
@@ -31,15 +29,15 @@ class VTP(GlobalRanking):
     LEARNING_RATE = 1e-2
     """Of the gates: a gate that the loss does not hold reaches 0 in 100 steps."""
 
-    def __init__(self, run: PruneRun) -> None:
-        super().__init__(run)
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
         self.values = nn.Parameter(self.gates.values)  # the same memory
         self.optimizer = torch.optim.Adam([self.values], lr=self.LEARNING_RATE, fused=True)
         self.cut = False
         self.gates.kept_from = torch.finfo(torch.float32).tiny  # while gates are learned, any value is a kept one
 
-    def stepped(self, finite: Tensor) -> None:
-        if self.run.count >= self.run.start and not self.cut:
+    def stepped(self, finite: Tensor, pruning: bool) -> None:
+        if pruning and not self.cut:
             self.values.grad = self.gates.grad + self.PENALTY
             self.optimizer.found_inf = (~finite).float()  # the fused optimizer then does nothing
             self.optimizer.step()
@@ -47,7 +45,7 @@ class VTP(GlobalRanking):
         self.gates.grad.zero_()
 
     def scores(self, final: bool) -> Scores:
-        return awake(self.gates.values)
+        return active_scores(self.gates.values)
 
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
         if self.cut or not (final or progress >= 1):

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..context import Context
 from ..gates import Gates, attach
 from ..masks import global_masks
 from .base import Method
-from .ranking import awake
-
-if TYPE_CHECKING:
-    from ..train import PruneRun
+from .ranking import active_scores
 
 
 class WDPruning(Method):
@@ -28,7 +26,7 @@ class WDPruning(Method):
     `l1 (s - R) + l2 (s - R)^2`, whose multipliers ascend. In the last update all thresholds move by one common amount,
     until the budget is met; the rows' alone by a little more, because a head is coarse.
 
-    What differs from the published code: s is the exact cost in the budget's unit, for all sizes; rows are rounded to
+    What differs from the published code: s is the exact cost in params or MACs, for all sizes; rows are rounded to
     `Config.round_to`, not 16; saliencies learn like the thresholds, at their own rate and without decay (the published
     optimizer groups miss them); class token and position embedding are trained; the penalty's gradient passes the
     sigmoid straight through as the loss's does (its slope at the start is 5e-5); rates follow the length of the run.
@@ -46,11 +44,11 @@ class WDPruning(Method):
 
     @staticmethod
     def attach(model: VisionTransformer) -> Gates:
-        return attach(model, units="heads")
+        return attach(model, granularity="heads")
 
-    def __init__(self, run: PruneRun) -> None:
-        super().__init__(run)
-        blocks, unit = self.gates.blocks, self.config.budget
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        blocks, budget = self.gates.blocks, self.config.budget
         # layers: the inner and the out gates of all sub-blocks, in this order
         places = [block.slices()[i] for i in (2, 1) for block in blocks]
         steps = [block.steps(self.config.round_to)[i] for i in (2, 1) for block in blocks]
@@ -60,7 +58,7 @@ class WDPruning(Method):
         self.place = torch.cat([torch.arange(size) for size in sizes]).to(self.device)  # inside its layer
         self.sizes, self.steps = (torch.tensor(numbers, device=self.device) for numbers in (sizes, steps))
         self.widest = max(sizes)
-        costs = [(block.cost(unit), block.sizes[0]) for block in blocks]
+        costs = [(block.cost(budget), block.sizes[0]) for block in blocks]
         prices = [[cost.a_q * width + cost.inner, cost.out, cost.q_o] for cost, width in costs]
         self.prices = torch.tensor(prices, dtype=torch.float32, device=self.device)
         """[S, 3] of an inner element, of an out element, of a pair of them."""
@@ -68,7 +66,7 @@ class WDPruning(Method):
         self.saliency = nn.Parameter(torch.zeros(len(self.index), device=self.device))
         self.threshold = nn.Parameter(torch.full((len(sizes),), self.START, device=self.device))
         self.multipliers = torch.zeros(2, device=self.device)
-        steps_to_sparse = max(1, run.sparse - run.start)
+        steps_to_sparse = max(1, self.milestones.sparse - self.milestones.start)
         rate = max(self.LEARNING_RATE, self.TRAVEL / steps_to_sparse)
         self.ascent = 2 * self.MAX_MULTIPLIER / steps_to_sparse
         # momentum would carry the thresholds far past the budget when the penalty ends
@@ -76,8 +74,8 @@ class WDPruning(Method):
         self.optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
         self.before = self.gates.values.clone()  # at the last update
 
-    def stepped(self, finite: Tensor) -> None:
-        if self.run.count >= self.run.start:
+    def stepped(self, finite: Tensor, pruning: bool) -> None:
+        if pruning:
             gradient = self.gates.grad[self.index]
             pull = torch.zeros_like(self.threshold)
             pull.index_add_(0, self.layer, gradient * self.gates.values[self.index])
@@ -132,13 +130,13 @@ class WDPruning(Method):
         score = torch.full_like(self.gates.values, torch.inf)
         score[self.index] = -entry
         score = score.cpu()
-        options = {"unit": self.config.budget, "min_share": 0.0, "round_to": self.config.round_to}
-        masks = global_masks(self.gates.blocks, awake(score), self.target(1.0), **options)
+        options = {"budget": self.config.budget, "min_share": 0.0, "round_to": self.config.round_to}
+        masks = global_masks(self.gates.blocks, active_scores(score), self.target(1.0), **options)
         for block in self.gates.blocks:
             if block.kind == "attn":  # heads are decided
                 heads = block.slices()[2]
                 score[heads] = torch.where(masks[heads] > 0, torch.inf, -torch.inf)
-        return global_masks(self.gates.blocks, awake(score), self.target(1.0), **options)
+        return global_masks(self.gates.blocks, active_scores(score), self.target(1.0), **options)
 
     def state(self) -> dict[str, Any]:
         return {

@@ -1,44 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""A run folder turned into one page: report.md and its pictures, from history.json and metrics.json alone."""
+"""Figures of a run's history: block benefit, keep ratios, training, reactivations."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .evaluate import Row, tables
 from .files import write_atomically
 
-HISTORY, METRICS, REPORT = "history.json", "metrics.json", "report.md"
 PHASE_TINTS = {"dense": "#ffffff", "prune": "#f1efe8", "finetune": "#ffffff"}
 SNAPSHOTS = 5  # as many curves as a reader can tell apart by shade
 ATTENTION, MLP, ACCENT = "#185fa5", "#d85a30", "#1d9e75"
 
 
-def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Draw the pictures of a run folder and write its report.md; returns the path of the page.
-
-    Reads history.json (what `p3b.prune` recorded) and metrics.json (the table). Every file is written under a
-    temporary name and renamed. Raises ValueError in one line where one of the two is missing or damaged.
-    """
-    folder = Path(folder)
-    history, metrics = read_json(folder / HISTORY), read_json(folder / METRICS)
-    try:
-        pictures = draw(history, folder)
-        page = _page(history, metrics, pictures)
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        problem = f"{type(error).__name__} {error}"
-        raise ValueError(f"report: {folder} must hold the records of a run, got {problem}") from error
-    write_atomically(folder / REPORT, lambda path: path.write_text(page, encoding="utf-8"))
-    return folder / REPORT
+def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Writes a matplotlib figure as PNG, atomically."""
+    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format="png"))
 
 
 def draw(history: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Write the pictures that the history can give into `folder`; returns file name -> caption."""
+    """Draws what the history has data for into `folder`; returns file name -> caption."""
     pictures: dict[str, tuple[Callable[[Mapping[str, Any]], Any], str]] = {
         "benefit.png": (
             _draw_benefit,
@@ -52,74 +35,16 @@ def draw(history: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str
         "training.png": (_draw_training, "Accuracy on the validation images and parameters over time."),
         "reactivation.png": (
             _draw_reactivation,
-            "Channels that came back (up) and channels that were cut (down) at each mask update.",
+            "Channels that were reactivated (up) and removed (down) at each mask update.",
         ),
     }
     drawn = {}
     for name, (function, caption) in pictures.items():
         figure = function(history)
         if figure is not None:
-            path = Path(folder) / name
-            write_atomically(path, lambda file, figure=figure: figure.savefig(file, dpi=120, format="png"))
+            save_figure(figure, Path(folder) / name)
             drawn[name] = caption
     return drawn
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, or ValueError in one line."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"report: {path.parent} must be a run folder, got one without {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"report: {path} must be readable JSON, got {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename. A number that is not finite, which JSON has not, becomes null."""
-    text = json.dumps(_finite(value), indent=1, allow_nan=False)
-    write_atomically(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _page(history: Mapping[str, Any], metrics: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    rows = [Row(**row) for row in metrics["rows"]]
-    parts = [f"# {metrics['title']}", ""]
-    parts += [f"{metrics['description']}", "", tables(rows, markdown=True), ""]
-    parts += [f"{metrics['conditions']}", ""]
-    for name, caption in pictures.items():
-        parts += [f"![{Path(name).stem}]({name})", "", caption, ""]
-    if "updates" in history:  # fine-tuning alone has none
-        parts += ["## Sub-blocks", "", _sub_blocks(history), ""]
-    parts += ["## Made by", "", f"    {metrics['command']}", ""]
-    return "\n".join(parts)
-
-
-def _sub_blocks(history: Mapping[str, Any]) -> str:
-    """A table of the last measured state of each sub-block."""
-    if not history["updates"]:
-        return "The run ended before its first mask update."
-    last = history["updates"][-1]
-    benefit = last.get("benefit", {})  # P3B alone measures it
-    came_back = {n: sum(u["reactivated"].get(n, 0) for u in history["updates"]) for n in history["blocks"]}
-    lines = ["| sub-block | benefit, class token | benefit, patches | keep ratio | came back in all |"]
-    lines += ["|---|---:|---:|---:|---:|"]
-    for name in history["blocks"]:
-        cells = [_number(benefit.get(kind, {}).get(name)) for kind in ("cls", "patch")]
-        cells += [_number(last["keep_ratio"].get(name)), str(came_back[name])]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
@@ -136,7 +61,7 @@ def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tupl
     return figure, axes
 
 
-def _families(blocks: Sequence[str]) -> dict[str, list[str]]:
+def families(blocks: Iterable[str]) -> dict[str, list[str]]:
     """Attention and MLP sub-blocks, each in order of depth."""
     return {
         "attention": [name for name in blocks if name.endswith("attn")],
@@ -155,7 +80,7 @@ def _draw_benefit(history: Mapping[str, Any]) -> Any:
     titles = {"cls": "class token", "patch": "patches"}
     for axis, kind in zip(axes, kinds, strict=True):
         for family, color, marker in (("attention", ATTENTION, "o"), ("MLP", MLP, "s")):
-            names = _families(history["blocks"])[family]
+            names = families(history["blocks"])[family]
             for i, update in enumerate(chosen):
                 values = [update["benefit"][kind].get(name, float("nan")) for name in names]
                 shade = 0.2 + 0.8 * ((i + 1) / count)  # 0.8 * 3 / 3 is above 0.8
@@ -175,10 +100,10 @@ def _draw_keep_ratio(history: Mapping[str, Any]) -> Any:
     updates = history.get("updates")
     if not updates:
         return None
-    families = {name: blocks for name, blocks in _families(history["blocks"]).items() if blocks}
-    height = 1.4 + 0.26 * max(len(blocks) for blocks in families.values())
-    figure, axes = new_figure(5.2 * len(families), max(height, 2.6), len(families))
-    for axis, (family, blocks) in zip(axes, families.items(), strict=True):
+    kinds = {name: blocks for name, blocks in families(history["blocks"]).items() if blocks}
+    height = 1.4 + 0.26 * max(len(blocks) for blocks in kinds.values())
+    figure, axes = new_figure(5.2 * len(kinds), max(height, 2.6), len(kinds))
+    for axis, (family, blocks) in zip(axes, kinds.items(), strict=True):
         grid = [[update["keep_ratio"][name] for update in updates] for name in blocks]
         image = axis.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
         axis.set_yticks(range(len(blocks)), [str(i + 1) for i in range(len(blocks))])
@@ -232,13 +157,13 @@ def _draw_reactivation(history: Mapping[str, Any]) -> Any:
     for sign, key in ((1, "reactivated"), (-1, "removed")):
         base = [0] * len(updates)
         for family, color in (("attention", ATTENTION), ("MLP", MLP)):
-            names = _families(history["blocks"])[family]
+            names = families(history["blocks"])[family]
             heights = [sign * sum(update[key].get(name, 0) for name in names) for update in updates]
             axis.bar(place, heights, bottom=base, color=color, width=0.8, label=family if sign > 0 else None)
             base = [b + h for b, h in zip(base, heights, strict=True)]
     axis.axhline(0, color="0.3", lw=0.8)
     axis.set_xlabel("mask update", fontsize=9)
-    axis.set_ylabel("channels cut  |  came back", fontsize=9)
+    axis.set_ylabel("channels removed  |  reactivated", fontsize=9)
     axis.legend(fontsize=8, frameon=False)
     return figure
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`p3b visualize`: what becomes of the patches of an image, block by block."""
+"""Pictures of what a token reduction does to the patches of an image, block by block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import p3b_ext
 
-from .report import new_figure
+from .figures import new_figure
 
 PATCH_PIXELS = 16  # patches are drawn at least so large, so that outlines leave something to see
 COLUMNS = 5
@@ -35,7 +35,7 @@ def prepare(path: str | os.PathLike[str], model: VisionTransformer, mean: Sequen
             picture = file.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow reports some damaged PNGs as SyntaxError.
-        raise ValueError(f"image: file must be a readable image, got {path} ({error})") from error
+        raise ValueError(f"image: {path} cannot be read as an image ({error})") from error
     height, width = model.patch_embed.img_size
     scale = max(height / picture.height, width / picture.width)
     size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))

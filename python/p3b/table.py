@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How good a model is and how it compares: accuracy, costs, and the table dense / pruned."""
+"""The table of models: accuracy and costs of each, figures against the first; and how any table is written."""
 
 from __future__ import annotations
 
@@ -8,43 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .accuracy import evaluate
 from .costs import Deployed, count_macs, count_params, peak_memory, throughput
+from .machine import machine_name
 
 HEADINGS = ("model", "top-1 %", "params M", "GMACs", "peak MiB", "images/s")
 RELATIVE_HEADINGS = ("against {}", "accuracy improvement", "parameter reduction", "FLOPs reduction")
 RELATIVE_HEADINGS += ("throughput improvement",)
-
-
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Top-1 and top-5 in percent, mean cross-entropy in nats, and the number of images.
-
-    The model is put in eval mode and left in the mode it came in; batches go to its device. top5 is 100 for
-    five classes or fewer. Accuracy is counted on the device and read once, at the end.
-    """
-    parameter = next(model.parameters())
-    training = model.training
-    model.eval()
-    counts = torch.zeros(3, dtype=torch.float64, device=parameter.device)  # hits at 1, hits at 5, sum of losses
-    images_seen = 0
-    with torch.inference_mode():
-        for images, labels in loader:
-            images, labels = images.to(parameter.device, parameter.dtype), labels.to(parameter.device)
-            logits = model(images).float()
-            if labels.ndim == 2:  # soft targets
-                labels = labels.argmax(1)
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            counts[0] += best[:, 0].sum()
-            counts[1] += best.sum()
-            counts[2] += F.cross_entropy(logits, labels, reduction="sum")
-            images_seen += len(labels)
-    model.train(training)
-    if images_seen == 0:
-        raise ValueError("evaluate: loader must give one or more batches, got none")
-    hits1, hits5, loss = (counts / images_seen).tolist()
-    return {"top1": 100 * hits1, "top5": 100 * hits5, "loss": loss, "images": images_seen}
 
 
 @dataclass(frozen=True)
@@ -127,26 +99,26 @@ def tables(rows: Sequence[Row], *, markdown: bool = False) -> str:
         )
         for row in rows
     ]
-    text = _table(HEADINGS, absolute, markdown)
+    text = format_table(HEADINGS, absolute, markdown=markdown)
     if len(rows) > 1:
         figures = []
         for row in rows[1:]:
-            change = relative(rows[0], row)
-            points, *percents = change.values()
+            points, *percents = relative(rows[0], row).values()
             shown = "–" if points is None else f"{points:+.2f} points"
             figures.append((row.name, shown, *(f"{value:+.1f} %" for value in percents)))
         headings = (RELATIVE_HEADINGS[0].format(rows[0].name), *RELATIVE_HEADINGS[1:])
-        text += "\n\n" + _table(headings, figures, markdown)
+        text += "\n\n" + format_table(headings, figures, markdown=markdown)
     return text
 
 
-def _table(headings: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool) -> str:
+def format_table(headings: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """A table with aligned columns, the first to the left and the others to the right; plain text or markdown."""
     widths = [max(len(cell) for cell in column) for column in zip(headings, *lines, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [cells[0].ljust(widths[0])]
         padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "| " + " | ".join(padded) + " |" if markdown else "  ".join(padded)
+        return "| " + " | ".join(padded) + " |" if markdown else "  ".join(padded).rstrip()
 
     if markdown:
         rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
@@ -165,7 +137,18 @@ def first_images(loader: Iterable[tuple[Tensor, Tensor]], count: int, model: nn.
         if have >= count:
             break
     if have == 0:
-        raise ValueError("measure: loader must give one or more batches, got none")
+        raise ValueError("measure: loader must give at least one image, got none")
     images = torch.cat(batches)
     images = images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
     return images.to(parameter.device, parameter.dtype)
+
+
+def conditions(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """One sentence on how the costs of a table were measured: machine, threads, batch, versions. shape: the timed batch
+    [B, C, H, W]."""
+    memory = "torch.cuda.max_memory_allocated" if device.type == "cuda" else "the sum of live tensors"
+    size, machine = " x ".join(str(n) for n in shape), machine_name(device)
+    return (
+        f"Costs: one forward pass of {size}, {str(dtype)[6:]}, on {machine}; images/s is the median of interleaved "
+        f"repeats, peak memory {memory} (weights included), GMACs are for one image. PyTorch {torch.__version__}."
+    )

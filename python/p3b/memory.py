@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Memory: what the C library does with what a training step gives back, and how it is said that there is not enough."""
+"""Memory: what the C library does with freed blocks, and how an error says that there is not enough."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SIGNS = ("can't allocate memory", "not enough memory", "Cannot allocate memory",
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep what it frees, for its next step; returns whether the C library has such a switch.
+    """Lets this process keep the memory that it frees; returns whether the C library has such a setting.
 
-    glibc hands large freed blocks back to the kernel, which clears every page of them again when the next training step
-    asks, which a small ViT on a CPU notices. The process stays as large as it once was. Whoever has set
-    glibc's own variables (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) is overruled.
+    glibc returns large freed blocks to the kernel, which clears their pages again for the next training step; that
+    costs a small ViT on a CPU noticeable time. The process then keeps its largest size. Overrides glibc's variables
+    MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -28,9 +28,9 @@ def keep_freed_memory() -> bool:
 
 
 def out_of_memory(error: BaseException) -> str:
-    """What an error says of memory that did not suffice, on a GPU or the CPU; nothing for another error."""
+    """The message of an out-of-memory error, on a GPU or the CPU; empty for any other error."""
     text = " ".join(str(error).split())
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
     )
-    return (text[:200] or "no more of it") if known else ""
+    return (text[:200] or type(error).__name__) if known else ""

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""`p3b bench`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from .. import bench, reductions
+from ..export import check_runtimes
+from ..machine import resolve_device, set_threads
+from ..progress import task_bar
+from ..run import new_run_folder
+from ..table import conditions, tables
+from .flags import flag, positional
+from .options import Device, Images
+
+
+@dataclass(kw_only=True)
+class Bench(Images, Device):
+    """accuracy, cost and images per second of a model: dense, pruned, and with each token reduction"""
+
+    EXAMPLE: ClassVar = "p3b bench runs/photos --data run --output runs/photos-bench"
+
+    model: list[str] = positional(nargs="+", metavar="FOLDER|MODEL")
+    """folder of a run, or a timm name; or several folders of runs"""
+    reductions: list[str] = flag([])
+    """token reductions to try, of tome,ppt,evit,topk (default: all; dense: none)"""
+    macs_ratio: list[float] = flag([])
+    """bring every reduction to these shares, in (0, 1], of the model's multiplications (of several: of the first
+    one's), as 0.8,0.65,0.5, in place of the published settings"""
+    runtimes: list[str] = flag([])
+    """time the models also in these: onnxruntime,openvino,compile (torch.compile)"""
+    data: str = flag("", metavar="SOURCE")
+    """images to measure accuracy on; run: the run's own (default: none, costs alone)"""
+    output: str = flag("", metavar="DIR")
+    """new folder for the table (markdown and JSON) and a plot (default: print only)"""
+    batch_size: int | None = flag(None, least=1, metavar="N")
+    """images per pass (default: 64, and the run's where accuracy is measured)"""
+    img_size: int = 0
+    """edge of the images in pixels, for a timm name (default: what it was trained with)"""
+    repeats: int = flag(15, least=1, metavar="N")
+    """timed passes of each model (default: 15)"""
+    dtype: str = flag("float32", choices=("float32", "bfloat16", "float16"))
+    """of weights and images (default: float32)"""
+    prune_share: float | None = None
+    """find ppt's threshold so that it prunes this share, in [0, 1], of the images (default: published)"""
+
+    def run(self, line: str) -> None:
+        """Prints the table, and writes it where an output is named."""
+        set_threads(self.threads)
+        device, dtype = resolve_device(self.device), bench.DTYPES[self.dtype]
+        check_runtimes(self.runtimes, device, dtype)
+        bench.check_shares(self.macs_ratio)
+        models, data, unscored, trained = self._models()
+        bases = list(models) if len(self.model) > 1 else list(models)[-1:]
+        for model in models.values():
+            model.to(device, dtype)
+        base = models[bases[0]]
+        size = (self.batch_size or bench.BATCH, base.patch_embed.proj.in_channels, *base.patch_embed.img_size)
+        if data is None:
+            images = torch.randn(*size, generator=torch.Generator().manual_seed(0))
+            loader, calibration, unscored = [(images, None)], [images], tuple(models)
+        else:
+            loader, calibration = data.val, bench.calibration_batches(data, self.batch_size)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(new_run_folder(self.output)) if self.output else None
+            result = bench.compare(
+                models,
+                self.reductions or _usable(models, bases),
+                loader,
+                bases=bases,
+                trained=trained,
+                batch_size=size[0],
+                repeats=self.repeats,
+                macs_ratios=self.macs_ratio,
+                prune_share=self.prune_share,
+                calibration=calibration,
+                unscored=unscored,
+                runtimes=self.runtimes,
+                step=stack.enter_context(task_bar("bench")),
+            )
+            measured = self._conditions(size, device, dtype, data)
+            if folder is not None:
+                self._write(folder, result, measured, line)
+        print(tables(result.rows))
+        print("\n" + measured)
+        if self.output:
+            print(f"\nwritten to {self.output}: {bench.PAGE}, {bench.RESULT}, {bench.PLOT}")
+
+    def _models(self) -> tuple[Any, Any, Any, Any]:
+        where = self.where(batch_size=self.batch_size)
+        if len(self.model) == 1:
+            return bench.models_and_data(*self.model, self.data, **where, img_size=self.img_size)
+        if self.img_size:
+            raise ValueError(f"img_size: flag must be left out for the folders of runs, got {self.img_size}")
+        models, data, trained = bench.several_runs(self.model, self.data, **where)
+        return models, data, (), trained
+
+    def _conditions(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype, data: Any) -> str:
+        text = conditions(size, device, dtype)
+        others = [f"{name} {importlib.metadata.version(name)}" for name in self.runtimes if name != "compile"]
+        text += f" {', '.join(others)}, as many threads." if others else ""
+        return text if data is None else f"{text} Accuracy: {data.description}."
+
+    def _write(self, folder: Path, result: Any, measured: str, line: str) -> None:
+        title = f"{', '.join(self.model)}: accuracy, cost and speed"
+        bench.write(folder, result, title=title, conditions=measured, command=line)
+
+
+def _usable(models: Any, bases: list[str]) -> list[str]:
+    """The reductions that all of the models can have: EViT needs a class token."""
+    classed = all(models[name].has_class_token for name in bases)
+    return [name for name in reductions.NAMES if classed or name != "evit"]

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""`p3b export`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+import p3b_ext
+
+from .. import export, reductions
+from ..bench import calibration_batches
+from ..data import Data, DataConfig, create_data
+from ..job import model_and_meta
+from ..machine import set_threads
+from ..progress import task_bar
+from .flags import flag, positional
+from .options import Images, Reduction, Threads
+
+
+@dataclass(kw_only=True)
+class Export(Reduction, Images, Threads):
+    """write a model as one ONNX or .pt2 file that needs neither p3b nor timm, and check it in other runtimes"""
+
+    EXAMPLE: ClassVar = "p3b export runs/photos --reduction tome --output photos.onnx"
+
+    model: str = positional(metavar="FOLDER|MODEL")
+    """folder of a run, or a timm name"""
+    output: str = flag("", metavar="FILE", required=True)
+    """new file, ending in .onnx or .pt2"""
+    format: str | None = flag(None, choices=("onnx", "pt2"))
+    """default: by the ending of the file"""
+    batch: int | None = None
+    """the one number of images that the file takes"""
+    dynamic_batch: bool = False
+    """the file takes any number of images (default)"""
+    dtype: str = flag("float32", choices=("float32", "bfloat16", "float16"))
+    """of weights and images (default: float32)"""
+    data: str = flag("", metavar="SOURCE")
+    """images to check the file on as well; run: the run's own (default: random ones alone)"""
+    reduction: str = flag("", metavar="NAME")
+    """reduce tokens: tome, ppt, evit or topk (default: as the run was trained)"""
+
+    def run(self, line: str) -> None:
+        """Writes the file and prints what it was checked against."""
+        set_threads(self.threads)
+        if self.batch is not None and self.dynamic_batch:
+            raise ValueError("--batch and --dynamic-batch exclude each other")
+        given = {**self.settings(), "prune_share": self.prune_share}
+        for name, value in given.items():
+            if not self.reduction and value is not None:
+                raise ValueError(f"{name}: flag must go with --reduction, got {value} without")
+        model, meta = model_and_meta(self.model, **self.source())
+        data = self._data(meta["data"])
+        if self.reduction:
+            self._reduce(model, data)
+        with task_bar("export") as step:
+            described = export.export(
+                model,
+                self.output,
+                format=self.format,
+                batch=self.batch,
+                dtype=export.DTYPES[self.dtype],
+                images=None if data is None else (images for images, _ in data.val),
+                meta=_known(meta),
+                step=lambda text: step(text, 4),
+            )
+        print(export.summary(Path(self.output), described))
+
+    def _data(self, settings: dict[str, Any]) -> Data | None:
+        if not self.data:
+            return None
+        given = {} if self.data == "run" else dict(source=self.data, root=self.data_root or None)
+        if not (given or "source" in settings):
+            raise ValueError(f"data: a timm model has no images of its own; name some instead of {self.data!r}")
+        return create_data(DataConfig(**(settings | given), workers=self.workers))
+
+    def _reduce(self, model: nn.Module, data: Data | None) -> None:
+        reduction = reductions.create_reduction(self.reduction, model, **self.settings())
+        if data is None and isinstance(reduction, p3b_ext.PPT) and (self.prune_share or reduction.threshold is None):
+            raise ValueError("a threshold is found on images: give --data, or --threshold itself")
+        reductions.apply(model, reduction, calibration_batches(data) if data else (), prune_share=self.prune_share)
+
+
+def _known(meta: dict[str, Any]) -> dict[str, Any]:
+    """What the file says of classes and preprocessing."""
+    settings = meta["data"]
+    known = {key: meta[key] for key in ("model", "class_names", "top1") if key in meta}
+    known |= {"mean": list(settings["mean"]), "std": list(settings["std"]), "interpolation": "bicubic"}
+    if "source" not in settings or os.path.isdir(settings["source"]):  # arrays are resized whole
+        known["crop_pct"] = settings["crop_pct"]
+    return known

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""`p3b prune` and `p3b finetune`: settings from flags, a file or the run to resume; training in all processes; saving
+and measuring in the first."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .. import checkpoint
+from ..config import Config, read_recipe, recipes
+from ..data import check_files
+from ..distributed import Processes, processes
+from ..job import Job, Start, job_reduction, job_teacher, start, train
+from ..machine import resolve_device, set_threads
+from ..memory import keep_freed_memory
+from ..page import write_report
+from ..progress import Progress, ProgressBar, TensorBoard
+from ..run import finish_interrupted, save_measured, save_trained, training_folder, unfinished, unfinished_run
+from ..table import Row, measure, tables
+from .flags import flag
+from .options import Threads
+
+FREE_ON_RESUME = ("device", "workers")  # settings that change how a run is made and not its result
+PRUNE_ONLY = ("reduction", "reduction_settings")  # settings of a Job that fine-tuning does not have
+FINETUNE = ("opt", "weight_decay", "finetune_lr", "finetune_epochs", "schedule", "warmup_epochs", "min_lr", "ema")
+FINETUNE += ("label_smoothing", "mixup", "cutmix", "mix_prob", "mix_switch_prob", "distill", "distill_temperature")
+FINETUNE += ("select", "clip_grad", "accumulate", "seed", "amp", "compile", "device")  # the Config that it reads
+NOT_FINETUNE = tuple(each.name for each in dataclasses.fields(Config) if each.name not in FINETUNE)
+
+
+@dataclass(kw_only=True)
+class _Train(Threads):
+    """What both commands have."""
+
+    NAME: ClassVar[str]
+    SETTINGS: ClassVar[Sequence[tuple[str, type, Sequence[str]]]]
+    TEXTS: ClassVar = {"recipes": recipes}
+
+    config: str = flag("", metavar="FILE")
+    """TOML or JSON file of the settings below (prune_ratio = 0.5), or a recipe ({recipes}); flags win"""
+    resume: str | None = flag(None, metavar="DIR")
+    """continue the unfinished run that was to be written to DIR, with its settings"""
+    given: dict = field(default_factory=dict)
+
+    def run(self, line: str) -> None:
+        """Trains, saves, measures, prints the table."""
+        if self.resume and finish_interrupted(self.resume):
+            print(f"written to {self.resume}; the run was complete")
+            return
+        job, config = settings(self.NAME, self.config, self.resume, self.given)
+        job.require("model", "data", "output")
+        set_threads(self.threads)
+        keep_freed_memory()
+        with processes(config.device) as (group, device), contextlib.ExitStack() as stack:
+            config = dataclasses.replace(config, device=device)
+            folder = _folder(stack, group, self.NAME, job, config, resume=self.resume is not None)
+            begin = start(job, config)
+            teacher = job_teacher(job, config, begin.data)
+            say: Callable[..., Any] = print if group.first else (lambda *_: None)
+            if group.first:
+                check_files(begin.data, print)
+            checkpoint.check(begin.model)
+            say(begin.data.description)
+            trained, history = train(
+                begin,
+                config,
+                self.NAME,
+                reduction=job_reduction(job, begin.model, begin.data),
+                teacher=teacher,
+                epochs=config.finetune_epochs,
+                rank=group.rank,
+                world=group.world,
+                progress=_progress(job, group, folder),
+                state_dir=folder,
+                resume=self.resume is not None,
+            )
+            if not group.first:
+                return
+            given = dataclasses.asdict(job) | config.to_dict()
+            save_trained(folder, model=trained, data=begin.data, history=history, settings=given)
+            rows = _measure(folder, self.NAME, job, config, begin, trained, line)
+        print(tables(rows))
+        print(f"\nwritten to {job.output}; next: p3b {_next(begin, self.NAME, job)}")
+
+
+@dataclass(kw_only=True)
+class Prune(_Train):
+    """prune a model on your images to a share of its size, then fine-tune it"""
+
+    NAME = "prune"
+    EXAMPLE: ClassVar = "p3b prune --model deit_small_patch16_224 --data photos/ --prune-ratio 0.5 --output runs/photos"
+    USAGE: ClassVar = (
+        "p3b prune --model NAME|FOLDER --data DIR|NAME --prune-ratio R --output DIR [--config FILE] [settings]"
+    )
+    SETTINGS = (("what and where to", Job, ()), ("how", Config, ()))
+
+
+@dataclass(kw_only=True)
+class Finetune(_Train):
+    """fine-tune a model (of timm, or of an earlier run) on your images, without pruning"""
+
+    NAME = "finetune"
+    EXAMPLE: ClassVar = (
+        "p3b finetune --model deit_small_patch16_224 --data photos/ --finetune-epochs 20 --output runs/dense"
+    )
+    USAGE: ClassVar = "p3b finetune --model NAME|FOLDER --data DIR|NAME --output DIR [--config FILE] [settings]"
+    SETTINGS = (("what and where to", Job, PRUNE_ONLY), ("how", Config, NOT_FINETUNE))
+
+
+def settings(command: str, path: str, resume: str | None, flags: Mapping[str, Any]) -> tuple[Job, Config]:
+    """Job and Config of a config file, or of the run to resume, and flags, which win."""
+    keys = {cls: [each.name for each in dataclasses.fields(cls)] for cls in (Job, Config)}
+    known = keys[Job] + keys[Config]
+    given = _read_config(path) if path else {}
+    if resume is not None:
+        given = _resumed(command, path, resume, flags)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f" (known: {', '.join(known)})"
+            raise ValueError(f"config: {path} has an unknown key {key!r}{hint}")
+    given |= flags
+    job = Job(**{key: value for key, value in given.items() if key in keys[Job]})
+    config = Config.from_dict({key: value for key, value in given.items() if key in keys[Config]})
+    if command == "finetune" and job.reduction:
+        raise ValueError(
+            f"config: p3b finetune has no reduction, got {job.reduction!r}; a run that was pruned under one keeps it"
+        )
+    return job, config
+
+
+def _resumed(command: str, path: str, resume: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run to resume; ValueError for flags that would change its result."""
+    if not resume:
+        raise ValueError("--resume needs the folder that the run was to be written to")
+    if path:
+        raise ValueError(f"resume: a resumed run has its own settings; leave --config {path} out")
+    started, given = unfinished_run(resume)
+    if started != command:
+        raise ValueError(f"resume: {resume} is a run of p3b {started}, not of p3b {command}")
+    given["output"] = resume
+    for key, value in flags.items():
+        if key not in FREE_ON_RESUME and value != given.get(key):
+            raise ValueError(f"resume: {key} must be the run's {given.get(key)!r}, got {value!r}")
+    return given
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    if path in recipes():
+        return read_recipe(path)
+    kind = "JSON" if path.endswith(".json") else "TOML"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        have = ", ".join(recipes())
+        raise ValueError(f"config: {path} must be a TOML or JSON file or one of {have}, got {error}") from error
+    try:
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"config: {path} cannot be read as {kind}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path} must hold keys and values, got a {type(values).__name__}")
+    if {"methods", "target"} & set(values):
+        raise ValueError(f"config: {path} is a comparison, not the settings of one run; p3b compare takes it")
+    return values
+
+
+def _folder(
+    stack: contextlib.ExitStack, group: Processes, command: str, job: Job, config: Config, *, resume: bool
+) -> Path:
+    """The run's folder, held by the first process until the stack closes; all processes end where it is refused."""
+    failure: Exception | None = None
+    given = dataclasses.asdict(job) | config.to_dict()
+    if group.first:
+        try:
+            folder = stack.enter_context(training_folder(job.output, command, given, resume=resume))
+        except (ValueError, OSError) as error:
+            failure = error
+    if any(group.all_gather(failure is not None)):
+        raise failure or SystemExit(2)  # the first process says why
+    return folder if group.first else unfinished(job.output)
+
+
+def _progress(job: Job, group: Processes, folder: Path) -> Progress | None:
+    """Who is told of the run: in the first process a bar, and TensorBoard where it is asked for."""
+    if not group.first:
+        return None
+    return TensorBoard(folder / "tensorboard", ProgressBar()) if job.tensorboard else ProgressBar()
+
+
+def _measure(folder: Path, command: str, job: Job, config: Config, begin: Start, trained: Any, line: str) -> list[Row]:
+    """The table of the run, written with its report into the folder."""
+    if command == "prune":
+        # `prune` has left the model that it was given as it was. A head that has never seen these classes has no
+        # accuracy, but the cost is that of the dense model.
+        models = {"dense": begin.model, "pruned": trained.model}
+        unscored = () if begin.knows_classes else ("dense",)
+        name = "by block benefit" if config.method.startswith("p3b") else f"by {config.method}"
+        title = f"{job.model} pruned {name}"
+    else:
+        models, unscored, title = {"fine-tuned": trained}, (), f"{job.model} fine-tuned"
+    rows = measure(models, begin.data.val, batch_size=job.batch_size, unscored=unscored)
+    save_measured(
+        folder,
+        saved_as=list(models)[-1],
+        data=begin.data,
+        rows=rows,
+        batch_size=job.batch_size,
+        device=resolve_device(config.device),
+        title=title,
+        command=line,
+    )
+    write_report(folder)
+    return rows
+
+
+def _next(begin: Start, command: str, job: Job) -> str:
+    pruned = command == "prune" or getattr(begin.model, "p3b_kept", None) is not None  # a model is pruned once
+    return f"evaluate {job.output}" if pruned else f"prune --model {job.output} --data {job.data} ..."

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""`p3b visualize`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import p3b_ext
+
+from .. import reductions, token_maps
+from ..figures import save_figure
+from ..job import model_and_meta
+from ..machine import resolve_device, set_threads
+from ..progress import task_bar
+from ..run import new_run_folder
+from .flags import flag, positional
+from .options import Device, Reduction
+
+
+@dataclass(kw_only=True)
+class Visualize(Reduction, Device):
+    """draw what a token reduction does to the patches of images: merged ones in one colour, pruned ones dark"""
+
+    EXAMPLE: ClassVar = (
+        "p3b visualize cat.jpg dog.jpg --model deit_small_patch16_224 --reduction ppt --output runs/tokens"
+    )
+
+    images: list[str] = positional(nargs="+", metavar="IMAGE")
+    """image files"""
+    model: str = flag("", metavar="NAME|FOLDER", required=True)
+    """a timm name, or the folder of a run"""
+    output: str = flag("", metavar="DIR", required=True)
+    """new folder for one PNG of each image"""
+    reduction: str = flag("tome", metavar="NAME")
+    """tome, ppt, evit or topk (default: tome)"""
+
+    def run(self, line: str) -> None:
+        """Writes a picture for each image."""
+        set_threads(self.threads)
+        device = resolve_device(self.device)
+        model, meta = model_and_meta(self.model, **self.source())
+        mean, std = meta["data"]["mean"], meta["data"]["std"]
+        reduction = reductions.create_reduction(self.reduction, model, **self.settings())
+        with new_run_folder(self.output) as folder, task_bar("visualize") as step:
+            pictures, total = [], 2 * len(self.images)
+            for path in self.images:
+                step(f"read {path}", total)
+                pictures.append(token_maps.prepare(path, model, mean, std))
+            model.to(device)
+            batches = [image for _, image in pictures]
+            reduction = reductions.apply(model, reduction, batches, prune_share=self.prune_share, trace=True)
+            if all(before == after for before, after in p3b_ext.token_counts(model)):
+                raise ValueError(f"reduction: {reduction} loses no tokens, so there is nothing to draw")
+            names = token_maps.file_names(self.images)
+            for path, name, (picture, image) in zip(self.images, names, pictures, strict=True):
+                step(f"draw {path}", total)
+                title = f"{Path(path).name}: {self.model}, {reductions.label(reduction)}"
+                save_figure(token_maps.draw(model, picture, image, title), folder / name)
+        print(f"written to {self.output}: {', '.join(names)}")

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""Models by name: timm's ViTs and DeiTs, with pretrained weights, those of a file, or random ones."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model_in_modules, load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+import p3b_ext
+
+MODULES = ("vision_transformer", "deit")  # of timm.models
+HEADS = ("head.", "head_dist.")
+
+
+def check_model_name(name: str) -> None:
+    """ValueError with near matches unless timm knows the model as a ViT or DeiT."""
+    if timm.is_model(name):
+        if is_model_in_modules(name.split(".")[0], MODULES):
+            try:
+                timm.get_pretrained_cfg(name)
+            except RuntimeError:
+                tags = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")) or "none"
+                raise ValueError(f"model: weights must be some that timm knows ({tags}), got {name!r}") from None
+            return
+        raise ValueError(f"model: name must be one of timm's plain ViTs or DeiTs, got {name!r}")
+    known = [model for module in MODULES for model in timm.list_models(module=module)]
+    near = difflib.get_close_matches(name.split(".")[0], known, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"model: name must be one that timm knows or the folder of a run, got {name!r}{hint}")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_chans: int,
+    img_size: int | tuple[int, int],
+    pretrained: bool = True,
+    checkpoint: str = "",
+    arguments: dict[str, Any] | None = None,
+) -> VisionTransformer:
+    """A timm ViT with a head of so many classes, with p3b_ext's attention.
+
+    pretrained: timm's pretrained weights, downloaded once; checkpoint: those of this .safetensors or PyTorch file
+    instead, except for a head of another size. arguments: more for the model's constructor.
+
+    Raises ValueError for a model that is no ViT or has no weights, and for a checkpoint that does not fit.
+    """
+    arguments = dict(arguments or {}) | dict(num_classes=num_classes, in_chans=in_chans)
+    fetch = pretrained and not checkpoint
+    try:
+        model = timm.create_model(name, pretrained=fetch, img_size=img_size, **arguments)
+    except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError, AttributeError, AssertionError) as error:
+        remedy = "; --checkpoint FILE or --no-pretrained needs no download" if fetch else ""
+        raise ValueError(f"model: {name} cannot be built: {error}{remedy}") from error
+    if not isinstance(model, VisionTransformer):
+        kind = type(model).__name__
+        raise ValueError(f"model: {name} must be one of timm's VisionTransformers (ViT, DeiT), got a {kind}")
+    if 0 in model.patch_embed.grid_size:
+        patch = " x ".join(str(edge) for edge in model.patch_embed.patch_size)
+        got = " x ".join(str(edge) for edge in model.patch_embed.img_size)
+        raise ValueError(f"img_size: images must be one patch ({patch}) or more, got {got}")
+    if checkpoint:
+        load_weights(model, checkpoint)
+    return p3b_ext.patch(model)
+
+
+def new_head(model: VisionTransformer, num_classes: int, seed: int) -> None:
+    """Gives a model, whole or pruned, a classifier with fresh weights for other classes, in place."""
+    torch.manual_seed(seed)
+    model.reset_classifier(num_classes)
+    description = getattr(model, "p3b_description", None)
+    if description is not None and "arguments" in description:
+        description["arguments"]["num_classes"] = num_classes
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Loads a weights file into a timm ViT, except for a head of another size. ValueError for one that does not fit."""
+    try:
+        weights = checkpoint_filter_fn(load_state_dict(path, weights_only=True), model)
+    except Exception as error:  # safetensors, zipfile and torch raise kinds of their own for a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"checkpoint: {path} cannot be read: {reason}") from error
+    own = model.state_dict()
+    for name in [name for name in weights if name.startswith(HEADS)]:
+        if name in own and own[name].shape != weights[name].shape:
+            del weights[name]
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: {path} does not fit the model: {error}") from error
+    missing = [name for name in missing if not name.startswith(HEADS)]
+    if missing or unexpected:
+        names = ", ".join([*missing, *unexpected][:4])
+        raise ValueError(f"checkpoint: {path} does not fit the model: missing or unknown {names}")

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""The machine that a command runs on: its device, its cores, its processor's name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many as it is asked for
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+
+    Raises ValueError for a name that is no device of this machine, or one that holds no numbers ("meta").
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: name must be a device of this machine, got {name!r} ({reason})") from error
+    return torch.device(name)
+
+
+def decoding_workers(wanted: int, device: torch.device) -> int:
+    """Processes that decode images for this training process: `wanted`; for -1 one for each core but one beside a GPU,
+    none on a CPU, whose cores have training to do."""
+    if wanted >= 0 or device.type == "cpu":
+        return max(0, wanted)
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(count: int) -> None:
+    """Gives PyTorch so many CPU threads; 0 leaves it as it is. Raises ValueError outside 0 to MOST_THREADS."""
+    if count < 0:
+        raise ValueError(f"threads: count must be 1 or more (0: all cores), got {count}")
+    if count > MOST_THREADS:
+        raise ValueError(f"threads: count must be at most {MOST_THREADS}, got {count}")
+    if count:
+        torch.set_num_threads(count)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """`count` CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine_name(device: torch.device) -> str:
+    """What a table of costs says of the machine: the GPU's name, or the CPU's and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    count = torch.get_num_threads()
+    return f"{_cpu_name()}, {count} thread{'s' if count > 1 else ''}"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
