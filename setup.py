@@ -13,17 +13,12 @@ import subprocess
 import sys
 import sysconfig
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11: one build serves 2.11 and everything newer
-PACKAGES = {
-    "p3b_ext": "p3b_ext",
-    "p3b_ext.ops": "p3b_ext/ops",
-    "p3b_ext.kernels": "kernels",
-    "p3b": "python/p3b",
-    "p3b.cli": "python/p3b/cli",
-    "p3b.methods": "python/p3b/methods",
-}
+PACKAGES = {"p3b_ext.kernels": "kernels"}
+PACKAGES |= {name: name.replace(".", "/") for name in find_packages(".", include=["p3b_ext", "p3b_ext.*"])}
+PACKAGES |= {name: f"python/{name.replace('.', '/')}" for name in find_packages("python")}
 BUILDING = bool({"build_ext", "bdist_wheel", "editable_wheel", "develop", "build", "install"} & set(sys.argv))
 
 

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from .. import bench, reductions
-from ..export import check_runtimes
+from ..deploy.export import check_runtimes
+from ..experiments import benchmark
 from ..machine import resolve_device, set_threads
-from ..progress import task_bar
-from ..run import new_run_folder
-from ..table import conditions, tables
+from ..metrics.table import conditions, tables
+from ..models import token_reduction
+from ..runs.folder import new_run_folder
+from ..training.progress import task_bar
 from .flags import flag, positional
 from .options import Device, Images
 
@@ -54,23 +55,23 @@ class Bench(Images, Device):
     def run(self, line: str) -> None:
         """Prints the table, and writes it where an output is named."""
         set_threads(self.threads)
-        device, dtype = resolve_device(self.device), bench.DTYPES[self.dtype]
+        device, dtype = resolve_device(self.device), benchmark.DTYPES[self.dtype]
         check_runtimes(self.runtimes, device, dtype)
-        bench.check_shares(self.macs_ratio)
+        benchmark.check_shares(self.macs_ratio)
         models, data, unscored, trained = self._models()
         bases = list(models) if len(self.model) > 1 else list(models)[-1:]
         for model in models.values():
             model.to(device, dtype)
         base = models[bases[0]]
-        size = (self.batch_size or bench.BATCH, base.patch_embed.proj.in_channels, *base.patch_embed.img_size)
+        size = (self.batch_size or benchmark.BATCH, base.patch_embed.proj.in_channels, *base.patch_embed.img_size)
         if data is None:
             images = torch.randn(*size, generator=torch.Generator().manual_seed(0))
             loader, calibration, unscored = [(images, None)], [images], tuple(models)
         else:
-            loader, calibration = data.val, bench.calibration_batches(data, self.batch_size)
+            loader, calibration = data.val, benchmark.calibration_batches(data, self.batch_size)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(new_run_folder(self.output)) if self.output else None
-            result = bench.compare(
+            result = benchmark.compare(
                 models,
                 self.reductions or _usable(models, bases),
                 loader,
@@ -91,15 +92,15 @@ class Bench(Images, Device):
         print(tables(result.rows))
         print("\n" + measured)
         if self.output:
-            print(f"\nwritten to {self.output}: {bench.PAGE}, {bench.RESULT}, {bench.PLOT}")
+            print(f"\nwritten to {self.output}: {benchmark.PAGE}, {benchmark.RESULT}, {benchmark.PLOT}")
 
     def _models(self) -> tuple[Any, Any, Any, Any]:
         where = self.where(batch_size=self.batch_size)
         if len(self.model) == 1:
-            return bench.models_and_data(*self.model, self.data, **where, img_size=self.img_size)
+            return benchmark.models_and_data(*self.model, self.data, **where, img_size=self.img_size)
         if self.img_size:
             raise ValueError(f"img_size: flag must be left out for the folders of runs, got {self.img_size}")
-        models, data, trained = bench.several_runs(self.model, self.data, **where)
+        models, data, trained = benchmark.several_runs(self.model, self.data, **where)
         return models, data, (), trained
 
     def _conditions(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype, data: Any) -> str:
@@ -110,10 +111,10 @@ class Bench(Images, Device):
 
     def _write(self, folder: Path, result: Any, measured: str, line: str) -> None:
         title = f"{', '.join(self.model)}: accuracy, cost and speed"
-        bench.write(folder, result, title=title, conditions=measured, command=line)
+        benchmark.write(folder, result, title=title, conditions=measured, command=line)
 
 
 def _usable(models: Any, bases: list[str]) -> list[str]:
     """The reductions that all of the models can have: EViT needs a class token."""
     classed = all(models[name].has_class_token for name in bases)
-    return [name for name in reductions.NAMES if classed or name != "evit"]
+    return [name for name in token_reduction.NAMES if classed or name != "evit"]

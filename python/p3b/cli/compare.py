@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..compare import compare
-from ..compare_report import table
-from ..task import Task, comparisons
+from ..experiments.compare.report import table
+from ..experiments.compare.runner import compare
+from ..experiments.compare.task import Task, comparisons
 from .flags import flag, positional
 
 

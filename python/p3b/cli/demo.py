@@ -20,17 +20,17 @@ from torch import nn
 
 import p3b_ext
 
-from .. import checkpoint
 from ..config import Config
 from ..data import Data, DataConfig, create_data
-from ..finetune import finetune
 from ..machine import set_threads
-from ..memory import keep_freed_memory
-from ..page import write_report
-from ..progress import Named, ProgressBar
-from ..prune import prune
-from ..run import new_run_folder, save_measured, save_trained
-from ..table import measure, tables
+from ..metrics.table import measure, tables
+from ..report.page import write_report
+from ..runs import checkpoint
+from ..runs.folder import new_run_folder, save_measured, save_trained
+from ..training.finetune import finetune
+from ..training.memory import keep_freed_memory
+from ..training.progress import Named, ProgressBar
+from ..training.prune import prune
 from .flags import flag
 
 SOURCE, TARGET = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]

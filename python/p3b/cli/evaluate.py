@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..accuracy import evaluate
-from ..job import run_data
 from ..machine import resolve_device, set_threads
-from ..run import load_run
+from ..metrics.accuracy import evaluate
+from ..runs.folder import load_run
+from ..runs.job import run_data
 from .flags import flag, positional
 from .options import Device, Images
 

@@ -12,12 +12,13 @@ from torch import nn
 
 import p3b_ext
 
-from .. import export, reductions
-from ..bench import calibration_batches
 from ..data import Data, DataConfig, create_data
-from ..job import model_and_meta
+from ..deploy import export
+from ..experiments.benchmark import calibration_batches
 from ..machine import set_threads
-from ..progress import task_bar
+from ..models import token_reduction
+from ..runs.job import model_and_meta
+from ..training.progress import task_bar
 from .flags import flag, positional
 from .options import Images, Reduction, Threads
 
@@ -80,10 +81,10 @@ class Export(Reduction, Images, Threads):
         return create_data(DataConfig(**(settings | given), workers=self.workers))
 
     def _reduce(self, model: nn.Module, data: Data | None) -> None:
-        reduction = reductions.create_reduction(self.reduction, model, **self.settings())
+        reduction = token_reduction.create_reduction(self.reduction, model, **self.settings())
         if data is None and isinstance(reduction, p3b_ext.PPT) and (self.prune_share or reduction.threshold is None):
             raise ValueError("a threshold is found on images: give --data, or --threshold itself")
-        reductions.apply(model, reduction, calibration_batches(data) if data else (), prune_share=self.prune_share)
+        token_reduction.apply(model, reduction, calibration_batches(data) if data else (), prune_share=self.prune_share)
 
 
 def _known(meta: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from typing import Any
 
 import p3b_ext
 
-from ..loaders import worker_death
-from ..memory import out_of_memory
-from ..step import Diverged
+from ..data.loaders import worker_death
+from ..training.memory import out_of_memory
+from ..training.step import Diverged
 from . import bench, compare, demo, evaluate, export, report, scores, train, visualize
 from .flags import Parser, add_flags, made
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..page import write_report
+from ..report.page import write_report
 from .flags import positional
 
 

@@ -7,11 +7,11 @@ import contextlib
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .. import bench, scores
-from ..job import run_data
+from ..experiments import benchmark, token_scores
 from ..machine import resolve_device, set_threads
-from ..progress import task_bar
-from ..run import load_run, new_run_folder
+from ..runs.folder import load_run, new_run_folder
+from ..runs.job import run_data
+from ..training.progress import task_bar
 from .flags import flag, positional
 from .options import Device, Images
 
@@ -48,20 +48,20 @@ class Scores(Images, Device):
         data = run_data(meta, self.data, **self.where(batch_size=self.batch_size))
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(new_run_folder(self.output)) if self.output else None
-            cases = scores.sweep(
+            cases = token_scores.sweep(
                 model.to(resolve_device(self.device)),
                 data.val,
                 scores=self.scores or None,
-                modes=self.modes or scores.MODES,
+                modes=self.modes or token_scores.MODES,
                 rs=self.r,
                 blocks=self.blocks or None,
                 prune_share=self.prune_share,
-                calibration=bench.calibration_batches(data, self.batch_size),
+                calibration=benchmark.calibration_batches(data, self.batch_size),
                 step=stack.enter_context(task_bar("scores")),
             )
             if folder is not None:
                 how = f"{data.description}. Spread: squared coefficient of variation of the scores of an image."
-                scores.write(folder, cases, title=f"Token scores on {self.folder}", conditions=how, command=line)
-        print(scores.tables(cases))
+                token_scores.write(folder, cases, title=f"Token scores on {self.folder}", conditions=how, command=line)
+        print(token_scores.tables(cases))
         if self.output:
-            print(f"\nwritten to {self.output}: {scores.PAGE}, {scores.RESULT}, {scores.PLOT}")
+            print(f"\nwritten to {self.output}: {token_scores.PAGE}, {token_scores.RESULT}, {token_scores.PLOT}")

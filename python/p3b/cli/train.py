@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .. import checkpoint
 from ..config import Config, read_recipe, recipes
 from ..data import check_files
-from ..distributed import Processes, processes
-from ..job import Job, Start, job_reduction, job_teacher, start, train
 from ..machine import resolve_device, set_threads
-from ..memory import keep_freed_memory
-from ..page import write_report
-from ..progress import Progress, ProgressBar, TensorBoard
-from ..run import finish_interrupted, save_measured, save_trained, training_folder, unfinished, unfinished_run
-from ..table import Row, measure, tables
+from ..metrics.table import Row, measure, tables
+from ..report.page import write_report
+from ..runs import checkpoint
+from ..runs.folder import finish_interrupted, save_measured, save_trained, training_folder, unfinished, unfinished_run
+from ..runs.job import Job, Start, job_reduction, job_teacher, start, train
+from ..training.distributed import Processes, processes
+from ..training.memory import keep_freed_memory
+from ..training.progress import Progress, ProgressBar, TensorBoard
 from .flags import flag
 from .options import Threads
 

@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import p3b_ext
 
-from .. import reductions, token_maps
-from ..figures import save_figure
-from ..job import model_and_meta
 from ..machine import resolve_device, set_threads
-from ..progress import task_bar
-from ..run import new_run_folder
+from ..models import token_reduction
+from ..report import token_maps
+from ..report.figures import save_figure
+from ..runs.folder import new_run_folder
+from ..runs.job import model_and_meta
+from ..training.progress import task_bar
 from .flags import flag, positional
 from .options import Device, Reduction
 
@@ -42,7 +43,7 @@ class Visualize(Reduction, Device):
         device = resolve_device(self.device)
         model, meta = model_and_meta(self.model, **self.source())
         mean, std = meta["data"]["mean"], meta["data"]["std"]
-        reduction = reductions.create_reduction(self.reduction, model, **self.settings())
+        reduction = token_reduction.create_reduction(self.reduction, model, **self.settings())
         with new_run_folder(self.output) as folder, task_bar("visualize") as step:
             pictures, total = [], 2 * len(self.images)
             for path in self.images:
@@ -50,12 +51,12 @@ class Visualize(Reduction, Device):
                 pictures.append(token_maps.prepare(path, model, mean, std))
             model.to(device)
             batches = [image for _, image in pictures]
-            reduction = reductions.apply(model, reduction, batches, prune_share=self.prune_share, trace=True)
+            reduction = token_reduction.apply(model, reduction, batches, prune_share=self.prune_share, trace=True)
             if all(before == after for before, after in p3b_ext.token_counts(model)):
                 raise ValueError(f"reduction: {reduction} loses no tokens, so there is nothing to draw")
             names = token_maps.file_names(self.images)
             for path, name, (picture, image) in zip(self.images, names, pictures, strict=True):
                 step(f"draw {path}", total)
-                title = f"{Path(path).name}: {self.model}, {reductions.label(reduction)}"
+                title = f"{Path(path).name}: {self.model}, {token_reduction.label(reduction)}"
                 save_figure(token_maps.draw(model, picture, image, title), folder / name)
         print(f"written to {self.output}: {', '.join(names)}")

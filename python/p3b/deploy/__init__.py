@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What leaves this software: exported models."""

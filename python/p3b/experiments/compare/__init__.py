@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Pruning methods compared on one task."""

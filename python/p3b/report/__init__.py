@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Pages and pictures of a run."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Runs: settings, folders, saved models."""

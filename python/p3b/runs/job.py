@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: MIT
+"""From settings to everything that a run needs: model, data, token reduction, teacher, result. The one place, for
+`p3b prune` and `finetune`, the workers of `p3b compare`, and the commands that read a run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import p3b_ext
+
+from ..config import Config
+from ..data import AUGMENTS, Data, DataConfig, create_data
+from ..machine import decoding_workers, resolve_device
+from ..models import token_reduction
+from ..models.create import check_model_name, create_model, new_head
+from ..training.finetune import finetune
+from ..training.progress import Progress
+from ..training.prune import Result, prune
+from .folder import load_run
+
+
+@dataclass
+class Job:
+    """What is trained on what, and where the result goes."""
+
+    model: str = ""
+    """timm's name of a ViT or DeiT (deit_small_patch16_224), or the folder of an earlier run, whose model is trained
+    further."""
+    data: str = ""
+    """Image folder (train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg), .npz file (x_train, y_train, x_test,
+    y_test), "digits", or a name that timm reads (torch/cifar100, hfds/user/name)."""
+    output: str = ""
+    """New folder for the result; one that holds files already is refused, never overwritten."""
+    pretrained: bool = True
+    """Start from timm's pretrained weights (downloaded once)."""
+    checkpoint: str = ""
+    """Start from this .safetensors or PyTorch weights file instead; a head of another size is left out."""
+    model_kwargs: dict = dataclasses.field(default_factory=dict)
+    """Constructor arguments of the model, as JSON: {"depth": 6, "embed_dim": 96}."""
+    img_size: int = 0
+    """Edge of the images in pixels; 0 takes what the model was trained with."""
+    batch_size: int = 64
+    """Images per training step."""
+    workers: int = -1
+    """Processes that decode image files; 0: training does it itself; -1: one for each core but one beside a GPU, none
+    on a CPU."""
+    augment: str = "light"
+    """Augmentation of training images: none, light (crop or shift, flip) or strong (RandAugment, random erasing)."""
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """Policy of strong augmentation, by timm's name; an empty string leaves it out."""
+    color_jitter: float = 0.4
+    """Strength of colour jitter in strong augmentation (timm jitters only where auto_augment is empty)."""
+    re_prob: float = 0.25
+    """Probability of random erasing in strong augmentation."""
+    repeats: int = 1
+    """Repeated augmentation: how often each image of an epoch is drawn in a row; the epoch keeps its length."""
+    on_device: bool = True
+    """Keep an array set on the device and augment there in batches; no: timm's transforms and workers, as for files."""
+    crop_pct: float = 0.875
+    """Share of the resized image file that validation reads (a centre crop, as 224 of 256 pixels)."""
+    classes: list = dataclasses.field(default_factory=list)
+    """Keep only these labels of an array set, as JSON: [5, 6, 7, 8, 9]."""
+    val_share: float = 0.2
+    """Share of each class set aside for validation where the data has no such part."""
+    data_root: str = ""
+    """Folder of the data sets that timm reads by name."""
+    download: bool = False
+    """Fetch a data set that timm reads by name."""
+    reader: dict = dataclasses.field(default_factory=dict)
+    """More for timm's create_dataset, as JSON: {"target_key": "fine_label", "val_split": "test"}."""
+    num_classes: int = 0
+    """Number of classes, for sets that do not say it; 0 takes it from the data."""
+    reduction: str = ""
+    """Token reduction that the model is pruned under and keeps: tome, ppt, evit or topk; by default none."""
+    reduction_settings: dict = dataclasses.field(default_factory=dict)
+    """Its settings in place of the published ones (r, keep_rate, blocks counted from 0, score, threshold, prune_share),
+    as JSON: {"r": 8, "blocks": [3, 6, 9], "prune_share": 0.5}."""
+    teacher: str = ""
+    """Folder of a run whose model is the teacher of fine-tuning, with the weight --distill; by default prune uses its
+    own dense model."""
+    tensorboard: bool = False
+    """Write TensorBoard's records into the folder of the run."""
+
+    def __post_init__(self) -> None:
+        kinds = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict": dict, "list": list}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, kinds[field.type]) or (isinstance(value, bool) and field.type != "bool"):
+                raise TypeError(f"config: {field.name} must be {field.type}, got {value!r}")
+        if self.workers < -1:
+            raise ValueError(f"config: workers must be 0 or more, or -1, got {self.workers}")
+        if self.augment not in AUGMENTS:
+            raise ValueError(f"config: augment must be one of {', '.join(AUGMENTS)}, got {self.augment!r}")
+
+    def require(self, *names: str) -> None:
+        """ValueError for the first of these settings that is empty."""
+        for name in names:
+            if not getattr(self, name):
+                raise ValueError(f"config: {name} is missing; give --{name}, or {name} in the config file")
+
+    def data_config(self, config: Config, **changes: Any) -> DataConfig:
+        """How the images of the job are read; `changes` replace fields of the DataConfig."""
+        device = resolve_device(config.device)
+        values: dict[str, Any] = dict(
+            source=self.data,
+            img_size=self.img_size or 224,
+            batch_size=self.batch_size,
+            seed=config.seed,
+            workers=decoding_workers(self.workers, device),
+            device=device,
+            augment=self.augment,
+            auto_augment=self.auto_augment,
+            color_jitter=self.color_jitter,
+            re_prob=self.re_prob,
+            repeats=self.repeats,
+            on_device=self.on_device,
+            crop_pct=self.crop_pct,
+            classes=self.classes or None,
+            val_share=self.val_share,
+            root=self.data_root or None,
+            download=self.download,
+            reader=self.reader,
+            num_classes=self.num_classes or None,
+        )
+        return DataConfig(**(values | changes))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from."""
+
+    model: nn.Module
+    data: Data
+    knows_classes: bool
+    """Whether the model's head already knows the classes (that of an earlier run on these images does)."""
+
+
+def start(job: Job, config: Config, *, fresh_head: bool = False, **data: Any) -> Start:
+    """The model of a job, on its device, and its data.
+
+    fresh_head: a run's model gets a new head even where its classes are the same. data: fields of the DataConfig that
+    the job has not. Raises ValueError for a model or data that cannot be had, or that do not fit each other.
+    """
+    device = resolve_device(config.device)
+    if os.path.isdir(job.model):
+        model, meta = load_run(job.model)
+        before = meta["data"]
+        size = before["img_size"]
+        if job.img_size and [job.img_size] * 2 != list(size):
+            trained = " x ".join(str(edge) for edge in size)
+            raise ValueError(f"img_size: must be the run's {trained} or left out, got {job.img_size}")
+        data |= dict(img_size=size, mean=before["mean"], std=before["std"])
+        images = create_data(job.data_config(config, **data))
+        known = not fresh_head and list(images.class_names) == meta["class_names"]
+        if not known:
+            new_head(model, images.num_classes, config.seed)
+        # classes 0, 1, ... of other images are other classes, as far as anybody knows
+        numbered = list(images.class_names) == [str(i) for i in range(images.num_classes)]
+        same = not numbered or images.config.source == before["source"]
+        return Start(model.to(device), images, known and same)
+    check_model_name(job.model)
+    trained = timm.get_pretrained_cfg(job.model)
+    data = {"img_size": job.img_size or (trained.input_size[1:] if trained else 224)} | data
+    weights = trained is not None and (job.pretrained or job.checkpoint)
+    images = create_data(job.data_config(config, **data), rgb=(trained.mean, trained.std) if weights else None)
+    torch.manual_seed(config.seed)
+    model = create_model(
+        job.model,
+        num_classes=images.num_classes,
+        in_chans=images.in_chans,
+        img_size=images.img_size,
+        pretrained=job.pretrained,
+        checkpoint=job.checkpoint,
+        arguments=job.model_kwargs,
+    )
+    return Start(model.to(device), images, False)
+
+
+def job_reduction(job: Job, model: nn.Module, data: Data) -> Any:
+    """The token reduction that a job is to be trained under, its threshold calibrated; None where it names none.
+
+    The model stays as it is.
+    """
+    if not job.reduction:
+        if job.reduction_settings:
+            raise ValueError("config: reduction_settings need a reduction; give --reduction")
+        return None
+    given = dict(job.reduction_settings)
+    share = given.pop("prune_share", None)
+    known = sorted({key for keys in token_reduction.SETTINGS.values() for key in keys})
+    for key in given:
+        if key not in known:
+            raise ValueError(f"config: reduction_settings must be of prune_share, {', '.join(known)}, got {key}")
+    reduction = token_reduction.create_reduction(job.reduction, model, **given)
+    if not isinstance(reduction, p3b_ext.PPT):
+        if share is not None:
+            raise ValueError(f"config: prune_share must be left out for {job.reduction} (it is ppt's), got {share}")
+        return reduction
+    before = p3b_ext.current_patch(model)
+    reduction = token_reduction.apply(model, reduction, data.train, prune_share=share)
+    p3b_ext.patch(model, before.reduction, linear=before.linear)
+    return reduction
+
+
+def job_teacher(job: Job, config: Config, data: Data) -> nn.Module | None:
+    """The dense model of the distillation loss; ValueError unless it was trained on such images and classes."""
+    if not job.teacher:
+        return None
+    if not config.distill:
+        raise ValueError("config: a teacher needs distill above 0; give --distill")
+    teacher, meta = load_run(job.teacher)
+    now = data.config.recorded() | {"classes": list(data.class_names)}
+    for key in ("classes", "img_size", "mean", "std"):
+        was = meta["class_names"] if key == "classes" else meta["data"].get(key)
+        if list(was) != list(now[key]):
+            raise ValueError(f"config: teacher must have been trained with the {key} {now[key]}, got {was}")
+    return teacher
+
+
+def train(
+    begin: Start,
+    config: Config,
+    command: str,
+    *,
+    reduction: Any = None,
+    teacher: nn.Module | None = None,
+    epochs: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    validation: Any = None,
+    progress: Progress | None = None,
+    state_dir: str | Path | None = None,
+    resume: bool = False,
+) -> tuple[Result | nn.Module, dict[str, Any]]:
+    """Runs "prune" or "finetune" from a start; returns its Result (or the fine-tuned model) and its history.
+
+    validation: a loader in place of the data's own, for the accuracy after every epoch. Other arguments as of
+    `p3b.prune` and `p3b.finetune`.
+    """
+    mine = begin.data.part(rank, world)
+    validation = mine.val if validation is None else validation
+    keywords: dict[str, Any] = dict(progress=progress, teacher=teacher, state_dir=state_dir, resume=resume)
+    if command == "prune":
+        result = prune(begin.model, mine.train, validation, config, reduction=reduction, **keywords)
+        return result, result.history
+    history = finetune(begin.model, mine.train, validation, config, epochs=epochs, **keywords)
+    return begin.model, history
+
+
+def run_data(
+    meta: Mapping[str, Any],
+    source: str | None,
+    *,
+    root: str | None = None,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+) -> Data:
+    """The data of a run, or others read as the run's were; ValueError unless they have the model's classes.
+
+    meta: of `load_run`. source: other images; None or "run": the run's own. batch_size: of the validation images;
+    None: the run's.
+    """
+    settings = dict(meta["data"])
+    if source and source != "run":
+        settings |= dict(source=source, root=root or settings.get("root"))
+    data = create_data(DataConfig(**settings, workers=workers, device=device))
+    if data.num_classes != len(meta["class_names"]):
+        have = len(meta["class_names"])
+        raise ValueError(f"data: classes must be the model's {have}, got {data.num_classes}")
+    names = [tuple(meta["class_names"]), data.class_names]
+    numbered = tuple(str(i) for i in range(data.num_classes))  # what arrays without names have
+    if names[0] != names[1] and numbered not in names:
+        own, other = (", ".join(some[:5]) + (", ..." if len(some) > 5 else "") for some in names)
+        raise ValueError(f"data: classes must be the model's ({own}), got {other}")
+    return data.validated_in(batch_size)
+
+
+def model_and_meta(
+    name: str, *, pretrained: bool = True, checkpoint: str = "", img_size: int = 0
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a run folder or of timm, and what is known about it: "data" (settings), "class_names", ..."""
+    if os.path.isdir(name):
+        for flag, value in (("checkpoint", checkpoint), ("img_size", img_size)):
+            if value:
+                raise ValueError(f"{flag}: flag must be left out for the folder of a run, got {value}")
+        return load_run(name)
+    check_model_name(name)
+    trained = timm.get_pretrained_cfg(name)
+    size = (img_size, img_size) if img_size else trained.input_size[1:]
+    model = create_model(
+        name,
+        num_classes=trained.num_classes,
+        in_chans=3,
+        img_size=size,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+    )
+    subset = timm.data.infer_imagenet_subset(model)
+    names = timm.data.ImageNetInfo(subset).label_descriptions() if subset else []
+    data = {"img_size": size, "mean": trained.mean, "std": trained.std, "crop_pct": trained.crop_pct}
+    return model, {"model": name, "class_names": names, "data": data}

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The training loops and what they need."""
