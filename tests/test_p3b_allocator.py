@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from p3b.cli import main
-from p3b.memory import keep_freed_memory, out_of_memory
+from p3b.training.memory import keep_freed_memory, out_of_memory
 
 COUNT = """
 import resource
 import sys
 import torch
-from p3b.memory import keep_freed_memory
+from p3b.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 faults = []
@@ -48,7 +48,7 @@ def test_too_little_memory_is_one_line_with_a_remedy(tmp_path, monkeypatch, caps
     arguments = ["--model", "vit_tiny_patch16_224", "--data", "digits", "--device", "cpu"]
     assert main(["finetune", *arguments, "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("p3b finetune: memory: machine must have enough for this, got: ")
+    assert error.startswith("p3b finetune: out of memory: ")
     assert "a smaller --batch-size needs less, and --accumulate" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

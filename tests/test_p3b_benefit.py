@@ -6,8 +6,8 @@ import torch.nn.functional as F
 import vits
 
 from p3b import budget
-from p3b.benefit import Benefit, Importance
-from p3b.probes import BATCH_NORM_EPSILON, ConvProbe, LinearProbe, PointwiseProbe, Probes, Taps
+from p3b.pruning.benefit import Benefit, Importance
+from p3b.pruning.probes import BATCH_NORM_EPSILON, ConvProbe, LinearProbe, PointwiseProbe, Probes, Taps
 
 DEPTH = 3
 

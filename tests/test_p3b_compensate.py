@@ -5,9 +5,9 @@ import torch
 import vits
 
 import p3b
-from p3b.compensate import activation_means, compensate
-from p3b.gates import attach
-from p3b.mlp import readers
+from p3b.models.mlp import readers
+from p3b.pruning.compensate import activation_means, compensate
+from p3b.pruning.gates import attach
 
 FAMILIES = ["deit", "distilled", "layer_scale", "qk_norm", "reg4_gap", "pre_norm", "gap"]
 FAMILIES += ["registers_dinov2", "aimv2"]
@@ -136,7 +136,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_what_cannot_be_compensated_is_refused():
-    with pytest.raises(ValueError, match="model must have gates"):
+    with pytest.raises(ValueError, match="the model has no gates"):
         activation_means(vits.vit(), [images()])
     for name, options, message in (
         ("augreg_no_qkv_bias", {"qkv_bias": False}, "must have Linear layers with bias"),

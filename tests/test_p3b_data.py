@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from toy import read_data
 
-from p3b.array_loader import ArrayLoader
-from p3b.augment import colour, erase, shift_and_flip, warp
 from p3b.data import check_files
-from p3b.loaders import FileLoader, SeededImages, batches_of, worker_death
+from p3b.data.array_loader import ArrayLoader
+from p3b.data.augment import colour, erase, shift_and_flip, warp
+from p3b.data.loaders import FileLoader, SeededImages, batches_of, worker_death
 from p3b.machine import decoding_workers
 
 
@@ -203,7 +203,7 @@ def test_arrays_read_as_files(npz):
     assert isinstance(files.train, FileLoader) and files.class_names == device.class_names
     for (x, y), (z, w) in zip(device.val, files.val, strict=True):
         assert torch.allclose(x, z, atol=1e-5) and torch.equal(y, w)
-    again = read_data(**files.settings)
+    again = read_data(**files.config.recorded())
     assert same(batches(files.val), batches(again.val))
     black = npz(x_train=np.zeros((30, 6, 5, 1), np.uint8), x_test=np.zeros((8, 6, 5, 1), np.uint8))
     grey = read_data(black, img_size=6, on_device=False, batch_size=2)
@@ -341,7 +341,7 @@ def test_the_first_training_images(npz, folder):
     whole, few = (read_data(npz(), img_size=6, augment="none", train_images=n) for n in (None, 4))
     assert torch.equal(few.train.images, whole.train.images[:4]) and len(few.train.labels) == 4
     assert few.num_classes == 3 and len(few.val.labels) == len(whole.val.labels)
-    assert len(read_data(**few.settings).train.labels) == 4
+    assert len(read_data(**few.config.recorded()).train.labels) == 4
     with pytest.raises(ValueError, match="train_images must be 1 to 30, the images there are, got 31"):
         read_data(npz(), train_images=31)
     with pytest.raises(ValueError, match="train_images must be left out"):
@@ -351,7 +351,7 @@ def test_the_first_training_images(npz, folder):
 def test_settings_make_the_same_data_again(npz, folder):
     for source in (npz(), str(folder()), "digits"):
         data = read_data(source, img_size=8, batch_size=4, seed=3, augment="light", val_share=0.4)
-        again = read_data(**data.settings, seed=3)
+        again = read_data(**data.config.recorded(), seed=3)
         assert same(batches(data.val), batches(again.val)) and same(batches(data.train), batches(again.train))
 
 
@@ -477,7 +477,7 @@ def test_a_death_that_is_seen_before_it_is_reported(monkeypatch, report, error, 
             raise report
 
     waits = []
-    monkeypatch.setattr("p3b.loaders.time.sleep", sleep)
+    monkeypatch.setattr("p3b.data.loaders.time.sleep", sleep)
     with pytest.raises(error, match=match):
         next(batches_of(Loader()))
     assert len(waits) == 1 and waits[0] > 0

@@ -11,7 +11,7 @@ import torch
 from test_p3b_train import batches, config, vit
 
 import p3b
-from p3b.distributed import Processes, processes
+from p3b.training.distributed import Processes, processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:importance")
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import p3b_ext
-from p3b.accuracy import evaluate
-from p3b.costs import count_macs, count_params, peak_memory, throughput
-from p3b.table import Row, measure, metrics, relative, tables
+from p3b.metrics.accuracy import evaluate
+from p3b.metrics.cost import count_macs, count_params, peak_memory, throughput
+from p3b.metrics.table import Row, measure, metrics, relative, tables
 
 SMALL = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, in_chans=1, num_classes=5)
 
@@ -53,7 +53,7 @@ def test_evaluate_by_hand():
 
 
 def test_evaluate_needs_images():
-    with pytest.raises(ValueError, match="loader must give one or more batches"):
+    with pytest.raises(ValueError, match="loader must give at least one image"):
         evaluate(Fixed(), [])
 
 
@@ -111,7 +111,7 @@ def test_peak_memory_by_hand():
 
 def test_throughput_counts_images(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("p3b.costs.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("p3b.metrics.cost.time.perf_counter", lambda: clock[0])
 
     class Slow(nn.Module):
         def __init__(self, seconds):

@@ -10,11 +10,15 @@ import pytest
 import torch
 from vits import family, images
 
-from p3b import bench, checkpoint, cli, costs, export
-from p3b.architecture import describe
 from p3b.cli import main
-from p3b.costs import Deployed
-from p3b.surgery import cut
+from p3b.deploy import export
+from p3b.experiments import benchmark as bench
+from p3b.metrics import cost as costs
+from p3b.metrics.cost import Deployed
+from p3b.models.description import describe
+from p3b.pruning.surgery import cut
+from p3b.runs import checkpoint
+from p3b.runs.job import model_and_meta
 from p3b_ext import PPT, EViT, ToMe, TopK, patch
 
 missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -228,7 +232,7 @@ def test_bad_input(tmp_path, monkeypatch):
         export.export(model, path)
     assert path.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"export: onnx must be installed, got none; pip install 'p3b_ext\[export\]'"):
+    with pytest.raises(ValueError, match=r"onnx is not installed: pip install 'p3b_ext\[export\]'"):
         export.export(model, tmp_path / "model.onnx")
 
 
@@ -270,7 +274,7 @@ def test_the_command_names_mistakes(run, tmp_path, capsys):
     path = tmp_path / "model.pt2"
     assert "flag must go with --reduction" in fails(run, "--r", 3, "--output", path)
     assert "batch must be 1 or more" in fails(run, "--batch", 0, "--output", path)
-    assert "not allowed with" in fails(run, "--batch", 2, "--dynamic-batch", "--output", path)
+    assert "exclude each other" in fails(run, "--batch", 2, "--dynamic-batch", "--output", path)
     assert "images must be given" in fails(run, "--reduction", "ppt", "--prune-share", 0.5, "--output", path)
     assert "name must be one of" in fails(run, "--reduction", "tomme", "--output", path)
     assert "name must be one that timm knows" in fails("no_such_model", "--output", path)
@@ -314,7 +318,7 @@ def test_bench_names_runtimes_that_it_cannot_have(run, capsys, monkeypatch):
     error = fails("--runtimes", "onnxruntime", "--dtype", "bfloat16")
     assert "dtype must be float32 for onnxruntime, got bfloat16" in error
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "openvino must be installed, got none; pip install 'p3b_ext[openvino]'" in fails("--runtimes", "openvino")
+    assert "openvino is not installed: pip install 'p3b_ext[openvino]'" in fails("--runtimes", "openvino")
 
 
 def test_another_runtime_takes_batches_of_one_size():
@@ -342,8 +346,7 @@ def test_torch_compile_is_a_runtime(monkeypatch):
 
 
 def test_what_is_known_about_a_timm_model():
-    flags = ["export", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--output", "tiny.onnx"]
-    model, meta = cli._model_and_meta(cli.parser().parse_args(flags))
+    model, meta = model_and_meta("vit_tiny_patch16_224", pretrained=False, img_size=32)
     assert model.patch_embed.img_size == (32, 32)
     assert len(meta["class_names"]) == 1000 and meta["class_names"][0].startswith("tench")
     assert meta["data"]["mean"] == (0.5,) * 3 and meta["data"]["crop_pct"] == 0.9

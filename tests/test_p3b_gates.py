@@ -10,11 +10,12 @@ import vits
 from timm.layers import GatedMlp, RmsNorm
 from torch import nn
 
-from p3b import Config, gates, shrink
-from p3b.architecture import build, describe
-from p3b.gates import attach, detach, sharpening
-from p3b.masks import soft_mask
-from p3b.sub_blocks import outside_cost, sub_blocks
+from p3b import Config, shrink
+from p3b.models.description import build, describe
+from p3b.pruning import gated_layers
+from p3b.pruning.gates import attach, detach, sharpening
+from p3b.pruning.masks import soft_mask
+from p3b.pruning.sub_blocks import outside_cost, sub_blocks
 from p3b_ext.patch import patch, unpatch
 
 FAMILIES = [
@@ -166,7 +167,7 @@ def test_gates_fold_into_onednn_linears_too():
 
 def test_gradcheck_of_scaled_weights():
     weight, rows, cols = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (5,), (3,)))
-    apply = gates._ScaledWeight.apply
+    apply = gated_layers._ScaledWeight.apply
     assert torch.autograd.gradcheck(apply, (weight, rows, cols))
     assert torch.autograd.gradcheck(lambda w, r: apply(w, r, None), (weight, rows))
     assert torch.autograd.gradcheck(lambda w, c: apply(w, None, c), (weight, cols))
@@ -216,16 +217,16 @@ def measured(model, seed=0):
     return gate
 
 
-@pytest.mark.parametrize("unit", ["params", "macs"])
-def test_masks_keep_the_share_of_cost_asked_for(unit):
+@pytest.mark.parametrize("budget", ["params", "macs"])
+def test_masks_keep_the_share_of_cost_asked_for(budget):
     model = vit()
     for kappa in (0.9, 0.5, 0.25, 0.1):
         gate = measured(model)
-        gate.update(torch.full((4,), kappa), 0.0, scales=SCALES, unit=unit)
+        gate.update(torch.full((4,), kappa), 0.0, scales=SCALES, budget=budget)
         assert set(gate.values.tolist()) == {0.0, 1.0}
-        full = torch.tensor([b.full(unit) for b in gate.blocks], dtype=torch.float64)
+        full = torch.tensor([b.full(budget) for b in gate.blocks], dtype=torch.float64)
         torch.testing.assert_close(
-            gate.kept_cost(unit) / full, torch.full((4,), kappa, dtype=torch.float64), rtol=0, atol=0.03
+            gate.kept_cost(budget) / full, torch.full((4,), kappa, dtype=torch.float64), rtol=0, atol=0.03
         )
         detach(model)
 
@@ -331,7 +332,7 @@ def test_what_cannot_be_gated_says_so(make, message):
 def test_gates_cannot_be_put_on_twice():
     model = vit()
     gate = attach(model)
-    with pytest.raises(ValueError, match="must have no gates yet"):
+    with pytest.raises(ValueError, match="the model has gates already"):
         attach(model)
     with pytest.raises(ValueError, match="values must be of shape"):
         gate.set(torch.ones(3))

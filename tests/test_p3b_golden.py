@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from p3b import budget
-from p3b.benefit import Importance
-from p3b.gates import sharpening
-from p3b.masks import block_mask, scaled_ranks, soft_mask
-from p3b.sub_blocks import SubBlock
+from p3b.pruning.benefit import Importance
+from p3b.pruning.gates import sharpening
+from p3b.pruning.masks import block_mask, scaled_ranks, soft_mask
+from p3b.pruning.sub_blocks import SubBlock
 
 GOLDEN = Path(__file__).parent / "golden"
 SCALES = {"attn": [1.0, 1.5, 1.0], "mlp": [1.0, 1.5, 0.75]}  # in, out, inner

@@ -10,11 +10,12 @@ import vits
 
 import p3b
 from p3b import Config, shrink
-from p3b.gates import attach
-from p3b.masks import MIN_SHARE, Scores, block_mask, block_ranks, global_masks, ratio_masks, scaled_ranks
-from p3b.methods import create
-from p3b.progress import Silent
-from p3b.prune import PruningPhase
+from p3b.pruning.gates import attach
+from p3b.pruning.masks import MIN_SHARE, Scores, block_mask, block_ranks, global_masks, ratio_masks, scaled_ranks
+from p3b.pruning.methods import create
+from p3b.training.progress import Silent
+from p3b.training.prune import PruningPhase
+from p3b.training.step import Meter
 
 METHODS = ("uniform", "random", "magnitude-l1", "magnitude-l2", "taylor", "vtp", "isomorphic")
 CLASSES, STEPS, BATCH = 4, 4, 8
@@ -61,9 +62,9 @@ def cost(run):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("unit", ["params", "macs"])
-def test_a_run_meets_the_budget_with_hard_masks_that_shrink_exactly(method, unit):
-    run = finished(method, budget=unit, prune_ratio=0.5)
+@pytest.mark.parametrize("budget", ["params", "macs"])
+def test_a_run_meets_the_budget_with_hard_masks_that_shrink_exactly(method, budget):
+    run = finished(method, budget=budget, prune_ratio=0.5)
     values = run.gates.values
     assert set(values.tolist()) == {0.0, 1.0}
     assert run.params == int(run.gates.total())
@@ -96,7 +97,10 @@ def test_updates_follow_the_ramp_and_are_written_down(method):
 def test_a_step_that_is_not_finite_leaves_no_trace(method):
     run = train(start(method), epochs=2)
     before = [t.clone() for t in run.gates.state()]
-    run.step([(torch.full((BATCH, 3, 16, 16), math.nan), torch.zeros(BATCH, dtype=torch.int64))], p3b.step.Meter("cpu"))
+    run.train_step(
+        [(torch.full((BATCH, 3, 16, 16), math.nan), torch.zeros(BATCH, dtype=torch.int64))],
+        Meter("cpu"),
+    )
     assert int(run.step.skipped) == 1
     assert all(torch.equal(a, b) for a, b in zip(run.gates.state(), before, strict=True))
     assert not run.gates.grad.any()
@@ -123,8 +127,8 @@ class OnDevice(torch.Tensor):
 def test_a_mask_update_reads_the_device_once(method):
     """Two updates in a row, as in a run: the second knows from the first what is kept."""
     run = start(method)
-    run.count = run.start + 1
-    run.step(batches(1), p3b.step.Meter("cpu"))
+    run.count = run.milestones.start + 1
+    run.train_step(batches(1), Meter("cpu"))
     holders = [run.gates] + ([run.method.benefit] if method.startswith("p3b") else [])
     for holder in holders:
         for name, value in vars(holder).items():
@@ -164,8 +168,8 @@ def test_data_do_not_matter(method):
         run = start(method)
         run.method.begin(batches(seed=seed), run.step.criterion)
         run.gates.grad += torch.randn(len(run.gates.grad), generator=torch.Generator().manual_seed(seed))
-        run.count = run.start
-        run.method.stepped(torch.tensor(True))
+        run.count = run.milestones.start
+        run.method.stepped(torch.tensor(True), pruning=True)
         run.method.update(1.0, 0.0, True)
         masks.append(run.gates.values)
     assert torch.equal(*masks)
@@ -248,9 +252,9 @@ def test_taylor_scores_find_channels_of_no_use(method):
         model.blocks[1].mlp.fc2.weight[:, 7] = 0.0
     run = start(method, model, lr=1e-12, weight_decay=0.0)
     train(run, epochs=1)
-    run.count = run.start
+    run.count = run.milestones.start
     for _ in range(2):
-        run.step(batches(1), p3b.step.Meter("cpu"))
+        run.train_step(batches(1), Meter("cpu"))
     run.method.update(0.05, 0.0, False)
     gone = set((~run.gates.hard()).nonzero().flatten().tolist())
     first, second = (run.gates.blocks[i].slices()[2].start for i in (1, 3))
@@ -343,19 +347,19 @@ def scores(gates, seed=0):
     return Scores(score, torch.zeros_like(score), torch.ones_like(score, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("unit", ["params", "macs"])
+@pytest.mark.parametrize("budget", ["params", "macs"])
 @pytest.mark.parametrize("share", [0.8, 0.35, 0.1])
-def test_global_masks_come_as_close_to_the_target_as_any_count_does(unit, share):
+def test_global_masks_come_as_close_to_the_target_as_any_count_does(budget, share):
     gates = attach(vit(embed_dim=24, num_heads=2))
     given = scores(gates)
-    full = sum(block.full(unit) for block in gates.blocks)
-    mask = global_masks(gates.blocks, given, share * full, unit=unit, min_share=0.0)
+    full = sum(block.full(budget) for block in gates.blocks)
+    mask = global_masks(gates.blocks, given, share * full, budget=budget, min_share=0.0)
     order = given.score.argsort()
     errors = []
     for pruned in range(len(order) + 1):
         hard = torch.ones(len(order), dtype=torch.bool)
         hard[order[:pruned]] = False
-        errors.append(abs(float(gates.kept_cost(unit, hard).sum()) - share * full))
+        errors.append(abs(float(gates.kept_cost(budget, hard).sum()) - share * full))
     best = min(range(len(errors)), key=errors.__getitem__)
     assert mask.sum() == len(order) - best
     assert not mask[order[:best]].any()

@@ -14,11 +14,11 @@ from test_p3b_train import CLASSES, batches, config, prune, vit
 
 import p3b
 from p3b.cli.train import FINETUNE
-from p3b.distillation import distillation
-from p3b.progress import Silent
-from p3b.prune import PruningPhase
-from p3b.schedule import Schedule
-from p3b.step import FIRST_SCALE, GROW_AFTER, Meter, Step, create_optimizer
+from p3b.training.distillation import distillation
+from p3b.training.progress import Silent
+from p3b.training.prune import PruningPhase
+from p3b.training.schedule import Schedule
+from p3b.training.step import FIRST_SCALE, GROW_AFTER, Meter, Step, create_optimizer
 from p3b_ext.patch import patch
 
 pytestmark = pytest.mark.filterwarnings("ignore:importance")
@@ -42,7 +42,7 @@ def test_mixed_precision_finds_what_full_precision_finds(amp):
 def test_float16_scores_are_those_of_the_plain_gradient():
     def scores(amp):
         run = PruningPhase(patch(vit()), config(start_epoch=0, amp=amp), 6)
-        run.step([batches(1)[0]], Meter(run.device))
+        run.train_step([batches(1)[0]], Meter(run.device))
         return run.gates.score_sum
 
     assert torch.allclose(scores("float16"), scores("none"), rtol=0.1, atol=1e-7)
@@ -60,11 +60,11 @@ def test_an_overflowing_float16_loss_halves_its_scale_and_leaves_everything_else
 def test_an_overflowing_float16_step_leaves_the_scores_clean():
     run = PruningPhase(patch(vit()), config(start_epoch=0, amp="float16"), 6)
     first, second = batches(2)
-    run.step([first], Meter(run.device))
+    run.train_step([first], Meter(run.device))
     kept = [run.gates.score_sum.clone(), run.gates.energy_sum.clone(), run.gates.count.clone()]
     assert kept[0].any() and kept[2] == 1
     run.step.scale.fill_(2.0**127)
-    run.step([second], Meter(run.device))
+    run.train_step([second], Meter(run.device))
     assert run.step.skipped == 1 and not run.gates.grad.any()
     for before, now in zip(kept, (run.gates.score_sum, run.gates.energy_sum, run.gates.count), strict=True):
         assert torch.equal(before, now)
@@ -112,10 +112,10 @@ def test_benefit_of_images_before_they_were_mixed():
     seen = []
 
     run = PruningPhase(patch(vit()), config(start_epoch=0, benefit_targets="clean", mixup=0.8), 6)
-    add = run.method.benefit.add
-    run.method.benefit.add = lambda losses: (seen.append(run.clean), add(losses))
+    loss = run.method.loss
+    run.method.loss = lambda batch: (seen.append(batch.clean), loss(batch))[1]
     images, labels = batches(1)[0]
-    run.step([(images, labels)], Meter(run.device))
+    run.train_step([(images, labels)], Meter(run.device))
     stream, targets = seen[0]
     assert len(stream) == 2 * len(run.model.blocks) + 1 and torch.equal(targets, labels)
     with torch.no_grad():  # what the first block reads of the images as they are, before the step changed the weights

@@ -8,7 +8,7 @@ import pytest
 import p3b
 from p3b.cli import main
 from p3b.config import Config, read_recipe
-from p3b.job import Job
+from p3b.runs.job import Job
 
 # What a test may not take from the file: size and length.
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}

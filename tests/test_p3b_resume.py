@@ -8,7 +8,7 @@ import torch
 from test_p3b_train import batches, config, vit
 
 import p3b
-from p3b.resume import STATE, load_state, save_state
+from p3b.training.resume import STATE, load_state, save_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:importance")
 
@@ -99,7 +99,7 @@ def test_what_is_measured_on_training_images_is_measured_on_the_same(tmp_path, o
     same(whole, shuffled(state_dir=tmp_path, resume=True))
     (tmp_path / STATE).unlink()
     with monkeypatch.context() as patched:
-        patched.setattr("p3b.prune.shrink", lambda model: (_ for _ in ()).throw(Power.Gone))
+        patched.setattr("p3b.training.prune.shrink", lambda model: (_ for _ in ()).throw(Power.Gone))
         with pytest.raises(Power.Gone):  # between the last state of pruning and the first of fine-tuning
             shuffled(state_dir=tmp_path)
     same(whole, shuffled(state_dir=tmp_path, resume=True))
@@ -153,7 +153,7 @@ def test_a_state_of_another_run_is_refused(tmp_path):
         run(config(), 2, state_dir=tmp_path)
     with pytest.raises(ValueError, match=r"^resume: prune_ratio must be the run's 0.5, got 0.4$"):
         run(config(prune_ratio=0.4), state_dir=tmp_path, resume=True)
-    with pytest.raises(ValueError, match="must be one of a fine-tuning run"):
+    with pytest.raises(ValueError, match="holds the state of a pruning run"):
         p3b.finetune(vit(), batches(), batches(2, 1), config(), state_dir=tmp_path, resume=True)
     with pytest.raises(ValueError, match="state_dir must be given"):
         run(config(), resume=True)
@@ -162,14 +162,14 @@ def test_a_state_of_another_run_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"x" * 1000])
 def test_a_broken_state_is_one_line(tmp_path, content):
     (tmp_path / STATE).write_bytes(content)
-    with pytest.raises(ValueError, match=r"^resume: .* must be a whole checkpoint, got a broken one") as caught:
+    with pytest.raises(ValueError, match=r"^resume: .* is damaged") as caught:
         load_state(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_foreign_file_is_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / STATE)
-    with pytest.raises(ValueError, match="must be a checkpoint of a p3b run"):
+    with pytest.raises(ValueError, match="is no checkpoint of a p3b run"):
         load_state(tmp_path)
 
 
@@ -180,6 +180,6 @@ def test_a_full_disk_leaves_the_state_before(tmp_path):
         def __reduce__(self):
             raise RuntimeError("[enforce fail] unexpected pos 64 vs 0")
 
-    with pytest.raises(OSError, match=r"^checkpoint: .*must be writable"):
+    with pytest.raises(OSError, match=r"cannot be written"):
         save_state(tmp_path, {"epoch": Full()})
     assert load_state(tmp_path)["epoch"] == 1 and len(list(tmp_path.iterdir())) == 1

@@ -1,4 +1,4 @@
-"""The rivals that remove other units than channels of a sub-block: gates on whole heads and on the embedding that the
+"""The methods that remove other things than channels of a sub-block: gates on whole heads and on the embedding that the
 network shares, their exact shrink and cost; WDPruning and SAViT."""
 
 import copy
@@ -9,20 +9,20 @@ import vits
 from timm.models.vision_transformer import VisionTransformer
 
 import p3b
-from p3b.costs import count_macs
-from p3b.gates import attach, detach
-from p3b.progress import Silent
-from p3b.prune import PruningPhase
-from p3b.surgery import kept_indices
+from p3b.metrics.cost import count_macs
+from p3b.pruning.gates import attach, detach
+from p3b.pruning.surgery import kept_indices
+from p3b.training.progress import Silent
+from p3b.training.prune import PruningPhase
 from p3b_ext import PPT, ToMe, patch
 
 FAMILIES = [
     *("deit", "distilled", "augreg_no_qkv_bias", "gap", "gap_final_norm", "avgmax", "layer_scale", "qk_norm"),
     *("qk_norm_scale_norm", "reg4_gap", "no_embed_class", "pre_norm", "registers_dinov2", "glu_norm"),
 ]
-UNITS = {
-    "heads": {"units": "heads"},
-    "heads-embedding": {"units": "heads", "embedding": True},
+KINDS_OF_GATES = {
+    "heads": {"granularity": "heads"},
+    "heads-embedding": {"granularity": "heads", "embedding": True},
     "channels-embedding": {"embedding": True},
 }
 SIZE = (3, 32, 24)
@@ -36,10 +36,10 @@ def images():
     return torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def masked(name="deit", units="heads-embedding", share=0.6, empty=(), seed=0):
+def masked(name="deit", kind="heads-embedding", share=0.6, empty=(), seed=0):
     """A model under random 0/1 masks; `empty` lists sub-blocks without inner elements."""
     model = vit(name)
-    gates = attach(model, **UNITS[units])
+    gates = attach(model, **KINDS_OF_GATES[kind])
     values = (torch.rand(gates.values.shape, generator=torch.Generator().manual_seed(seed)) < share).float()
     for block in gates.blocks:
         inner = block.slices()[2]
@@ -55,12 +55,12 @@ def same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
 
 
-@pytest.mark.parametrize("units", list(UNITS))
+@pytest.mark.parametrize("kind", list(KINDS_OF_GATES))
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gates_of_one_change_nothing(name, units):
+def test_gates_of_one_change_nothing(name, kind):
     model = vit(name)
     before, classes, keys = model(images()), [type(m) for m in model.modules()], list(model.state_dict())
-    attach(model, **UNITS[units])
+    attach(model, **KINDS_OF_GATES[kind])
     same(model(images()), before)
     assert list(model.state_dict()) == keys
     detach(model)
@@ -69,10 +69,10 @@ def test_gates_of_one_change_nothing(name, units):
 
 
 @pytest.mark.parametrize("empty", [(), (0, 3), (2, 5)], ids=["", "empty-0-3", "empty-2-5"])
-@pytest.mark.parametrize("units", list(UNITS))
+@pytest.mark.parametrize("kind", list(KINDS_OF_GATES))
 @pytest.mark.parametrize("name", FAMILIES)
-def test_shrunk_equals_masked_and_costs_what_was_counted(name, units, empty):
-    model = masked(name, units, empty=empty)
+def test_shrunk_equals_masked_and_costs_what_was_counted(name, kind, empty):
+    model = masked(name, kind, empty=empty)
     gates = model.p3b_gates
     expected, params, macs = model(images()), gates.total("params"), gates.total("macs")
     small = patch(p3b.shrink(model))
@@ -83,8 +83,8 @@ def test_shrunk_equals_masked_and_costs_what_was_counted(name, units, empty):
 
 
 def test_masks_matter():
-    for units in UNITS:
-        model = masked(units=units)
+    for kind in KINDS_OF_GATES:
+        model = masked(kind=kind)
         assert not torch.allclose(model(images()), vit()(images()), rtol=1e-2, atol=1e-2)
 
 
@@ -103,25 +103,25 @@ def test_the_embedding_is_really_narrower():
 def test_an_empty_embedding_is_refused():
     model = vit()
     attach(model, embedding=True).set(torch.zeros_like(model.p3b_gates.values))
-    with pytest.raises(ValueError, match="shrink: embedding must keep a channel"):
+    with pytest.raises(ValueError, match="the masks remove every channel of the embedding"):
         p3b.shrink(model)
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match="units must be channels or heads, got 'rows'"):
-        attach(vit(), units="rows")
+    with pytest.raises(ValueError, match="granularity must be channels or heads, got 'rows'"):
+        attach(vit(), granularity="rows")
     with pytest.raises(NotImplementedError, match="global_pool must be token, avg, avgmax, max or none"):
         attach(vits.family("map"), embedding=True)
     model = vit()
     gates = attach(model, embedding=True)
-    with pytest.raises(NotImplementedError, match="update must be of gates per sub-block"):
+    with pytest.raises(NotImplementedError, match="update needs gates per sub-block"):
         gates.update(torch.ones(6), 0.1, scales={})
 
 
-@pytest.mark.parametrize("units", list(UNITS))
+@pytest.mark.parametrize("kind", list(KINDS_OF_GATES))
 @pytest.mark.parametrize("name", FAMILIES)
-def test_load_gives_back_what_was_saved(name, units, tmp_path):
-    small = p3b.shrink(masked(name, units, empty=(3,)))
+def test_load_gives_back_what_was_saved(name, kind, tmp_path):
+    small = p3b.shrink(masked(name, kind, empty=(3,)))
     loaded = p3b.load(p3b.save(small, tmp_path / "run"))
     same(loaded(images()), small(images()))
     assert {k: v.shape for k, v in loaded.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
@@ -129,7 +129,7 @@ def test_load_gives_back_what_was_saved(name, units, tmp_path):
 
 def test_token_reduction_does_the_same_under_a_masked_and_in_a_narrower_embedding():
     for reduction in (ToMe(r=2), PPT(r=3, blocks=(1, 2), threshold=1e-3)):
-        model = masked(units="channels-embedding")
+        model = masked(kind="channels-embedding")
         dense = model(images())
         expected = patch(model, reduction)(images())
         assert not torch.allclose(expected, dense, rtol=1e-3, atol=1e-3)

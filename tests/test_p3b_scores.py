@@ -9,9 +9,9 @@ import torch
 from vits import vit
 
 import p3b_ext
-from p3b import scores
-from p3b.accuracy import evaluate
 from p3b.cli import main
+from p3b.experiments import token_scores as scores
+from p3b.metrics.accuracy import evaluate
 from p3b_ext.tuning import score_spreads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,7 +109,7 @@ def test_command(tmp_path, capsys):
     capsys.readouterr()
     assert main(["scores", run, "--r", "2,4", "--scores", "cls,received", "--device", "cpu", "--output", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "| attention received" in printed and "images pruned" in printed
+    assert "attention received" in printed and "images pruned" in printed
     record = json.loads((out / "scores.json").read_text())
     assert len(record["cases"]) == 1 + 2 * 5 and record["command"].startswith("p3b scores")
     page = (out / "scores.md").read_text()

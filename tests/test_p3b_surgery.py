@@ -13,9 +13,9 @@ from timm.layers import GatedMlp
 from torch import nn
 
 import p3b
-from p3b.checkpoint import read_meta
-from p3b.gates import attach
-from p3b.sub_blocks import outside_cost
+from p3b.pruning.gates import attach
+from p3b.pruning.sub_blocks import outside_cost
+from p3b.runs.checkpoint import read_meta
 from p3b_ext import PPT, ToMe, patch, unpatch
 
 FAMILIES = [
@@ -166,12 +166,12 @@ def test_reduction_in_a_block_without_attention_says_so():
 
 
 def test_shrink_needs_gates():
-    with pytest.raises(ValueError, match="shrink: model must have gates"):
+    with pytest.raises(ValueError, match="shrink: the model has no gates"):
         p3b.shrink(vit())
 
 
 def test_a_pruned_model_cannot_be_pruned_again():
-    with pytest.raises(NotImplementedError, match="model must be whole, got one that is pruned already"):
+    with pytest.raises(NotImplementedError, match="the model is pruned already"):
         attach(check(masked(share=0.5)))
 
 
@@ -274,7 +274,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch, kind):
     def full_disk(*_):
         raise kind("No space left on device")
 
-    monkeypatch.setattr("p3b.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("p3b.runs.checkpoint.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         p3b.save(vit(), tmp_path / "run")
     assert os.listdir(tmp_path / "run") == []

@@ -8,12 +8,14 @@ import vits
 
 import p3b
 import p3b_ext
-from p3b import Config, budget, costs, reductions
-from p3b.gates import attach
-from p3b.probes import Probes, Taps
-from p3b.prune import PruningPhase
-from p3b.sub_blocks import outside_cost
-from p3b.surgery import shrink
+from p3b import Config, budget
+from p3b.metrics import cost as costs
+from p3b.models import token_reduction as reductions
+from p3b.pruning.gates import attach
+from p3b.pruning.probes import Probes, Taps
+from p3b.pruning.sub_blocks import outside_cost
+from p3b.pruning.surgery import shrink
+from p3b.training.prune import PruningPhase
 from p3b_ext import tuning
 
 CLASSES, BATCH = 4, 16
@@ -295,7 +297,7 @@ def test_a_reduction_moves_to_a_block_that_has_attention(gone, reduction, expect
 
 
 def test_moving_a_reduction_warns():
-    with pytest.warns(UserWarning, match=r"blocks\.1 has no attention left; blocks\.2 loses tokens in its place"):
+    with pytest.warns(UserWarning, match=r"the attention of blocks\.1 is pruned; blocks\.2 reduces tokens instead"):
         reductions.remap_blocks(p3b_ext.TopK(0.5, blocks=[1]), without_attention(1))
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import p3b_ext
-from p3b import export
+from p3b.deploy import export
 from p3b_ext.linear import OneDnnLinear, prefer_onednn
 from p3b_ext.tuning import count_macs
 

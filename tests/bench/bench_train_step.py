@@ -16,9 +16,9 @@ import torch
 from timm.layers import set_fused_attn
 
 import p3b
-from p3b.costs import allocated_peak
-from p3b.prune import PruningPhase
-from p3b.step import Meter, Step, create_optimizer
+from p3b.metrics.cost import allocated_peak
+from p3b.training.prune import PruningPhase
+from p3b.training.step import Meter, Step, create_optimizer
 from p3b_ext.patch import patch
 
 VARIANTS = {

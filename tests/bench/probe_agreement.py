@@ -31,11 +31,11 @@ from torch import Tensor
 
 import p3b
 from p3b import budget
-from p3b.benefit import Benefit, Importance
-from p3b.context import Context, ProbeBatch
 from p3b.data import Data, DataConfig, create_data
-from p3b.methods.p3b import P3B
-from p3b.probes import Probes
+from p3b.pruning.benefit import Benefit, Importance
+from p3b.pruning.context import Context, ProbeBatch
+from p3b.pruning.methods.p3b import P3B
+from p3b.pruning.probes import Probes
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Reader:
     rate: float = 1.0  # times the published learning rate
 
 
-phases = importlib.import_module("p3b.prune")  # the module, not the function of that name
+phases = importlib.import_module("p3b.training.prune")  # the module, not the function of that name
 READERS = {
     "again": Reader("conv"),
     "quarter of the batch": Reader("conv", share=0.25),

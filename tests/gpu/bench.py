@@ -411,8 +411,8 @@ def training(bench: Bench) -> None:
     import timm
 
     import p3b
-    from p3b.prune import PruningPhase
-    from p3b.step import Meter, Step, create_optimizer
+    from p3b.training.prune import PruningPhase
+    from p3b.training.step import Meter, Step, create_optimizer
 
     name, batch = ("vit_tiny_patch16_224", 2) if bench.quick else ("deit_small_patch16_224", 256)
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from ..models.create import check_model_name
 from ..models.description import build
 from ..report.figures import new_figure, save_figure
 from ..runs.folder import load_run
-from ..runs.job import Job, run_data, start
+from ..runs.job import Job, job_data, job_model, run_data
 
 RESULT, PAGE, PLOT = "bench.json", "bench.md", "bench.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,14 +182,14 @@ def models_and_data(
         model = timm.create_model(name, **({"img_size": img_size} if img_size else {}))
         return {DENSE: _vit(name, model)}, None, (), {}
     job = Job(model=name, data=data_source, img_size=img_size, batch_size=BATCH, workers=workers, data_root=root or "")
-    begin = start(job, Config(device=str(device)))
-    classes = timm.get_pretrained_cfg(name).num_classes
-    if begin.data.num_classes != classes:
+    config, classes = Config(device=str(device)), timm.get_pretrained_cfg(name).num_classes
+    data = job_data(job, config)
+    if data.num_classes != classes:
         raise ValueError(
-            f"data: images must have the {classes} classes of {name}, got {begin.data.num_classes}; "
+            f"data: images must have the {classes} classes of {name}, got {data.num_classes}; "
             "p3b finetune gives the model a head for them"
         )
-    return {DENSE: p3b_ext.unpatch(begin.model)}, begin.data.validated_in(batch_size), (), {}
+    return {DENSE: p3b_ext.unpatch(job_model(job, config, data))}, data.validated_in(batch_size), (), {}
 
 
 def several_runs(

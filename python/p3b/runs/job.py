@@ -167,22 +167,33 @@ def start(job: Job, config: Config, *, fresh_head: bool = False, **data: Any) ->
         numbered = list(images.class_names) == [str(i) for i in range(images.num_classes)]
         same = not numbered or images.config.source == before["source"]
         return Start(model.to(device), images, known and same)
+    images = job_data(job, config, **data)
+    return Start(job_model(job, config, images), images, False)
+
+
+def job_data(job: Job, config: Config, **data: Any) -> Data:
+    """The data of a job whose model is timm's, at the model's size and, for pretrained weights, with their
+    normalisation. Raises ValueError for a name that timm does not know, and for data that cannot be read."""
     check_model_name(job.model)
     trained = timm.get_pretrained_cfg(job.model)
     data = {"img_size": job.img_size or (trained.input_size[1:] if trained else 224)} | data
     weights = trained is not None and (job.pretrained or job.checkpoint)
-    images = create_data(job.data_config(config, **data), rgb=(trained.mean, trained.std) if weights else None)
+    return create_data(job.data_config(config, **data), rgb=(trained.mean, trained.std) if weights else None)
+
+
+def job_model(job: Job, config: Config, data: Data) -> nn.Module:
+    """timm's model of a job with a head for the data, on its device."""
     torch.manual_seed(config.seed)
     model = create_model(
         job.model,
-        num_classes=images.num_classes,
-        in_chans=images.in_chans,
-        img_size=images.img_size,
+        num_classes=data.num_classes,
+        in_chans=data.in_chans,
+        img_size=data.img_size,
         pretrained=job.pretrained,
         checkpoint=job.checkpoint,
         arguments=job.model_kwargs,
     )
-    return Start(model.to(device), images, False)
+    return model.to(resolve_device(config.device))
 
 
 def job_reduction(job: Job, model: nn.Module, data: Data) -> Any:
