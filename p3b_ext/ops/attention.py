@@ -85,7 +85,7 @@ def masked_attention(
     Results are deterministic. Entropy needs no second pass: H = lse - sum_j p_ij * logit_ij.
     """
     op = "masked_attention"
-    found = _quick((q, k, v), key_mask, token_size, channel_gate, scale, aux)
+    found = _fast_path((q, k, v), key_mask, token_size, channel_gate, scale, aux)
     if found is not None:
         return found
     q, k, v = autocast(q, k, v)
@@ -103,9 +103,9 @@ def masked_attention(
     return out, _collect(aux, backend, results, columns, q, k, key_mask, token_size, channel_gate, scale)
 
 
-def _quick(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tensor | tuple[Tensor, AttentionAux] | None:
-    """The usual call with little Python in front of the CPU kernel, which looks at its arguments itself; None for what
-    it refuses or may not be asked here. tensors: (q, k, v) or (qkv,)."""
+def _fast_path(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tensor | tuple[Tensor, AttentionAux] | None:
+    """The usual call with little Python in front of the CPU kernel, which checks its arguments itself; None for a call
+    that the kernel refuses or that needs more (autocast, tracing, another backend). tensors: (q, k, v) or (qkv,)."""
     if backends._forced is not None or backends._C is None:
         return None
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
@@ -127,18 +127,13 @@ def _quick(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tensor | 
             return None
         bits, places = known
     factor = first.shape[-1] ** -0.5 if scale is None else scale
-    op = "masked_attention"
-    if packed:  # the packed op is for its gradient
-        if torch.is_grad_enabled():
-            op = "masked_attention_packed"
-        else:
-            tensors = first.permute(2, 0, 3, 1, 4).unbind(0)
+    op = "masked_attention_packed" if packed else "masked_attention"
     try:
         results = call("p3b_ext", op, *tensors, key_mask, token_size, channel_gate, factor, bits)
     except (RuntimeError, ValueError) as error:  # what the kernel refuses, not what a hook of the user's raises
         if not str(error).startswith("masked_attention: "):
             raise
-        return None  # the longer way mends it or says more
+        return None  # the caller converts the arguments, or raises an error that says more
     out = results[0].transpose(1, 2)
     return out if aux is None else (out, AttentionAux(*[None if i is None else results[i] for i in places]))
 
@@ -165,7 +160,7 @@ def packed_attention(
     """`masked_attention(*qkv.permute(2, 0, 3, 1, 4), ...)` for packed qkv `[B, N, 3, H, D]`, whose gradient is written
     into one packed buffer rather than stacked from three."""
     op = "packed_attention"
-    found = _quick((qkv,), key_mask, token_size, channel_gate, scale, aux)
+    found = _fast_path((qkv,), key_mask, token_size, channel_gate, scale, aux)
     if found is not None:
         return found
     (qkv,) = autocast(qkv)
@@ -374,16 +369,6 @@ def fake_columns(q, k, lse, key_mask, token_size, channel_gate, scale, which):
 # Gradients ----------------------------------------------------------------------------------------
 
 
-def _packed_impl(forward):
-    """masked_attention_packed as a composition: below autograd, so that its gradient stays one buffer."""
-
-    def masked_attention_packed(qkv, key_mask, token_size, channel_gate, scale, aux):
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return forward(q, k, v, key_mask, token_size, channel_gate, scale, aux)
-
-    return masked_attention_packed
-
-
 def register(namespace: str) -> None:
     """Gradients of the attention ops of `namespace` (p3b_ext, p3b_ext_triton), through its own backward op."""
 
@@ -421,12 +406,6 @@ def register(namespace: str) -> None:
 
 
 if backends._C is not None:
-    _library = torch.library.Library("p3b_ext", "IMPL")
-    _library.impl(
-        "masked_attention_packed",
-        _packed_impl(torch.ops.p3b_ext.masked_attention),
-        "CompositeExplicitAutograd",
-    )
     torch.library.register_fake("p3b_ext::masked_attention", fake_forward)
     torch.library.register_fake("p3b_ext::masked_attention_packed", fake_packed)
     torch.library.register_fake("p3b_ext::masked_attention_backward", fake_backward)
