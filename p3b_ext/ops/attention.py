@@ -20,7 +20,8 @@ from ..reference import (
     VALUE_NORM,
     acc_dtype,
 )
-from ..transforms import call, register_gradient
+from ..torch_private import autocast_enabled, dispatch_modes, jit_tracing
+from ..transforms import call, register_gradient, run
 from .checks import check_bool, check_dense, check_device, check_number, check_shape, check_tensor, second_derivative
 
 AUX_BITS = {"lse": 0, "cls_attention": CLS_ATTENTION, "entropy": ENTROPY, "value_norm": VALUE_NORM}
@@ -108,9 +109,9 @@ def _fast_path(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tenso
     that the kernel refuses or that needs more (autocast, tracing, another backend). tensors: (q, k, v) or (qkv,)."""
     if backends._forced is not None or backends._C is None:
         return None
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if torch.compiler.is_compiling() or autocast_enabled():
         return None
-    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():  # where no kernel may look at anything
+    if jit_tracing() or dispatch_modes():  # where no kernel may look at anything
         return None
     for t in (*tensors, key_mask, token_size, channel_gate):
         if t is not None and not (type(t) in PLAIN and t.is_cpu and t.layout is torch.strided and not t.is_nested):
@@ -235,7 +236,7 @@ def _fusable(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Ten
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as PyTorch's own attention does."""
-    if not torch._C._is_any_autocast_enabled():  # one question for all devices
+    if not autocast_enabled():  # one question for all devices
         return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
@@ -318,7 +319,7 @@ def _aux_bits(op: str, aux: Sequence[str] | None) -> tuple[int, int]:
 
 
 def _run(backend: str, op: str, *args):
-    return backends.run(backend, "attention", op, *args)
+    return run(backend, "attention", op, *args)
 
 
 def _collect(aux, backend, results, columns, q, k, key_mask, token_size, channel_gate, scale) -> AttentionAux:
