@@ -1,7 +1,7 @@
 """patch(model) / unpatch(model): the fused kernels and token reduction inside a timm Vision Transformer, in place.
 
 Modules change their class and nothing else, so state-dict keys, parameters and hooks stay, and unpatch gives the
-classes back. Blocks that keep all tokens run timm's own forward; reduced.py has the others.
+classes back. Blocks that keep all tokens run timm's own forward; reducing_blocks.py has the others.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .linear import OneDnnLinear, prefer_onednn
 from .modules import Attention
 from .ops.checks import check_int
-from .reduced import RECORD, ROLE, Final, ReducingBlock, ReducingModel, Role, own_halves, subclass
+from .reducing_blocks import RECORD, ROLE, Final, ReducingBlock, ReducingModel, Role, own_halves, subclass
 from .reduction import Reduction
 
 LINEARS = ("auto", "torch", "onednn")
@@ -31,7 +31,7 @@ class Patch:
     depth: int
     first: int  # the first block that takes part in token reduction
     final: Final = field(default_factory=Final)
-    # module name -> its class before, and what it became: a class, or a mixin of reduced.py over the class before
+    # module name -> its class before, and what it became: a class, or a mixin over the class before
     classes: dict[str, tuple[type, type]] = field(default_factory=dict)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .patch import patch, reducing_blocks
 from .plan import score_spread, token_scores
-from .reduced import RECORD, ROLE
+from .reducing_blocks import RECORD, ROLE
 from .reduction import PPT, EViT, Reduction, ToMe, TopK
 
 

@@ -21,7 +21,7 @@ from ..reference import (
     acc_dtype,
 )
 from ..torch_private import autocast_enabled, dispatch_modes, jit_tracing
-from ..transforms import call, register_gradient, run
+from .autograd import call, register_gradient, run
 from .checks import check_bool, check_dense, check_device, check_number, check_shape, check_tensor, second_derivative
 
 AUX_BITS = {"lse": 0, "cls_attention": CLS_ATTENTION, "entropy": ENTROPY, "value_norm": VALUE_NORM}

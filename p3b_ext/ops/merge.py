@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import backends
 from ..reference import acc_dtype
-from ..transforms import call, register_gradient, run
+from .autograd import call, register_gradient, run
 from .checks import (
     check_bool,
     check_dense,

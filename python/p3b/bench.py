@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import p3b_ext
-from p3b_ext.reduced import RECORD
+from p3b_ext.reducing_blocks import RECORD
 from p3b_ext.tuning import count_macs
 
 from . import export, reductions

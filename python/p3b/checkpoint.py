@@ -21,7 +21,7 @@ from torch import nn
 
 import p3b_ext
 from p3b_ext.patch import patch
-from p3b_ext.reduced import RECORD
+from p3b_ext.reducing_blocks import RECORD
 
 from .architecture import build, describe
 from .files import write_atomically

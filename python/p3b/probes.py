@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from p3b_ext.ops.merge import unmerge_tokens
-from p3b_ext.reduced import ROLE, Final, Tokens
+from p3b_ext.reducing_blocks import ROLE, Final, Tokens
 
 BATCH_NORM_EPSILON = 1e-5
 # Adam turns a layer by about lr * sqrt(inputs) a step. The cheaper patch probes see fewer inputs at once than a 3x3

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import p3b_ext
 from p3b_ext.patch import reducing_blocks
-from p3b_ext.reduced import RECORD
+from p3b_ext.reducing_blocks import RECORD
 
 NAMES = ("tome", "ppt", "evit", "topk")
 KINDS = {"tome": p3b_ext.ToMe, "ppt": p3b_ext.PPT, "evit": p3b_ext.EViT, "topk": p3b_ext.TopK}

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from p3b_ext.patch import patch
-from p3b_ext.reduced import RECORD
+from p3b_ext.reducing_blocks import RECORD
 
 from . import mlp as mlps
 from .architecture import describe

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from . import reference
-from .backends import FAMILIES
-from .torch_private import below_autograd, differentiating_transform, forward_mode, transforms_active
+from .. import reference
+from ..backends import FAMILIES
+from ..torch_private import below_autograd, differentiating_transform, forward_mode, transforms_active
 
 _FUNCTIONS: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 _EAGER: dict[tuple[str, str], type[torch.autograd.Function]] = {}
