@@ -217,7 +217,7 @@ def _quantile(spread: Tensor, prune_share: float) -> float:
 
 @torch.no_grad()
 def score_spreads(model: nn.Module, loader: Iterable, ppt: PPT) -> dict[int, Tensor]:
-    """The spread (`score_spread`, in `ppt.unit`) of every image's token scores in every block of a PPT.
+    """The spread (`score_spread`, in `ppt.criterion`) of every image's token scores in every block of a PPT.
 
     Args:
         model: patched with a reduction in the blocks of `ppt`, which serves in its place while this runs.
@@ -233,7 +233,7 @@ def score_spreads(model: nn.Module, loader: Iterable, ppt: PPT) -> dict[int, Ten
 
     class Recorder(PPT):
         def plan(self, block, depth, aux, metric, num_prefix):
-            spread = score_spread(token_scores(aux, self.score, num_prefix), self.unit)
+            spread = score_spread(token_scores(aux, self.score, num_prefix), self.criterion)
             seen[block].append(spread.cpu())
             return super().plan(block, depth, aux, metric, num_prefix)
 

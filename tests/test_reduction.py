@@ -124,10 +124,10 @@ def test_at_cost_comes_close_from_below(reduction, ratio):
 
 
 @pytest.mark.parametrize("score", ["cls_value", "entropy_value", "cls", "to_cls", "received"])
-@pytest.mark.parametrize("unit", ["variance", "cv2"])
-def test_calibrate_meets_the_share(score, unit):
+@pytest.mark.parametrize("criterion", ["variance", "cv2"])
+def test_calibrate_meets_the_share(score, criterion):
     batches = [images(6, seed=s) for s in range(4)]
-    model = patch(vit(), PPT(r=8, blocks=(1, 3), score=score, unit=unit), trace=True)
+    model = patch(vit(), PPT(r=8, blocks=(1, 3), score=score, criterion=criterion), trace=True)
     threshold = calibrate(model, batches, 0.25, per_block=True)
     assert len(threshold) == 2
     pruned = {1: 0, 3: 0}
@@ -241,7 +241,7 @@ def test_reductions_are_values():
         (lambda: PPT(threshold=math.nan), ValueError, "PPT: threshold must be between -inf and inf, got nan"),
         (lambda: PPT(threshold=(1, 2)), ValueError, "PPT: threshold must have one value for each of 3 blocks"),
         (lambda: PPT(score="best"), ValueError, "PPT: score must be one of cls_value, .*, got 'best'"),
-        (lambda: PPT(unit="std"), ValueError, "PPT: unit must be one of variance, cv2, got 'std'"),
+        (lambda: PPT(criterion="std"), ValueError, "PPT: criterion must be one of variance, cv2, got 'std'"),
         (lambda: PPT(blocks=(3, 3)), ValueError, "PPT: blocks must be different ones"),
         (lambda: PPT(blocks=(-1,)), ValueError, "PPT: blocks must be at least 0, got -1"),
         (lambda: PPT(blocks=3), TypeError, "PPT: blocks must be a sequence of ints, got 3"),
