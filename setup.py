@@ -18,6 +18,7 @@ from setuptools import setup
 TARGET = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11: one build serves 2.11 and everything newer
 PACKAGES = {
     "p3b_ext": "p3b_ext",
+    "p3b_ext.models": "p3b_ext/models",
     "p3b_ext.ops": "p3b_ext/ops",
     "p3b_ext.kernels": "kernels",
     "p3b": "python/p3b",
@@ -207,7 +208,7 @@ modules, commands = extension() if BUILDING else ([], {})
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"p3b": ["recipes/*.toml", "recipes/compare/*.toml"]},
+    package_data={"p3b_ext": ["py.typed"], "p3b": ["recipes/*.toml", "recipes/compare/*.toml"]},
     ext_modules=modules,
     cmdclass=commands,
 )

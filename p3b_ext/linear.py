@@ -34,7 +34,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class OneDnnLinear(nn.Linear):
-    """nn.Linear whose float32 forward and backward on a CPU run in oneDNN; same parameters, same state dict."""
+    """nn.Linear whose float32 forward and backward on a CPU run in oneDNN; same parameters, same state dict.
+
+    `function(x, weight, bias)` is what it runs, for layers that have its weights but are not of its class.
+    """
+
+    function = staticmethod(linear)
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)

@@ -1,26 +1,35 @@
-"""The blocks and the model behind `patch(model, reduction)`: what runs where tokens get fewer.
+"""The blocks behind `patch(model, reduction)`, for every model family: what runs where tokens get fewer.
 
 Blocks that lose tokens, and those behind them, pass on a `Tokens` instead of a tensor: what a block needs to know
-(sizes, token maps) travels with its input, so that gradient checkpointing and torch.compile see no hidden state.
+(sizes, token maps, settings) travels with its input, so that gradient checkpointing, torch.compile and other threads
+see no hidden state.
 """
 
+import contextlib
+import dataclasses
 import functools
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from .modules import AttentionOutput
-from .ops.merge import unmerge_tokens
 from .plan import TokenPlan, follow
 from .reduction import Reduction
 
-RECORD = "_p3b_patch"  # attribute of a patched model: its Patch
+RECORD = "_p3b_patch"  # attribute of a patched model: its Record
 ROLE = "_p3b_role"  # attribute of a block that takes part in token reduction: its Role
-SIZE = "_p3b_size"  # attribute of a model's features: how many patches each token stands for
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The settings that a model is patched with, as `patch` was given them."""
+
+    reduction: Reduction | None  # ToMe, PPT, EViT, TopK, or None: all tokens stay
+    trace: bool  # whether token maps are kept for `token_map`
+    linear: str  # "auto", "torch" or "onednn"
 
 
 class Tokens(NamedTuple):
@@ -29,18 +38,37 @@ class Tokens(NamedTuple):
     x: Tensor  # [B, N, C]
     size: Tensor | None  # [B, N] patches that each token stands for; None: one each
     slots: tuple[Tensor, ...]  # with trace: after each block, where every first token is; int32 [B, N_first]
+    settings: Patch | None = None  # those of this forward; None, in compiled code: the model's
 
 
 @dataclass
-class Final:
-    """What the last block leaves for the pooling and for token_map.
+class Shared:
+    """What the parts of one patched model share: its settings, and what the last block leaves for whoever comes next.
 
-    Sizes go from block to pooling within a thread, so that threads may share a model; `slots` are the last forward's.
+    Each thread has its own of all that belongs to a forward, so that threads may share a model. Compiled code cannot
+    write a threading.local (it may read one): what it leaves is the model's last.
     """
 
-    size: Tensor | None = None  # of a compiled forward: dynamo loses what a threading.local is given
+    settings: Patch
+    size: Tensor | None = None
     slots: tuple[Tensor, ...] = ()
+    compiled: bool = False  # whether compiled code left `slots`
     thread: threading.local = field(default_factory=threading.local)
+
+    def settings_now(self) -> Patch | None:
+        """The settings of a forward that begins now in this thread."""
+        override = getattr(self.thread, "settings", None)
+        return override if override is not None or torch.compiler.is_compiling() else self.settings
+
+    @contextlib.contextmanager
+    def override(self, **changes) -> Iterator[None]:
+        """Forwards of this thread that begin in the `with` block have other settings."""
+        before = getattr(self.thread, "settings", None)
+        self.thread.settings = dataclasses.replace(before or self.settings, **changes)
+        try:
+            yield
+        finally:
+            self.thread.settings = before
 
     def put(self, size: Tensor | None) -> None:
         if torch.compiler.is_compiling():
@@ -65,8 +93,19 @@ class Final:
             size, self.size = self.size, None
         return size
 
+    def put_slots(self, slots: tuple[Tensor, ...]) -> None:
+        self.slots, self.compiled = slots, torch.compiler.is_compiling()
+        if not torch.compiler.is_compiling():
+            self.thread.slots = slots
+
+    def last_slots(self) -> tuple[Tensor, ...]:
+        """The token maps of this thread's last forward; where it ran none, or compiled code did, of the model's."""
+        if torch.compiler.is_compiling() or self.compiled:
+            return self.slots
+        return getattr(self.thread, "slots", self.slots)
+
     def __getstate__(self) -> dict:
-        return {"slots": self.slots}
+        return {"settings": self.settings, "slots": self.last_slots()}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -76,18 +115,58 @@ class Final:
 class Role:
     """The part of one block in a patched model."""
 
-    reduction: Reduction
     block: int
     depth: int
     reduces: bool
     num_prefix: int
-    trace: bool
     last: bool
-    final: Final
+    shared: Shared
+
+
+@dataclass
+class Record:
+    """What patch did to a model, so that unpatch can take it back."""
+
+    depth: int
+    first: int  # the first block that takes part in token reduction
+    shared: Shared
+    # module name -> its class before, and what it became: a class, or a mixin over the class before
+    classes: dict[str, tuple[type, type]] = field(default_factory=dict)
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """The record of a patched model, None for any other."""
+    return model.__dict__.get(RECORD)
+
+
+def reducing(block: nn.Module) -> bool:
+    """Whether tokens go in this block of a patched model."""
+    role = block.__dict__.get(ROLE)
+    return role is not None and role.reduces
+
+
+def override(model: nn.Module, **changes) -> contextlib.AbstractContextManager[None]:
+    """`Shared.override` of a model that may also be unpatched, where it does nothing."""
+    record = record_of(model)
+    return contextlib.nullcontext() if record is None else record.shared.override(**changes)
+
+
+def blocks_that_reduce(model: nn.Module, reduction: Reduction) -> list[int]:
+    """The blocks of model in which `reduction` would lose tokens; ValueError where the model lacks what it needs.
+
+    A block whose attention has been pruned away says nothing about its tokens: ToMe passes over it.
+    """
+    depth = len(model.blocks)
+    reduction.validate(depth, model.has_class_token)
+    wanted = [i for i in range(depth) if reduction.reduces(i, depth)]
+    silent = [i for i in wanted if getattr(model.blocks[i], "attn", model) is None]
+    if silent and hasattr(reduction, "blocks"):
+        raise ValueError(f"patch: blocks must be ones with attention, got {silent[0]} (pruned away); choose others")
+    return [i for i in wanted if i not in silent]
 
 
 def own_halves(block: nn.Module) -> bool:
-    """Whether a block that is not timm's brings its two halves as methods, for token reduction in between."""
+    """Whether a block brings its two halves as methods, for token reduction in between."""
     return hasattr(block, "attention_half") and hasattr(block, "mlp_half")
 
 
@@ -107,22 +186,27 @@ def _rebuild(mixin: type, base: type) -> nn.Module:
 
 
 class ReducingBlock:
-    """A block that may lose tokens between its attention and its MLP."""
+    """A block that may lose tokens between its attention and its MLP.
+
+    A mixin over a class with the two halves as methods: `attention_half(x, *, token_size, aux, metric)` gives the
+    stream after the attention and the AttentionOutput, `mlp_half(x)` the stream after the MLP.
+    """
 
     def forward(self, x: Tensor | Tokens, attn_mask: Tensor | None = None, is_causal: bool = False):
         if attn_mask is not None or is_causal:
             raise NotImplementedError("patch: attn_mask must be None with token reduction; unpatch(model) to use masks")
         role: Role = self.__dict__[ROLE]
-        reduction = role.reduction
-        x, size, slots = x if isinstance(x, Tokens) else Tokens(x, None, ())
-        x, side = _attention_half(
-            self,
+        shared = role.shared
+        x, size, slots, settings = x if isinstance(x, Tokens) else Tokens(x, None, (), shared.settings_now())
+        used = settings or shared.settings
+        reduction, trace = used.reduction, used.trace
+        x, side = self.attention_half(
             x,
             token_size=size if reduction.proportional else None,
             aux=reduction.aux if role.reduces else (),
             metric=role.reduces and reduction.needs_metric,
         )
-        if role.trace:
+        if trace:
             plan = None
             if role.reduces:
                 plan = reduction.plan(role.block, role.depth, side.aux, side.metric, role.num_prefix)
@@ -133,32 +217,13 @@ class ReducingBlock:
             x, size = reduction.reduce(role.block, role.depth, x, size, side.aux, side.metric, role.num_prefix)
         # Counts have no gradient; detached, the attention's backward need not look for one.
         size = size.detach() if size is not None and reduction.merges else None
-        x = _mlp_half(self, x)
+        x = self.mlp_half(x)
         if not role.last:
-            return Tokens(x, size, slots)
-        role.final.put(size)
-        if role.trace:
-            role.final.slots = slots
+            return Tokens(x, size, slots, settings)
+        shared.put(size)
+        if trace:
+            shared.put_slots(slots)
         return x
-
-
-def _attention_half(block: nn.Module, x: Tensor, **asked) -> tuple[Tensor, AttentionOutput]:
-    """The stream after the attention of a pre-norm or post-norm block, and what the attention said."""
-    if own_halves(block):
-        return block.attention_half(x, **asked)
-    if isinstance(block, ResPostBlock):
-        out = block.attn(x, **asked)
-        return x + block.drop_path1(block.norm1(out.x)), out
-    out = block.attn(block.norm1(x), **asked)
-    return x + block.drop_path1(block.ls1(out.x)), out
-
-
-def _mlp_half(block: nn.Module, x: Tensor) -> Tensor:
-    if own_halves(block):
-        return block.mlp_half(x)
-    if isinstance(block, ResPostBlock):
-        return x + block.drop_path2(block.norm2(block.mlp(x)))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def _follow(slots: tuple[Tensor, ...], plan: TokenPlan | None, x: Tensor) -> Tensor:
@@ -168,104 +233,3 @@ def _follow(slots: tuple[Tensor, ...], plan: TokenPlan | None, x: Tensor) -> Ten
             return plan.slot
         return torch.arange(x.shape[1], dtype=torch.int32, device=x.device).expand(x.shape[0], -1)
     return slots[-1] if plan is None else follow(slots[-1], plan.slot)
-
-
-def _traced(model: nn.Module, x: Tensor, seen: dict[int, Tensor | Tokens]) -> Tensor:
-    """forward_features with the token maps kept; puts every block's output into `seen`."""
-    roles = [block.__dict__[ROLE] for block in model.blocks if ROLE in block.__dict__]
-    hooks = [
-        block.register_forward_hook(lambda module, inputs, output, i=i: seen.update({i: output}))
-        for i, block in enumerate(model.blocks)
-    ]
-    before = [role.trace for role in roles]
-    try:
-        for role in roles:
-            role.trace = True
-        return model.forward_features(x)
-    finally:
-        for role, trace in zip(roles, before, strict=True):
-            role.trace = trace
-        for hook in hooks:
-            hook.remove()
-
-
-class ReducingModel:
-    """A VisionTransformer whose pooling knows how many patches each token stands for."""
-
-    def forward_features(self, *args, **kwargs) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward_features(*args, **kwargs)
-        final = self.__dict__[RECORD].final
-        final.forget()
-        x = super().forward_features(*args, **kwargs)
-        x.__dict__[SIZE] = final.last()  # for whoever pools these features, later or more than once
-        return x
-
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        size = self.__dict__[RECORD].final.take()
-        if not torch.compiler.is_compiling():
-            size = x.__dict__.get(SIZE, size)
-        if size is None or size.shape != x.shape[:2]:
-            return super().pool(x, pool_type)
-        if self.attn_pool is None:
-            pool_type = self.global_pool if pool_type is None else pool_type
-            return self._pool_by_size(x, size, pool_type)
-        if not self.pool_include_prefix:
-            x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
-        bias = size.log()[:, None, None, :].to(x.dtype)
-        return self.attn_pool(x, attn_mask=bias if self.__dict__[RECORD].reduction.proportional else None)
-
-    def _pool_by_size(self, x: Tensor, size: Tensor, pool_type: str) -> Tensor:
-        """Mean weighted by size, as ToMe pools MAE models; other poolings as timm."""
-        if pool_type not in ("avg", "avgmax"):
-            return super().pool(x, pool_type)
-        if not self.pool_include_prefix:
-            x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
-        share = size / size.sum(1, keepdim=True)
-        mean = (share[:, None] @ x.to(share.dtype)).squeeze(1).to(x.dtype)
-        return mean if pool_type == "avg" else 0.5 * (x.amax(1) + mean)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        **masks,
-    ):
-        """As timm, with the features brought back to the full grid: merged patches share theirs, dropped ones get 0."""
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"forward_intermediates: output_fmt must be NCHW or NLC, got {output_fmt!r}")
-        if any(masks.values()):
-            raise NotImplementedError(
-                f"forward_intermediates: {', '.join(masks)} must not be given for a reduced model"
-            )
-        depth = len(self.blocks)
-        if indices is None or isinstance(indices, int):
-            take = range(depth - (depth if indices is None else indices), depth)
-        else:
-            take = [range(depth)[i] for i in indices]
-        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        seen: dict[int, Tensor | Tokens] = {}
-        final, outputs = _traced(self, x, seen), []
-        slots = self.__dict__[RECORD].final.slots
-        for i in take:
-            y = seen[i] if isinstance(seen[i], Tensor) else seen[i].x
-            if i >= self.__dict__[RECORD].first:
-                y = unmerge_tokens(y, slots[i - self.__dict__[RECORD].first])
-            y = self.norm(y) if norm else y
-            prefix, y = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]
-            if output_fmt == "NCHW":
-                y = y.transpose(1, 2).reshape(len(y), -1, *grid)
-            outputs.append((y, prefix) if return_prefix_tokens and self.num_prefix_tokens else y)
-        return outputs if intermediates_only else (final, outputs)
-
-    def prune_intermediate_layers(self, *args, **kwargs):
-        """As timm; the last block that stays becomes the one that ends the reduction."""
-        kept = super().prune_intermediate_layers(*args, **kwargs)
-        if ROLE in self.blocks[-1].__dict__:
-            self.blocks[-1].__dict__[ROLE].last = True
-        return kept

@@ -18,8 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import p3b_ext
-from p3b_ext.reducing_blocks import RECORD
-from p3b_ext.tuning import count_macs
+from p3b_ext import count_macs
 
 from . import export, reductions
 from .architecture import build
@@ -242,8 +241,8 @@ def several_runs(
 
 
 def _trained_under(models: Mapping[str, nn.Module]) -> dict[str, Any]:
-    records = {name: model.__dict__.get(RECORD) for name, model in models.items()}
-    return {name: record.reduction for name, record in records.items() if record is not None and record.reduction}
+    found = {name: p3b_ext.current_reduction(model) for name, model in models.items()}
+    return {name: reduction for name, reduction in found.items() if reduction}
 
 
 def calibration_batches(data: Data, batch_size: int | None = None) -> list[Tensor]:

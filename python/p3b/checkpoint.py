@@ -21,7 +21,6 @@ from torch import nn
 
 import p3b_ext
 from p3b_ext.patch import patch
-from p3b_ext.reducing_blocks import RECORD
 
 from .architecture import build, describe
 from .files import write_atomically
@@ -112,15 +111,15 @@ def load(folder: str | Path) -> VisionTransformer:
 
 def describe_reduction(model: nn.Module) -> dict[str, Any] | None:
     """The token reduction that a model is patched with, as plain JSON; None where it keeps all tokens."""
-    record = getattr(model, RECORD, None)
-    if record is None or record.reduction is None:
+    reduction = p3b_ext.current_reduction(model)
+    if reduction is None:
         return None
     # JSON has no tuples, and ToMe's (r, inflection) is one where a list is something else
     values = {
         key: {"tuple": list(value)} if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(record.reduction).items()
+        for key, value in dataclasses.asdict(reduction).items()
     }
-    return {"name": type(record.reduction).__name__, **values}
+    return {"name": type(reduction).__name__, **values}
 
 
 def _reduction(description: dict[str, Any] | None) -> Any:

@@ -29,7 +29,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import p3b_ext
-from p3b_ext.reducing_blocks import RECORD
 
 from .costs import Deployed, count_macs, count_params
 from .files import write_atomically
@@ -206,8 +205,7 @@ def describe(
     model: VisionTransformer, batch: int | None, dtype: torch.dtype, meta: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the file says about itself, as plain JSON values."""
-    record = model.__dict__.get(RECORD)
-    reduction = None if record is None else record.reduction
+    reduction = p3b_ext.current_reduction(model)
     size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     any_or = batch or BATCH
     shape = f"[{any_or}, {', '.join(map(str, size))}]"

@@ -20,7 +20,6 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from p3b_ext.linear import OneDnnLinear
-from p3b_ext.linear import linear as onednn_linear
 from p3b_ext.tuning import pool_macs, token_counts
 
 from . import budget
@@ -92,7 +91,7 @@ class GatedLinear(nn.Linear):
             bias = None if bias is None else bias * rows
         if self.col_gate is not None:
             cols = self.col_gate.to(self.weight.dtype)
-        linear = onednn_linear if issubclass(self._ungated_class, OneDnnLinear) else F.linear
+        linear = OneDnnLinear.function if issubclass(self._ungated_class, OneDnnLinear) else F.linear
         return linear(input, _ScaledWeight.apply(self.weight, rows, cols), bias)
 
 

@@ -13,8 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import p3b_ext
-from p3b_ext.patch import reducing_blocks
-from p3b_ext.reducing_blocks import RECORD
+from p3b_ext.reducing_blocks import blocks_that_reduce
 
 NAMES = ("tome", "ppt", "evit", "topk")
 KINDS = {"tome": p3b_ext.ToMe, "ppt": p3b_ext.PPT, "evit": p3b_ext.EViT, "topk": p3b_ext.TopK}
@@ -108,11 +107,11 @@ def floors(model: VisionTransformer, floor: float) -> float | Tensor:
 
     Returns float64 `[2L]`, or `floor` itself where the model is not patched with a reduction.
     """
-    record = model.__dict__.get(RECORD)
-    if record is None or record.reduction is None:
+    reduction = p3b_ext.current_reduction(model)
+    if reduction is None:
         return floor
     least = torch.full((len(model.blocks), 2), floor, dtype=torch.float64)
-    least[reducing_blocks(model, record.reduction), 0] = max(floor, LEAST_ATTENTION)
+    least[blocks_that_reduce(model, reduction), 0] = max(floor, LEAST_ATTENTION)
     return least.flatten()
 
 

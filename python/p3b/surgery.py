@@ -17,8 +17,7 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from p3b_ext.patch import patch
-from p3b_ext.reducing_blocks import RECORD
+from p3b_ext import current_patch, patch
 
 from . import mlp as mlps
 from .architecture import describe
@@ -163,9 +162,9 @@ def shrink(model: VisionTransformer) -> VisionTransformer:
     except NotImplementedError as error:  # the model shrinks all the same; saving it will say why it cannot
         model.p3b_description = {"unsupported": str(error)}
     cut(model, kept)
-    record = model.__dict__.get(RECORD)
-    if record is not None:
-        patch(model, fitting(record.reduction, model), trace=record.trace, linear=record.linear)
+    found = current_patch(model)
+    if found is not None:
+        patch(model, fitting(found.reduction, model), trace=found.trace, linear=found.linear)
     return model
 
 
