@@ -7,6 +7,7 @@ import torch  # noqa: F401  (loads the libraries that _C links to)
 
 from .backends import backend, build_info
 from .modules import Attention
+from .ops import flops  # noqa: F401  (registers them)
 from .ops.attention import AttentionAux, masked_attention, scaled_dot_product_attention
 from .ops.select import select_tokens, topk_tokens
 from .patch import current_patch, current_reduction, patch, token_map, unpatch

@@ -22,6 +22,11 @@ transforms_active = torch._C._are_functorch_transforms_active
 # has_kernel(op, key): whether an op has a kernel registered for a dispatch key.
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
+# Ops without a formula in torch.utils.flop_counter; None where this PyTorch lacks them.
+CPU_ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+CPU_ATTENTION_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
@@ -40,10 +45,10 @@ def differentiating_transform() -> bool:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` in oneDNN; float32 on the CPU. It has no gradient of its own."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
 
 
 @functools.cache
 def has_onednn_linear() -> bool:
     """Whether this PyTorch was built with oneDNN and has its linear."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and ONEDNN_LINEAR is not None
