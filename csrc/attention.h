@@ -16,6 +16,35 @@ struct Attention {
   double scale;
 };
 
+// What packed and separate q, k, v have in common; `first` is the tensor that s was read from.
+inline void check_options(const char* op, Attention& s, const char* name, const Tensor& first, const std::optional<Tensor>& key_mask,
+                          const std::optional<Tensor>& token_size, const std::optional<Tensor>& channel_gate) {
+  P3B_CHECK(s.N > 0 && s.D > 0 && s.H > 0, op, ": ", name, " must have at least one head, one token and one channel, got shape ", shape(first));
+  if (key_mask) {
+    check_dtype(op, "key_mask", *key_mask, ScalarType::Bool);
+    check_dim(op, "key_mask", *key_mask, 2);
+    check_size(op, "key_mask", *key_mask, 0, s.B);
+    check_size(op, "key_mask", *key_mask, 1, s.N);
+    check_same_device(op, "key_mask", *key_mask, first);
+  }
+  if (token_size) {
+    check_dtype(op, "token_size", *token_size, acc_dtype(first.scalar_type()));
+    check_dim(op, "token_size", *token_size, 2);
+    check_size(op, "token_size", *token_size, 0, s.B);
+    check_size(op, "token_size", *token_size, 1, s.N);
+    check_same_device(op, "token_size", *token_size, first);
+  }
+  if (channel_gate) {
+    const Tensor& g = *channel_gate;
+    check_dtype(op, "channel_gate", g, acc_dtype(first.scalar_type()));
+    P3B_CHECK(g.dim() == 1 || g.dim() == 2, op, ": channel_gate must be [D] or [H, D], got shape ", shape(g));
+    s.gate_per_head = g.dim() == 2;
+    if (s.gate_per_head) check_size(op, "channel_gate", g, 0, s.H);
+    check_size(op, "channel_gate", g, g.dim() - 1, s.D);
+    check_same_device(op, "channel_gate", g, first);
+  }
+}
+
 inline Attention check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, const std::optional<Tensor>& key_mask,
                                  const std::optional<Tensor>& token_size, const std::optional<Tensor>& channel_gate, double scale) {
   check_dim(op, "q", q, 4);
@@ -32,30 +61,19 @@ inline Attention check_attention(const char* op, const Tensor& q, const Tensor& 
     check_same_device(op, names[i], t, q);
     check_rows(op, names[i], t);
   }
-  P3B_CHECK(s.N > 0 && s.D > 0 && s.H > 0, op, ": q must have at least one head, one token and one channel, got shape ", shape(q));
-  if (key_mask) {
-    check_dtype(op, "key_mask", *key_mask, ScalarType::Bool);
-    check_dim(op, "key_mask", *key_mask, 2);
-    check_size(op, "key_mask", *key_mask, 0, s.B);
-    check_size(op, "key_mask", *key_mask, 1, s.N);
-    check_same_device(op, "key_mask", *key_mask, q);
-  }
-  if (token_size) {
-    check_dtype(op, "token_size", *token_size, acc_dtype(q.scalar_type()));
-    check_dim(op, "token_size", *token_size, 2);
-    check_size(op, "token_size", *token_size, 0, s.B);
-    check_size(op, "token_size", *token_size, 1, s.N);
-    check_same_device(op, "token_size", *token_size, q);
-  }
-  if (channel_gate) {
-    const Tensor& g = *channel_gate;
-    check_dtype(op, "channel_gate", g, acc_dtype(q.scalar_type()));
-    P3B_CHECK(g.dim() == 1 || g.dim() == 2, op, ": channel_gate must be [D] or [H, D], got shape ", shape(g));
-    s.gate_per_head = g.dim() == 2;
-    if (s.gate_per_head) check_size(op, "channel_gate", g, 0, s.H);
-    check_size(op, "channel_gate", g, g.dim() - 1, s.D);
-    check_same_device(op, "channel_gate", g, q);
-  }
+  check_options(op, s, "q", q, key_mask, token_size, channel_gate);
+  return s;
+}
+
+// qkv [B, N, 3, H, D], read in place as three [B, H, N, D].
+inline Attention check_packed(const char* op, const Tensor& qkv, const std::optional<Tensor>& key_mask, const std::optional<Tensor>& token_size,
+                              const std::optional<Tensor>& channel_gate, double scale) {
+  check_dim(op, "qkv", qkv, 5);
+  check_size(op, "qkv", qkv, 2, 3);
+  check_floating(op, "qkv", qkv);
+  check_rows(op, "qkv", qkv);
+  Attention s{qkv.size(0), qkv.size(3), qkv.size(1), qkv.size(4), false, scale};
+  check_options(op, s, "qkv", qkv, key_mask, token_size, channel_gate);
   return s;
 }
 

@@ -7,12 +7,15 @@ import torch  # noqa: F401  (loads the libraries that _C links to)
 
 from .backends import backend, build_info
 from .modules import Attention
+from .ops import flops  # noqa: F401  (registers them)
 from .ops.attention import AttentionAux, masked_attention, scaled_dot_product_attention
 from .ops.select import select_tokens, topk_tokens
 from .patch import current_patch, current_reduction, patch, token_map, unpatch
 from .plan import TokenPlan, plan_fuse, plan_merge, plan_ppt, plan_prune, token_scores
+from .reducing_blocks import Patch
 from .reduction import PPT, EViT, ToMe, TopK
-from .tuning import at_cost, calibrate, solve_r, token_counts
+from .residual_stream import ResidualStream
+from .tuning import at_cost, calibrate, count_macs, score_spreads, solve_r, token_counts
 from .vision import draw_tokens
 
 __version__ = "0.1.0"
@@ -22,6 +25,8 @@ __all__ = [
     "Attention",
     "AttentionAux",
     "EViT",
+    "Patch",
+    "ResidualStream",
     "ToMe",
     "TokenPlan",
     "TopK",
@@ -29,6 +34,9 @@ __all__ = [
     "backend",
     "build_info",
     "calibrate",
+    "count_macs",
+    "current_patch",
+    "current_reduction",
     "draw_tokens",
     "masked_attention",
     "patch",
@@ -37,6 +45,7 @@ __all__ = [
     "plan_ppt",
     "plan_prune",
     "scaled_dot_product_attention",
+    "score_spreads",
     "select_tokens",
     "solve_r",
     "token_counts",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import reference, transforms
+from .torch_private import has_kernel
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -78,7 +78,7 @@ def _cuda_reason() -> str:
         return _cpu_reason()
     if _C.compiled()["cuda"] != "yes":
         return "the extension was built without CUDA (no nvcc, or P3B_EXT_CUDA=0)"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("p3b_ext::masked_attention", "CUDA"):
+    if not has_kernel("p3b_ext::masked_attention", "CUDA"):
         return "the extension has no CUDA kernels"
     return "" if torch.cuda.is_available() else "there is no GPU"
 
@@ -126,23 +126,6 @@ def choose(op: str, x: Tensor, family: str) -> str:
         if not _cannot(name, x, family):
             return name
     return "reference"
-
-
-def run(backend: str, family: str, op: str, *args):
-    """Call `op`, with the signature of csrc/library.cpp, on `backend`. What a compiled kernel says of a value
-    ("<op>: <argument> must be ...") is a ValueError; it comes through the stable ABI as a RuntimeError (a ValueError
-    already in torch 2.11), and stays one inside a compiled graph."""
-    if backend == "reference":
-        return getattr(reference, op)(*args)
-    if backend != "cpu" or torch.compiler.is_compiling():
-        return transforms.call("p3b_ext_triton" if backend == "triton" else "p3b_ext", op, *args)
-    try:
-        return transforms.call("p3b_ext", op, *args)
-    except RuntimeError as error:
-        sentence = str(error).splitlines()[0]
-        if " must " in sentence and sentence.split(":")[0] in FAMILIES[family]:
-            raise ValueError(sentence) from None
-        raise
 
 
 def check_values(op: str, name: str, x: Tensor, ok: Callable, expected: str, *, backend: str = "reference") -> None:

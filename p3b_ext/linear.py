@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from .torch_private import forward_mode, has_onednn_linear, onednn_linear
 
 # MKL, behind PyTorch's float32 linear, keeps to 256-bit code on AMD CPUs. On a Zen 5 that is 108 of 230 GF/s per core
 # (T = 1576, 384 -> 1536); on a Zen 3, which has no wider units, MKL reaches 90 GF/s and oneDNN 80 (T = 3152). So only
@@ -29,11 +30,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _Linear.apply(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return onednn_linear(x, weight, bias)
 
 
 class OneDnnLinear(nn.Linear):
-    """nn.Linear whose float32 forward and backward on a CPU run in oneDNN; same parameters, same state dict."""
+    """nn.Linear whose float32 forward and backward on a CPU run in oneDNN; same parameters, same state dict.
+
+    `function(x, weight, bias)` is what it runs, for layers that have its weights but are not of its class.
+    """
+
+    function = staticmethod(linear)
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
@@ -42,11 +48,11 @@ class OneDnnLinear(nn.Linear):
 @functools.cache
 def prefer_onednn() -> bool:
     """Whether oneDNN's float32 linear is at least MIN_GAIN times as fast as PyTorch's here; decided once a process."""
-    if not _is_amd() or torch.backends.cpu.get_cpu_capability() != "AVX512" or not _has_onednn():
+    if not _is_amd() or torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn_linear():
         return False
     tokens, channels, outputs = PROBE
     x, w, b = torch.ones(tokens, channels), torch.ones(outputs, channels), torch.ones(outputs)
-    ours = _fastest(lambda: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""))
+    ours = _fastest(lambda: onednn_linear(x, w, b))
     return _fastest(lambda: F.linear(x, w, b)) >= MIN_GAIN * ours
 
 
@@ -55,7 +61,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -67,7 +73,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
-        # _linear_pointwise reads strided views slower than a contiguous copy costs to make.
+        # oneDNN reads strided views slower than a contiguous copy costs to make.
         grad_x = linear(grad, weight.t().contiguous()) if need_x else None
         grad_weight = None
         if need_weight:
@@ -79,19 +85,14 @@ class _Linear(torch.autograd.Function):
 def _usable(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
-    if forward_ad._current_level >= 0:  # oneDNN's linear would drop tangents without a word
+    if forward_mode():  # oneDNN's linear has no rule for tangents and would drop them
         return False
     if type(x) not in (Tensor, nn.Parameter) or type(weight) not in (Tensor, nn.Parameter):
         return False
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
         return False
-    return x.dim() >= 2 and x.numel() > 0 and weight.numel() > 0 and _has_onednn()
-
-
-@functools.cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return x.dim() >= 2 and x.numel() > 0 and weight.numel() > 0 and has_onednn_linear()
 
 
 def _is_amd() -> bool:

@@ -1,38 +1,20 @@
-"""patch(model) / unpatch(model): the fused kernels and token reduction inside a timm Vision Transformer, in place.
+"""patch(model) / unpatch(model): the fused kernels and token reduction inside a Vision Transformer, in place.
 
 Modules change their class and nothing else, so state-dict keys, parameters and hooks stay, and unpatch gives the
-classes back. Blocks that keep all tokens run timm's own forward; reduced.py has the others.
+classes back. Blocks that keep all tokens run the model's own forward; reducing_blocks.py has the others, models/ what
+is known of a family of models.
 """
 
-from dataclasses import dataclass, field
-
-import timm.layers
 import torch
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from .linear import OneDnnLinear, prefer_onednn
-from .modules import Attention
+from .models import family_of
 from .ops.checks import check_int
-from .reduced import RECORD, ROLE, Final, ReducingBlock, ReducingModel, Role, own_halves, subclass
+from .reducing_blocks import RECORD, ROLE, Patch, Record, Role, Shared, blocks_that_reduce, record_of, subclass
 from .reduction import Reduction
 
 LINEARS = ("auto", "torch", "onednn")
-BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "drop_path1", "drop_path2"}
-
-
-@dataclass
-class Patch:
-    """What patch did to a model, so that unpatch can take it back."""
-
-    reduction: Reduction | None
-    trace: bool
-    linear: str
-    depth: int
-    first: int  # the first block that takes part in token reduction
-    final: Final = field(default_factory=Final)
-    # module name -> its class before, and what it became: a class, or a mixin of reduced.py over the class before
-    classes: dict[str, tuple[type, type]] = field(default_factory=dict)
 
 
 def patch(
@@ -41,7 +23,8 @@ def patch(
     """Put the fused attention, and token reduction if asked for, into a timm VisionTransformer, in place.
 
     Without a reduction the model computes what it computed, to rounding. State-dict keys do not change; deepcopy,
-    pickle, torch.compile and torch.export work; the last patch wins; `unpatch` takes everything back.
+    pickle, torch.compile and torch.export work; the last patch wins; `unpatch` takes everything back. Layers that are
+    made later (`model.reset_classifier` makes a head) are PyTorch's own until the model is patched again.
 
     Args:
         model: a timm VisionTransformer (ViT, DeiT, distilled DeiT, AugReg, DINOv2, SigLIP, ...; timm 1.0.23 or newer).
@@ -57,19 +40,21 @@ def patch(
         NotImplementedError: a part of the model that cannot be patched, by its name.
         ValueError, TypeError: options; blocks that do not exist; scores that the model's tokens cannot give.
     """
-    _check_options(model, reduction, trace, linear)
+    family = family_of("patch", model)
+    _check_options(reduction, trace, linear)
     depth = first = len(model.blocks)
     if reduction is not None:
-        active = reducing_blocks(model, reduction)
+        family.check_reducible(model)
+        active = blocks_that_reduce(model, reduction)
         first = active[0] if active else depth - 1
     unpatch(model)
-    swaps = _attention_swaps(model) | _block_swaps(model, first)
+    swaps = family.attention_swaps(model) | family.block_swaps(model, first)
     if linear == "onednn" or (linear == "auto" and prefer_onednn()):
         swaps |= {name: OneDnnLinear for name, m in model.named_modules() if type(m) is nn.Linear}
     if reduction is not None:
-        swaps[""] = ReducingModel
+        swaps[""] = family.ReducingModel
 
-    record = Patch(reduction, trace, linear, depth, first)
+    record = Record(depth, first, Shared(Patch(reduction, trace, linear)))
     for name, new in swaps.items():
         module = model.get_submodule(name)
         if type(module) is new:  # swapped under another name: one attention that several blocks share
@@ -77,7 +62,7 @@ def patch(
         record.classes[name] = (type(module), new)
         module.__class__ = _patched(type(module), new)
     setattr(model, RECORD, record)
-    _give_roles(model)
+    _give_roles(model, record)
     return model
 
 
@@ -88,7 +73,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         TypeError: model is no nn.Module.
     """
     _check_module("unpatch", model)
-    record = model.__dict__.get(RECORD)
+    record = record_of(model)
     if record is None:
         return model
     modules = dict(model.named_modules())
@@ -114,6 +99,9 @@ def current_reduction(model):
 def token_map(model: nn.Module, block: int | None = None) -> Tensor:
     """Where every token of the first layer is after the last forward of a model patched with trace=True.
 
+    The last forward of this thread: threads may share a model. Where this thread has run none, and for compiled
+    models, it is the last of any thread.
+
     Args:
         block: after this block (0-based); None: after the last.
 
@@ -124,10 +112,10 @@ def token_map(model: nn.Module, block: int | None = None) -> Tensor:
         ValueError: the model has no trace, or the block does not exist. TypeError: model is no nn.Module, block no int.
     """
     _check_module("token_map", model)
-    record = model.__dict__.get(RECORD)
-    if record is None or not record.trace:
+    record = record_of(model)
+    if record is None or not record.shared.settings.trace:
         raise ValueError("token_map: model must be patched with trace=True; call patch(model, reduction, trace=True)")
-    slots = record.final.slots
+    slots = record.shared.last_slots()
     if not slots:
         raise ValueError("token_map: model must have run since it was patched, got no forward")
     depth = len(model.blocks)
@@ -138,18 +126,26 @@ def token_map(model: nn.Module, block: int | None = None) -> Tensor:
     return slots[block - record.first]
 
 
-def reducing_blocks(model: VisionTransformer, reduction: Reduction) -> list[int]:
-    """The blocks of model in which `reduction` would lose tokens; ValueError where the model lacks what it needs.
+def current_patch(model: nn.Module) -> Patch | None:
+    """The settings that a model is patched with: `reduction`, `trace` and `linear`; None for a model that is not.
 
-    A block whose attention has been pruned away says nothing about its tokens: ToMe passes over it.
+    Raises:
+        TypeError: model is no nn.Module.
     """
-    depth = len(model.blocks)
-    reduction.validate(depth, model.has_class_token)
-    wanted = [i for i in range(depth) if reduction.reduces(i, depth)]
-    silent = [i for i in wanted if getattr(model.blocks[i], "attn", model) is None]
-    if silent and hasattr(reduction, "blocks"):
-        raise ValueError(f"patch: blocks must be ones with attention, got {silent[0]} (pruned away); choose others")
-    return [i for i in wanted if i not in silent]
+    _check_module("current_patch", model)
+    record = record_of(model)
+    return None if record is None else record.shared.settings
+
+
+def current_reduction(model: nn.Module) -> Reduction | None:
+    """The token reduction that a model is patched with; None where it keeps all tokens or is not patched.
+
+    Raises:
+        TypeError: model is no nn.Module.
+    """
+    _check_module("current_reduction", model)
+    record = record_of(model)
+    return None if record is None else record.shared.settings.reduction
 
 
 # Checks and choices ------------------------------------------------------------------------------------------------
@@ -160,83 +156,29 @@ def _check_module(op: str, model: nn.Module) -> None:
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
 
 
-def _check_options(model, reduction, trace, linear) -> None:
-    if not isinstance(model, VisionTransformer):
-        hint = "; patch the model before torch.compile or DataParallel wrap it"
-        raise NotImplementedError(f"patch: model must be a timm VisionTransformer, got {type(model).__name__}{hint}")
+def _check_options(reduction, trace, linear) -> None:
     if reduction is not None and not isinstance(reduction, Reduction):
         raise TypeError(f"patch: reduction must be ToMe, PPT, EViT, TopK or None, got {type(reduction).__name__}")
     if trace and reduction is None:
         raise ValueError("patch: trace must be False where reduction is None, got True")
     if linear not in LINEARS:
         raise ValueError(f"patch: linear must be one of {', '.join(LINEARS)}, got {linear!r}")
-    if reduction is not None and timm.layers.use_reentrant_ckpt():
-        # Reentrant checkpointing finds gradients only for tensors that are arguments of their own.
-        raise NotImplementedError("patch: timm's checkpointing must not be reentrant; set_reentrant_ckpt(False)")
-    if reduction is not None and type(getattr(model, "attn_pool", None)).__name__ == "AttentionPoolPrr":
-        raise NotImplementedError("patch: attn_pool must know token sizes for token reduction, got AttentionPoolPrr")
-
-
-def _attention_swaps(model: VisionTransformer) -> dict[str, type]:
-    """New classes of the attention modules inside the blocks."""
-    swaps = {}
-    for i, block in enumerate(model.blocks):
-        found = False
-        for name, module in block.named_modules(prefix=f"blocks.{i}"):
-            if isinstance(module, Attention):  # fused already, as attn_layer= or as a subclass of ours
-                found = True
-            elif type(module) is timm.layers.Attention:
-                swaps[name], found = Attention, True
-            elif isinstance(module, timm.layers.Attention) or name.endswith(".attn"):
-                raise NotImplementedError(
-                    f"patch: {name} must be a timm.layers.Attention or p3b_ext.Attention, got {type(module).__name__}"
-                )
-        if not found and type(block) is not nn.Identity and not own_halves(block):
-            raise NotImplementedError(f"patch: blocks.{i} must hold an Attention, got {type(block).__name__}")
-    return swaps
-
-
-def _block_swaps(model: VisionTransformer, first: int) -> dict[str, type]:
-    """New classes of the blocks from `first` on."""
-    swaps = {}
-    names: dict[nn.Module, int] = {}
-    for i, block in enumerate(model.blocks):
-        if names.setdefault(block, i) != i and first < len(model.blocks):  # it has one role, for one place
-            raise NotImplementedError(
-                f"patch: blocks.{i} must be a module of its own for token reduction, "
-                f"got the one that is blocks.{names[block]} too"
-            )
-        if i < first:
-            continue
-        parts = {name for name, _ in block.named_children()} - {"ls1", "ls2"}
-        known = type(block).forward in (Block.forward, ResPostBlock.forward) and parts == BLOCK_PARTS
-        if not known and not own_halves(block):
-            raise NotImplementedError(
-                f"patch: blocks.{i} must be timm's Block or ResPostBlock for token reduction, "
-                f"got {type(block).__name__}"
-            )
-        if known and not isinstance(block.attn, timm.layers.Attention):
-            raise NotImplementedError(f"patch: blocks.{i}.attn must be an Attention, got {type(block.attn).__name__}")
-        swaps[f"blocks.{i}"] = ReducingBlock
-    return swaps
 
 
 def _patched(old: type, new: type) -> type:
     return new if issubclass(new, nn.Module) else subclass(new, old)
 
 
-def _give_roles(model: nn.Module) -> None:
-    record = model.__dict__[RECORD]
-    active = reducing_blocks(model, record.reduction) if record.reduction is not None else []
+def _give_roles(model: nn.Module, record: Record) -> None:
+    reduction = record.shared.settings.reduction
+    active = blocks_that_reduce(model, reduction) if reduction is not None else []
     for i in range(record.first, len(model.blocks)):
         role = Role(
-            reduction=record.reduction,
             block=i,
             depth=record.depth,
             reduces=i in active,
             num_prefix=model.num_prefix_tokens,
-            trace=record.trace,
             last=i == len(model.blocks) - 1,
-            final=record.final,
+            shared=record.shared,
         )
         setattr(model.blocks[i], ROLE, role)

@@ -24,7 +24,7 @@ SCORES = {  # score -> the side outputs it is computed from
     "received": ("received",),
 }
 CLASS_SCORES = ("cls_value", "cls", "to_cls")  # these need a class token
-UNITS = ("variance", "cv2")
+CRITERIA = ("variance", "cv2")
 # Thresholds are often the spread of a measured image; rounding, which differs by backend, must not decide its policy.
 SPREAD_ROUNDING = 1e-5
 
@@ -245,7 +245,9 @@ def plan_merge(
     """Merge r tokens into their most similar partner: bipartite soft matching (ToMe, ICLR 2023).
 
     Each source finds the destination with the highest cosine similarity of `metric`; the r best pairs merge. Prefix
-    tokens never merge and come out first, then unmerged sources, then destinations, each by position.
+    tokens never merge and come out first, then unmerged sources, then destinations, each by position. Published ToMe
+    lists the unmerged sources of a model without a class token by descending similarity; here they stay by position, so
+    that rows come in the same order for every prefix. The tokens in the rows are the same.
 
     Args:
         metric: `[B, N, D]`, as published the keys averaged over heads; or those keys `[B, H, N, D]`.
@@ -305,7 +307,7 @@ def plan_ppt(
     threshold: float | Tensor,
     num_prefix: int = 1,
     *,
-    unit: str = "variance",
+    criterion: str = "variance",
 ) -> TokenPlan:
     """Per image: drop the r lowest scores where their spread reaches the threshold, else merge r tokens (PPT).
 
@@ -316,9 +318,10 @@ def plan_ppt(
         scores: `[B, N - num_prefix]`, as `token_scores` gives them.
         metric: `[B, N, D]`, or the keys `[B, H, N, D]`, as in `plan_merge`.
         r: lowered to (N - num_prefix) // 2, as published.
-        threshold: of `score_spread(scores, unit)`, a relative 1e-5 short of it counts (rounding); a number, or
+        threshold: of `score_spread(scores, criterion)`, a relative 1e-5 short of it counts (rounding); a number, or
             a tensor that broadcasts to `[B]`.
-        unit: "variance" as published, or "cv2", which does not depend on the number of tokens or the scale of scores.
+        criterion: "variance" as published, or "cv2", which depends neither on the number of tokens nor on the scale of
+            the scores.
 
     Raises:
         ValueError: r negative, threshold NaN, NaN scores, unlike shapes.
@@ -333,15 +336,15 @@ def plan_ppt(
     r = check_int(op, "r", r, 0)
     _check_threshold(op, threshold, scores)
     r = min(r, scores.shape[1] // 2)
-    if choose_for(op, metric) == "cuda" and unit in UNITS:
+    if choose_for(op, metric) == "cuda" and criterion in CRITERIA:
         check_values(op, "scores", scores, lambda s: ~s.isnan(), "numbers, not NaN", backend="cuda")
         check_values(op, "metric", metric, torch.isfinite, "finite, not NaN or infinite", backend="cuda")
         number, each = (0.0, threshold) if isinstance(threshold, Tensor) else (float(threshold), None)
         if each is not None:
             each = each.to(scores.device, torch.float32).expand(batch)
-        slot = match_or_prune(metric, scores.float(), number, each, r, num_prefix, unit == "cv2")
+        slot = match_or_prune(metric, scores.float(), number, each, r, num_prefix, criterion == "cv2")
         return TokenPlan(slot, n - r)
-    prune = score_spread(scores, unit) * (1 + SPREAD_ROUNDING) >= threshold
+    prune = score_spread(scores, criterion) * (1 + SPREAD_ROUNDING) >= threshold
     pruned = prune_slots(scores, r, num_prefix, "score")
     merged = match_tokens(metric, r, num_prefix)
     return TokenPlan(torch.where(prune[:, None], pruned, merged), n - r)
@@ -363,17 +366,17 @@ def _check_threshold(op: str, threshold: float | Tensor, scores: Tensor) -> None
     check_values(op, "threshold", threshold, lambda t: ~t.isnan(), "numbers, not NaN")
 
 
-def score_spread(scores: Tensor, unit: str = "variance") -> Tensor:
+def score_spread(scores: Tensor, criterion: str = "variance") -> Tensor:
     """PPT's criterion `[B]` of scores `[B, S]`: their unbiased variance, or with "cv2" that over the squared mean.
 
     For scores that sum to 1, cv2 = variance * S ** 2. float32 (a variance of 1e-5 is subnormal in float16).
     """
-    if unit not in UNITS:
-        raise ValueError(f"score_spread: unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    if criterion not in CRITERIA:
+        raise ValueError(f"score_spread: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
     scores = scores.detach().to(acc_dtype(scores.dtype))
     mean = scores.mean(1, keepdim=True)
     spread = (scores - mean).square().sum(1) / max(scores.shape[1] - 1, 1)
-    return spread if unit == "variance" else spread / mean.squeeze(1).square()
+    return spread if criterion == "variance" else spread / mean.squeeze(1).square()
 
 
 def _selection(index: Tensor, n: int) -> TokenPlan:
@@ -384,5 +387,5 @@ def _selection(index: Tensor, n: int) -> TokenPlan:
     return TokenPlan(slot, m, index=index)
 
 
-__all__ = ["ORDERS", "SCORES", "UNITS", "TokenPlan"]
+__all__ = ["CRITERIA", "ORDERS", "SCORES", "TokenPlan"]
 __all__ += ["plan_fuse", "plan_merge", "plan_ppt", "plan_prune", "score_spread", "token_scores"]

@@ -15,8 +15,8 @@ from .ops.attention import AttentionAux
 from .ops.select import keep_tokens
 from .plan import (
     CLASS_SCORES,
+    CRITERIA,
     SCORES,
-    UNITS,
     TokenPlan,
     plan_fuse,
     plan_merge,
@@ -143,7 +143,7 @@ class PPT(Reduction):
     r: tokens per block of `blocks`, an int or one int for each.
     threshold: images with a spread of scores of at least this are pruned; a number, or one for each block.
         None: 7e-5 for "cls_value" in variance, as published; for anything else give one or let `calibrate` find it.
-    score: as in `token_scores`. unit: "variance" as published, or "cv2" (see `plan_ppt`).
+    score: as in `token_scores`. criterion: "variance" as published, or "cv2" (see `plan_ppt`).
     proportional: as in ToMe.
     """
 
@@ -152,7 +152,7 @@ class PPT(Reduction):
     threshold: float | Sequence[float] | None = None
     score: str = "cls_value"
     proportional: bool = True
-    unit: str = "variance"
+    criterion: str = "variance"
 
     merges = True
     needs_metric = "heads"
@@ -165,8 +165,8 @@ class PPT(Reduction):
             _check_int(name, "r", r)
         _check_score(name, self.score)
         _check_flag(name, "proportional", self.proportional)
-        if self.unit not in UNITS:
-            raise ValueError(f"{name}: unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"{name}: criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
         if self.threshold is not None:
             for threshold in _each(name, "threshold", self.threshold, self.blocks):
                 _check_real(name, "threshold", threshold, -math.inf, math.inf)
@@ -188,16 +188,16 @@ class PPT(Reduction):
     def plan(self, block: int, depth: int, aux: AttentionAux, metric: Tensor | None, num_prefix: int) -> TokenPlan:
         scores = token_scores(aux, self.score, num_prefix)
         threshold = self.threshold_of(block)
-        return plan_ppt(scores, metric, self._r(block), threshold, num_prefix, unit=self.unit)
+        return plan_ppt(scores, metric, self._r(block), threshold, num_prefix, criterion=self.criterion)
 
     def threshold_of(self, block: int) -> float:
         """The threshold in one of `blocks`; ValueError where there is none yet."""
         if self.threshold is not None:
             return _each("PPT", "threshold", self.threshold, self.blocks)[self.blocks.index(block)]
-        if self.score == "cls_value" and self.unit == "variance":
+        if self.score == "cls_value" and self.criterion == "variance":
             return PPT_THRESHOLD
         raise ValueError(
-            f"PPT: threshold must be given for score {self.score!r} in unit {self.unit!r}, got None; "
+            f"PPT: threshold must be given for score {self.score!r} by {self.criterion!r}, got None; "
             "p3b_ext.calibrate(model, loader, prune_share) finds one"
         )
 

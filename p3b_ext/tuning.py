@@ -1,17 +1,18 @@
 """Settings from a target: token counts and multiplications of a model, `solve_r` for a wanted cost, `calibrate` for a
 wanted share of pruned images."""
 
+import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
-import timm.layers
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .patch import patch, reducing_blocks
+from .models import family_of
+from .patch import current_reduction
 from .plan import score_spread, token_scores
-from .reduced import RECORD, ROLE
+from .reducing_blocks import blocks_that_reduce, override, record_of, reducing
 from .reduction import PPT, EViT, Reduction, ToMe, TopK
 
 
@@ -25,17 +26,16 @@ def token_counts(model: nn.Module, reduction: Reduction | None = None) -> list[t
     Raises:
         NotImplementedError: another model. TypeError, ValueError: a reduction that is none, or not one for this model.
     """
-    _check_model("token_counts", model)
+    family_of("token_counts", model)
     if reduction is not None and not isinstance(reduction, Reduction):
         raise TypeError(
             f"token_counts: reduction must be ToMe, PPT, EViT, TopK or None, got {type(reduction).__name__}"
         )
-    record = model.__dict__.get(RECORD)
-    if reduction is None and record is not None:
-        reduction = record.reduction
+    if reduction is None:
+        reduction = current_reduction(model)
     n = model.patch_embed.num_patches + model.num_prefix_tokens
     depth, counts = len(model.blocks), []
-    active = [] if reduction is None else reducing_blocks(model, reduction)
+    active = [] if reduction is None else blocks_that_reduce(model, reduction)
     for block in range(depth):
         before = n
         if block in active:
@@ -53,31 +53,12 @@ def count_macs(model: nn.Module, reduction: Reduction | None = None) -> int:
     with the shapes that they have.
     Arguments as `token_counts`.
     """
-    embed = model.patch_embed.num_patches * _weights(model.patch_embed)
-    heads = sum(_weights(m) for name, m in model.named_children() if name.startswith("head"))
-    total = embed + heads + pool_macs(model, reduction)
-    for block, (in_attention, in_mlp) in zip(model.blocks, token_counts(model, reduction), strict=True):
-        inside = 0
-        for module in block.modules():
-            if isinstance(module, timm.layers.Attention):
-                weights = _weights(module)
-                inside += weights
-                total += in_attention * weights + 2 * in_attention**2 * module.num_heads * module.head_dim
-        total += in_mlp * (_weights(block) - inside)
-    return total
+    return family_of("count_macs", model).count_macs(model, token_counts(model, reduction))
 
 
 def pool_macs(model: nn.Module, reduction: Reduction | None = None) -> int:
     """Multiply-adds of an attention pooling for one image, 0 for a model without. Arguments as `token_counts`."""
-    pool = getattr(model, "attn_pool", None)
-    if pool is None:
-        return 0
-    tokens = token_counts(model, reduction)[-1][1] - (0 if model.pool_include_prefix else model.num_prefix_tokens)
-    if not isinstance(pool, timm.layers.AttentionPoolLatent):  # AttentionPoolPrr: every token asks, nothing is learned
-        return 2 * tokens**2 * pool.num_heads * pool.head_dim
-    queries = sum(_weights(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None)
-    attention = 2 * tokens * pool.num_heads * pool.head_dim
-    return tokens * _weights(pool.kv) + pool.latent_len * (queries + attention)
+    return family_of("pool_macs", model).pool_macs(model, token_counts(model, reduction)[-1][1])
 
 
 def solve_r(model: nn.Module, macs_ratio: float, reduction: Reduction | None = None) -> int:
@@ -93,10 +74,9 @@ def solve_r(model: nn.Module, macs_ratio: float, reduction: Reduction | None = N
         NotImplementedError: another model.
     """
     op = "solve_r"
-    _check_model(op, model)
+    family_of(op, model)
     if reduction is None:
-        record = model.__dict__.get(RECORD)
-        reduction = record.reduction if record is not None and record.reduction is not None else ToMe()
+        reduction = current_reduction(model) or ToMe()
     if not isinstance(reduction, ToMe | PPT):
         raise TypeError(f"{op}: reduction must be ToMe or PPT, got {type(reduction).__name__}; see at_cost")
     high = model.patch_embed.num_patches
@@ -109,7 +89,7 @@ def at_cost(model: nn.Module, macs_ratio: float, reduction: Reduction) -> Reduct
     Keep rates are tried in steps of one patch of the full grid. Arguments and errors as `solve_r`.
     """
     op = "at_cost"
-    _check_model(op, model)
+    family_of(op, model)
     if isinstance(reduction, ToMe | PPT):
         return _with_r(reduction, solve_r(model, macs_ratio, reduction))
     if not isinstance(reduction, EViT | TopK):
@@ -142,8 +122,8 @@ def calibrate(
         TypeError: a loader that is none, or that can be read only once.
     """
     op = "calibrate"
-    record = getattr(model, "__dict__", {}).get(RECORD)
-    if record is None or not isinstance(record.reduction, PPT):
+    record = record_of(model) if isinstance(model, nn.Module) else None
+    if record is None or not isinstance(record.shared.settings.reduction, PPT):
         raise ValueError(f"{op}: model must be patched with a PPT; call patch(model, PPT(...)) first")
     if isinstance(prune_share, bool) or not isinstance(prune_share, int | float) or not 0 <= prune_share <= 1:
         raise ValueError(f"{op}: prune_share must be a number in [0, 1], got {prune_share!r}")
@@ -152,31 +132,22 @@ def calibrate(
             f"{op}: loader must be an iterable that can be read several times, got {type(loader).__name__}; "
             "give a list or a DataLoader"
         )
-    ppt: PPT = record.reduction
+    shared = record.shared
+    ppt: PPT = shared.settings.reduction
     if per_block:
         thresholds = [float("inf")] * len(ppt.blocks)
         for block in sorted(ppt.blocks):
             place = ppt.blocks.index(block)
-            spreads = score_spreads(model, loader, dataclasses.replace(ppt, threshold=thresholds))
+            spreads = _spreads(op, model, loader, dataclasses.replace(ppt, threshold=thresholds))
             thresholds[place] = _quantile(spreads[block], prune_share)
         found = tuple(thresholds)
     else:
         found = float("inf")
         for _ in ppt.blocks:
-            spreads = score_spreads(model, loader, dataclasses.replace(ppt, threshold=found))
+            spreads = _spreads(op, model, loader, dataclasses.replace(ppt, threshold=found))
             found = _quantile(torch.cat(list(spreads.values())), prune_share)
-    patch(model, dataclasses.replace(ppt, threshold=found), trace=record.trace, linear=record.linear)
+    shared.settings = dataclasses.replace(shared.settings, reduction=dataclasses.replace(ppt, threshold=found))
     return found
-
-
-def _check_model(op: str, model: nn.Module) -> None:
-    if not isinstance(model, VisionTransformer):
-        raise NotImplementedError(f"{op}: model must be a timm VisionTransformer, got {type(model).__name__}")
-
-
-def _weights(module: nn.Module) -> int:
-    """Entries of the matrices: biases, norms and scales multiply nothing that counts."""
-    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
 
 
 def _with_r(reduction: ToMe | PPT, r: int) -> Reduction:
@@ -215,47 +186,76 @@ def _quantile(spread: Tensor, prune_share: float) -> float:
     return 0.0 if count == len(spread) else float((spread[count - 1] + spread[count]) / 2)
 
 
-@torch.no_grad()
 def score_spreads(model: nn.Module, loader: Iterable, ppt: PPT) -> dict[int, Tensor]:
-    """The spread (`score_spread`, in `ppt.unit`) of every image's token scores in every block of a PPT.
+    """The spread (`plan.score_spread`, in `ppt.criterion`) of every image's token scores in every block of a PPT.
 
     Args:
-        model: patched with a reduction in the blocks of `ppt`, which serves in its place while this runs.
+        model: patched with a reduction in the blocks of `ppt` and no others. `ppt` takes its place for the forwards of
+            this thread while this runs; the model is in eval mode meanwhile.
         loader: iterable of images `[B, 3, H, W]` or of tuples that start with them.
 
     Returns:
         block -> float32 `[images]`, in the loader's order; at `ppt.threshold` of that block and above, PPT prunes.
 
     Raises:
-        ValueError: an empty loader, NaN scores.
+        ValueError: the model is not patched with a reduction in these blocks, an empty loader, NaN scores.
+        TypeError: ppt is no PPT, the loader gives something else than images.
     """
+    op = "score_spreads"
+    if not isinstance(ppt, PPT):
+        raise TypeError(f"{op}: ppt must be a PPT, got {type(ppt).__name__}")
+    record = record_of(model) if isinstance(model, nn.Module) else None
+    reduces = [] if record is None else [i for i, block in enumerate(model.blocks) if reducing(block)]
+    if sorted(ppt.blocks) != reduces:
+        raise ValueError(f"{op}: model must be patched with a reduction in blocks {list(ppt.blocks)}, got {reduces}")
+    return _spreads(op, model, loader, ppt)
+
+
+@torch.no_grad()
+def _spreads(op: str, model: nn.Module, loader: Iterable, ppt: PPT) -> dict[int, Tensor]:
     seen: dict[int, list[Tensor]] = {block: [] for block in ppt.blocks}
 
     class Recorder(PPT):
         def plan(self, block, depth, aux, metric, num_prefix):
-            spread = score_spread(token_scores(aux, self.score, num_prefix), self.unit)
+            spread = score_spread(token_scores(aux, self.score, num_prefix), self.criterion)
             seen[block].append(spread.cpu())
             return super().plan(block, depth, aux, metric, num_prefix)
 
     recorder = Recorder(**{f.name: getattr(ppt, f.name) for f in dataclasses.fields(ppt)})
     parameter = next(model.parameters())
-    roles = [block.__dict__[ROLE] for block in model.blocks if ROLE in block.__dict__]
-    before, training = [role.reduction for role in roles], model.training
-    model.eval()
-    try:
-        for role in roles:
-            role.reduction = recorder
+    with _evaluating(model), override(model, reduction=recorder):
         for batch in loader:
             images = batch[0] if isinstance(batch, tuple | list) else batch
             if not isinstance(images, Tensor):
                 raise TypeError(
-                    f"calibrate: loader must give images or tuples that start with them, got {type(images).__name__}"
+                    f"{op}: loader must give images or tuples that start with them, got {type(images).__name__}"
                 )
             model(images.to(parameter.device, parameter.dtype))
-    finally:
-        for role, reduction in zip(roles, before, strict=True):
-            role.reduction = reduction
-        model.train(training)
     if not all(seen.values()):
-        raise ValueError("calibrate: loader must give at least one batch of images, got none")
+        raise ValueError(f"{op}: loader must give at least one batch of images, got none")
     return {block: torch.cat(spreads) for block, spreads in seen.items()}
+
+
+_lock = threading.Lock()
+_evaluated: dict[int, tuple[int, list[nn.Module]]] = {}  # id of a model -> threads in _evaluating, modules to set back
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode in the `with` block; the last thread to leave gives each module its mode back."""
+    with _lock:
+        count, training = _evaluated.get(id(model), (0, []))
+        if count == 0:
+            training = [module for module in model.modules() if module.training]
+            model.eval()
+        _evaluated[id(model)] = count + 1, training
+    try:
+        yield
+    finally:
+        with _lock:
+            count, training = _evaluated.pop(id(model))
+            if count > 1:
+                _evaluated[id(model)] = count - 1, training
+            else:
+                for module in training:
+                    module.training = True

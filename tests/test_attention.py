@@ -587,6 +587,10 @@ def test_raw_op_checks_what_it_reads():
         call[at] = bad
         with pytest.raises((RuntimeError, ValueError), match=r"masked_attention: .* must"):
             torch.ops.p3b_ext.masked_attention(*call)
+    qkv = torch.ones(2, 5, 3, 2, 8)
+    for bad in (qkv[0], qkv[:, :, :2], qkv.int(), qkv.mT, qkv[:, :, :, :0]):
+        with pytest.raises((RuntimeError, ValueError), match=r"masked_attention: qkv must"):
+            torch.ops.p3b_ext.masked_attention_packed(bad, *args[3:])
 
 
 def test_backend_errors():

@@ -54,7 +54,7 @@ def test_by_hand(model):
     found = scores.sweep(model, list(batches()), rs=[5], scores=["entropy_value"], blocks=[0, 2], calibration=images)
     by_mode = {case.mode: case for case in found}
     for mode, threshold in (("prune", -math.inf), ("merge", math.inf), ("ppt", by_mode["ppt"].threshold)):
-        ppt = p3b_ext.PPT(r=5, blocks=[0, 2], threshold=threshold, score="entropy_value", unit="cv2")
+        ppt = p3b_ext.PPT(r=5, blocks=[0, 2], threshold=threshold, score="entropy_value", criterion="cv2")
         p3b_ext.patch(model, ppt)
         assert by_mode[mode].top1 == evaluate(model, list(batches()))["top1"], mode
     spreads = score_spreads(model, images, ppt)

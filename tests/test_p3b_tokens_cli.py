@@ -265,7 +265,7 @@ def test_settings_scale_with_the_model():
     assert deit.patch_embed.num_patches == 196
     assert reductions.create_reduction("tome", deit) == p3b_ext.ToMe(13)
     ppt = reductions.create_reduction("ppt", deit)
-    assert (ppt.r, ppt.blocks, ppt.score, ppt.unit) == (50, (3, 6, 9), "cls_value", "cv2")
+    assert (ppt.r, ppt.blocks, ppt.score, ppt.criterion) == (50, (3, 6, 9), "cls_value", "cv2")
     assert reductions.create_reduction("evit", deit) == p3b_ext.EViT(0.7, (3, 6, 9))
     assert reductions.create_reduction("topk", deit) == p3b_ext.TopK(0.7, (3, 6, 9))
     small = vit()  # 64 patches, 4 blocks

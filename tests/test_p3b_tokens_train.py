@@ -1,6 +1,7 @@
 """Structure and tokens together: pruning under a token reduction, and a reduction behind it."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from p3b.pruning.sub_blocks import outside_cost
 from p3b.pruning.surgery import shrink
 from p3b.training.prune import PruningPhase
 from p3b_ext import tuning
+from p3b_ext.reducing_blocks import ROLE
 
 CLASSES, BATCH = 4, 16
 REDUCTIONS = {
@@ -68,16 +70,16 @@ def stages(model, x):
     found, slot = [(model._pos_embed(model.patch_embed(x)), None)], None
     tokens = found[0][0]
     for block in model.blocks:
-        role = block.__dict__["_p3b_role"]
+        role, reduction = block.__dict__[ROLE], p3b_ext.current_reduction(model)
         out = block.attn(
             block.norm1(tokens),
             token_size=None,
-            aux=role.reduction.aux if role.reduces else (),
-            metric=role.reduces and role.reduction.needs_metric,
+            aux=reduction.aux if role.reduces else (),
+            metric=role.reduces and reduction.needs_metric,
         )
         tokens = tokens + out.x
         if role.reduces:
-            plan = role.reduction.plan(role.block, role.depth, out.aux, out.metric, 1)
+            plan = reduction.plan(role.block, role.depth, out.aux, out.metric, 1)
             tokens = plan.apply(tokens)[0]
             slot = plan.slot
         found.append((tokens, slot))
@@ -99,12 +101,13 @@ def stages(model, x):
 def test_every_stage_is_read_on_the_whole_grid(reduction):
     model = p3b_ext.patch(vit(), p3b_ext.ToMe([1, 1, 1]))  # roles in all blocks
     for block in model.blocks:
-        role = block.__dict__["_p3b_role"]
-        role.reduction, role.reduces = reduction, reduction.reduces(role.block, role.depth)
+        role = block.__dict__[ROLE]
+        role.shared.settings = dataclasses.replace(role.shared.settings, reduction=reduction)
+        role.reduces = reduction.reduces(role.block, role.depth)
     x = vits.images(3, 16)
     with Taps(model, rows=2) as taps, torch.no_grad():
         model(x)
-    assert not any(block.__dict__["_p3b_role"].trace for block in model.blocks)
+    assert not p3b_ext.current_patch(model).trace
     for tap, (tokens, slot) in zip(taps.stream, stages(model, x), strict=True):
         assert tap.shape == (2, 17, 24) and not tap.requires_grad
         for image in range(2):
@@ -137,7 +140,7 @@ def test_taps_leave_the_models_answer_and_its_trace_alone():
                 torch.testing.assert_close(model(x), alone, rtol=0, atol=0)
             slots = p3b_ext.token_map(model) if trace else None
             torch.testing.assert_close(model(x), alone, rtol=0, atol=0)
-        assert all(block.__dict__["_p3b_role"].trace is trace for block in model.blocks)
+        assert p3b_ext.current_patch(model).trace is trace
         assert slots is None or torch.equal(p3b_ext.token_map(model), slots)
 
 
@@ -304,3 +307,14 @@ def test_moving_a_reduction_warns():
 def test_a_whole_model_keeps_its_reduction():
     for reduction in REDUCTIONS.values():
         assert reductions.remap_blocks(reduction, vit()) is reduction
+
+
+def test_a_saved_ppt_may_have_the_old_name_of_its_criterion(tmp_path):
+    """`unit`, in models saved before it was called that."""
+    ppt = p3b_ext.PPT([3, 2], blocks=[0, 2], threshold=0.3, criterion="cv2")
+    description = p3b.save(p3b_ext.patch(vit(), ppt), tmp_path / "run") / "model.json"
+    assert p3b_ext.current_reduction(p3b.load(tmp_path / "run")) == ppt
+    text = description.read_text()
+    assert text.count('"criterion": "cv2"') == 1
+    description.write_text(text.replace('"criterion"', '"unit"'))
+    assert p3b_ext.current_reduction(p3b.load(tmp_path / "run")) == ppt

@@ -194,6 +194,22 @@ def test_training_gradients_are_timms():
         torch.testing.assert_close(ours, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=1e-3)
 
 
+def test_reentrant_checkpointing_is_refused():
+    """timm's switch may be set before the patch or after it."""
+    model, x = patch(vit().train(), ToMe(9)), images()
+    model.set_grad_checkpointing()
+    try:
+        timm.layers.set_reentrant_ckpt(True)
+        with pytest.raises(NotImplementedError, match=r"not reentrant; .*set_reentrant_ckpt\(False\)"):
+            model(x)
+        with pytest.raises(NotImplementedError, match="checkpointing that is not reentrant"):
+            patch(vit(), ToMe(9))
+        model.set_grad_checkpointing(False)
+        assert model(x).shape == (3, 10)
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
+
+
 def test_checkpointing_survives_two_forwards_before_the_backward():
     one, two = images(2, seed=1), images(2, seed=2)
 
@@ -251,6 +267,69 @@ def test_threads_share_a_model():
 
     model.norm.forward = norm
     assert torch.equal(model(x), expected) and between
+
+
+def in_thread(function, *args):
+    """What function(*args) returns in a thread of its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function(*args)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_threads_have_token_maps_of_their_own():
+    model, x, other = patch(vit(), ToMe(9), trace=True), images(), images(seed=2)
+
+    def mapped(x):
+        model(x)
+        return token_map(model)
+
+    with torch.no_grad():
+        expected, other_expected = mapped(x), mapped(other)
+        assert not torch.equal(expected, other_expected)
+        model(x)
+        assert torch.equal(in_thread(mapped, other), other_expected)
+        assert torch.equal(token_map(model), expected)
+        assert torch.equal(in_thread(token_map, model), other_expected)  # ran none: the last of any thread
+        assert torch.equal(token_map(copy.deepcopy(model)), expected)
+
+
+def test_the_token_map_of_a_compiled_forward_is_the_last():
+    model, x, other = patch(vit(), ToMe(9), trace=True), images(), images(seed=2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        model(other)
+        expected = token_map(model)
+        model(x)
+        compiled(other)
+        assert torch.equal(token_map(model), expected)
+        model(x)
+        assert not torch.equal(token_map(model), expected)
+
+
+def test_threads_have_intermediates_of_their_own():
+    """Another thread runs the whole model between two blocks of forward_intermediates: with and without maps."""
+    model, x, other = patch(vit(), ToMe([0, 9, 9, 9])), images(), images(seed=2)
+    kinds, real, between = [], model.blocks[3].norm1.forward, []
+    model.blocks[2].register_forward_hook(lambda module, inputs, output: kinds.append(len(output.slots)))
+
+    def norm(tokens):
+        if not between:
+            between.append(None)
+            between.append(in_thread(model, other))
+            between.append(in_thread(lambda: model.forward_intermediates(other, intermediates_only=True)))
+        return real(tokens)
+
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, intermediates_only=True)
+        logits, others = model(other), model.forward_intermediates(other, intermediates_only=True)
+        assert kinds == [2, 0, 2]
+        model.blocks[3].norm1.forward = norm
+        found = model.forward_intermediates(x, intermediates_only=True)
+    assert kinds[3:] == [2, 0, 2]  # the forward of the other thread kept no maps
+    for a, b in zip([*found, between[1], *between[2]], [*expected, logits, *others], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_blocks_may_be_cut_off():
@@ -357,6 +436,16 @@ def test_onednn_linear_where_it_cannot_run():
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 7)
     torch.testing.assert_close(compiled(x, w, b), linear(x, w, b))
+
+
+def test_layers_made_later_are_pytorchs_until_patched_again():
+    model = patch(vit(), ToMe(9), linear="onednn")
+    model.reset_classifier(7)
+    assert type(model.head) is nn.Linear and type(model.blocks[0].attn.qkv) is OneDnnLinear
+    assert model(images()).shape == (3, 7)
+    patch(model, ToMe(9), linear="onednn")
+    assert type(model.head) is OneDnnLinear and OneDnnLinear.function is linear
+    assert type(unpatch(model).head) is nn.Linear
 
 
 def test_linear_choice(monkeypatch):

@@ -138,14 +138,34 @@ def test_fuse_is_evit(data):
     assert plan_fuse(data["scores"], N - 1).num_out == N
 
 
-@pytest.mark.parametrize("unit", ["variance", "cv2"])
-def test_ppt_chooses_per_image(data, unit):
+@pytest.mark.parametrize("n,r", [(16, 3), (17, 5), (16, 8)])
+def test_merge_without_a_prefix_keeps_positions(n, r):
+    """Published ToMe lists unmerged sources by descending similarity there; all else is the same."""
+    metric = torch.randn(2, n, 6, generator=torch.Generator().manual_seed(3))
+    plan = plan_merge(metric, r, num_prefix=0)
+    unit = torch.nn.functional.normalize(metric, dim=-1)
+    best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
+    differs = False
+    for b in range(2):
+        order = best[b].argsort(descending=True)
+        unmerged, merged = (2 * order[r:]).tolist(), order[:r].tolist()
+        rows = {token: row for row, token in enumerate([*sorted(unmerged), *range(1, n, 2)])}
+        expected = [rows.get(token) for token in range(n)]
+        for source in merged:
+            expected[2 * source] = rows[2 * int(partner[b, source]) + 1]
+        assert plan.slot[b].tolist() == expected
+        differs = differs or unmerged != sorted(unmerged)
+    assert differs or 2 * r == n
+
+
+@pytest.mark.parametrize("criterion", ["variance", "cv2"])
+def test_ppt_chooses_per_image(data, criterion):
     scores = data["scores"] / data["scores"].sum(1, keepdim=True)
-    spread = score_spread(scores, unit)
-    expected = scores.var(1) if unit == "variance" else scores.var(1) * (N - 1) ** 2
+    spread = score_spread(scores, criterion)
+    expected = scores.var(1) if criterion == "variance" else scores.var(1) * (N - 1) ** 2
     torch.testing.assert_close(spread, expected)
     threshold = spread.median().item()
-    plan = plan_ppt(scores, data["metric"], 5, threshold, unit=unit)
+    plan = plan_ppt(scores, data["metric"], 5, threshold, criterion=criterion)
     prune, merge = plan_prune(scores, 5, order="score"), plan_merge(data["metric"], 5)
     assert 0 < (spread >= threshold).sum() < B  # both policies in one batch
     for b in range(B):
@@ -274,7 +294,7 @@ def test_one_image_of_one_token_and_empty_batches():
 
 def _everything(x, metric, scores, size):
     merged, sizes = plan_merge(metric, 4).apply(x, size)
-    mixed = plan_ppt(scores[:, : merged.shape[1] - 1], merged, 3, 0.05, unit="cv2")
+    mixed = plan_ppt(scores[:, : merged.shape[1] - 1], merged, 3, 0.05, criterion="cv2")
     y, sizes = mixed.apply(merged, sizes)
     z, _ = plan_prune(scores[:, : y.shape[1] - 1], 2).apply(y, sizes)
     fused, _ = plan_fuse(scores[:, : z.shape[1] - 1], 3).apply(z)
@@ -319,7 +339,11 @@ def test_bad_input(data):
         (lambda: plan_merge(metric, math.nan), TypeError, "plan_merge: r must be an int, got float"),
         (lambda: plan_ppt(scores, metric, 2, math.nan), ValueError, "plan_ppt: threshold must be a number, got nan"),
         (lambda: plan_ppt(scores, metric[:, 1:], 2, 0.1), ValueError, "plan_ppt: scores must have shape"),
-        (lambda: plan_ppt(scores, metric, 2, 0.1, unit="std"), ValueError, "score_spread: unit must be one of"),
+        (
+            lambda: plan_ppt(scores, metric, 2, 0.1, criterion="std"),
+            ValueError,
+            "score_spread: criterion must be one of",
+        ),
         (lambda: plan_merge(metric, 2, source="odd"), ValueError, "plan_merge: source must be None"),
         (lambda: plan_merge(metric, 2, generator=3), TypeError, "plan_merge: generator must be a torch.Generator"),
         (lambda: plan_merge(metric, 2, 2**63), ValueError, f"plan_merge: num_prefix must be between 0 and {N}, got 92"),
@@ -407,11 +431,11 @@ def test_paths_of_the_cuda_backend_without_a_gpu(monkeypatch):
         keys, scores = torch.randn(2, 3, 9, 16, device="cuda", dtype=torch.float16), torch.rand(2, 8, device="cuda")
         for metric in (keys, keys[:, 0]):
             plans = [plan_merge(metric, 3), plan_ppt(scores, metric, 3, 0.1)]
-            plans += [plan_ppt(scores.half(), metric, 3, scores[:, 0], unit="cv2")]
+            plans += [plan_ppt(scores.half(), metric, 3, scores[:, 0], criterion="cv2")]
             assert all(plan.slot.shape == (2, 9) and plan.slot.dtype == torch.int32 for plan in plans)
             assert all(plan.num_out == 6 for plan in plans)
-        with pytest.raises(ValueError, match="unit must be one of"):
-            plan_ppt(scores, keys, 3, 0.1, unit="std")
+        with pytest.raises(ValueError, match="criterion must be one of"):
+            plan_ppt(scores, keys, 3, 0.1, criterion="std")
 
 
 def test_side_outputs_of_different_calls_are_refused():

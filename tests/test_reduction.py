@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -9,11 +10,12 @@ import torch
 from torch import nn
 from vits import family, images, recorded, recorded_model, vit
 
+import p3b_ext
 import p3b_ext.modules
 from p3b_ext.patch import patch, token_map
 from p3b_ext.plan import plan_prune, score_spread, token_scores
 from p3b_ext.reduction import PPT, EViT, ToMe, TopK
-from p3b_ext.tuning import at_cost, calibrate, count_macs, solve_r, token_counts
+from p3b_ext.tuning import at_cost, calibrate, count_macs, score_spreads, solve_r, token_counts
 
 
 def final_sizes(model, x):
@@ -124,10 +126,10 @@ def test_at_cost_comes_close_from_below(reduction, ratio):
 
 
 @pytest.mark.parametrize("score", ["cls_value", "entropy_value", "cls", "to_cls", "received"])
-@pytest.mark.parametrize("unit", ["variance", "cv2"])
-def test_calibrate_meets_the_share(score, unit):
+@pytest.mark.parametrize("criterion", ["variance", "cv2"])
+def test_calibrate_meets_the_share(score, criterion):
     batches = [images(6, seed=s) for s in range(4)]
-    model = patch(vit(), PPT(r=8, blocks=(1, 3), score=score, unit=unit), trace=True)
+    model = patch(vit(), PPT(r=8, blocks=(1, 3), score=score, criterion=criterion), trace=True)
     threshold = calibrate(model, batches, 0.25, per_block=True)
     assert len(threshold) == 2
     pruned = {1: 0, 3: 0}
@@ -158,7 +160,84 @@ def test_calibrate_one_threshold_for_all_blocks():
     assert 15 <= pruned <= 21  # of 36
     model.train()
     calibrate(model, batches, 0.5)
-    assert model.training and model.__dict__["_p3b_patch"].reduction == PPT(r=8, blocks=(0, 2), threshold=threshold)
+    assert model.training and p3b_ext.current_reduction(model) == PPT(r=8, blocks=(0, 2), threshold=threshold)
+
+
+class Interrupted:
+    """Batches, before the second of which another thread does something."""
+
+    def __init__(self, batches, other):
+        self.batches, self.other, self.found = batches, other, None
+
+    def __iter__(self):
+        for i, batch in enumerate(self.batches):
+            if i == 1 and self.found is None:
+                with ThreadPoolExecutor(1) as thread:
+                    self.found = thread.submit(self.other).result()
+            yield batch
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_threads_calibrate_on_one_model(training):
+    batches, ppt = [images(4, seed=s) for s in range(3)], PPT(r=8, blocks=(0, 2), threshold=1e-4)
+    wanted = calibrate(patch(vit(), ppt), batches, 0.5)
+    other_ppt = dataclasses.replace(ppt, score="received", threshold=0.0)
+    model = patch(vit(drop_path_rate=0.5), ppt)
+    with torch.no_grad():
+        expected, spreads = model(batches[0]), score_spreads(model, batches, other_ppt)
+    model.train(training)
+    model.blocks[1].eval()
+
+    def other():
+        with torch.no_grad():
+            logits = model(batches[0])
+        return logits, score_spreads(model, batches, other_ppt), calibrate(model, batches, 0.25, per_block=True)
+
+    loader = Interrupted(batches, other)
+    assert calibrate(model, loader, 0.5) == wanted
+    logits, other_spreads, other_threshold = loader.found
+    assert torch.equal(logits, expected)  # by its own threshold, and in eval mode
+    assert all(torch.equal(spreads[block], other_spreads[block]) for block in (0, 2))
+    assert other_threshold == calibrate(patch(vit(), ppt), batches, 0.25, per_block=True)
+    assert p3b_ext.current_reduction(model).threshold == wanted  # the last one to finish
+    assert model.training is model.blocks[0].training is training and not model.blocks[1].training
+
+
+def test_score_spreads():
+    model, batches = patch(vit(), PPT(r=8, blocks=(0, 2), threshold=0.0)), [images(2), images(3, seed=2)]
+    ppt = PPT(r=8, blocks=(2, 0), threshold=math.inf, criterion="cv2")
+    spreads = score_spreads(model, batches, ppt)
+    assert set(spreads) == {0, 2} and spreads[2].shape == (5,) and spreads[2].dtype == torch.float32
+    for call, error, text in [
+        (lambda: score_spreads(model, batches, ToMe()), TypeError, "score_spreads: ppt must be a PPT, got ToMe"),
+        (lambda: score_spreads(model, [], ppt), ValueError, "score_spreads: loader must give at least one batch"),
+        (lambda: score_spreads(vit(), batches, ppt), ValueError, r"score_spreads: model must be patched .* got \[\]"),
+        (
+            lambda: score_spreads(model, batches, dataclasses.replace(ppt, blocks=(1, 2))),
+            ValueError,
+            r"score_spreads: model must be patched with a reduction in blocks \[1, 2\], got \[0, 2\]",
+        ),
+    ]:
+        with pytest.raises(error, match=text):
+            call()
+
+
+def test_current_settings():
+    model, reduction = vit(), ToMe(5)
+    assert p3b_ext.current_patch(model) is None and p3b_ext.current_reduction(model) is None
+    patch(model)
+    assert p3b_ext.current_patch(model) == p3b_ext.Patch(None, False, "auto")
+    assert p3b_ext.current_reduction(model) is None
+    patch(model, reduction, trace=True, linear="torch")
+    assert p3b_ext.current_patch(model) == p3b_ext.Patch(reduction, True, "torch")
+    assert p3b_ext.current_reduction(model) is reduction
+    with pytest.raises(AttributeError):
+        p3b_ext.current_patch(model).trace = False
+    p3b_ext.unpatch(model)
+    assert p3b_ext.current_patch(model) is None
+    for function in (p3b_ext.current_patch, p3b_ext.current_reduction):
+        with pytest.raises(TypeError, match=r"current_\w+: model must be an nn.Module, got int"):
+            function(5)
 
 
 def test_ppt_without_a_threshold_says_how_to_get_one():
@@ -241,7 +320,7 @@ def test_reductions_are_values():
         (lambda: PPT(threshold=math.nan), ValueError, "PPT: threshold must be between -inf and inf, got nan"),
         (lambda: PPT(threshold=(1, 2)), ValueError, "PPT: threshold must have one value for each of 3 blocks"),
         (lambda: PPT(score="best"), ValueError, "PPT: score must be one of cls_value, .*, got 'best'"),
-        (lambda: PPT(unit="std"), ValueError, "PPT: unit must be one of variance, cv2, got 'std'"),
+        (lambda: PPT(criterion="std"), ValueError, "PPT: criterion must be one of variance, cv2, got 'std'"),
         (lambda: PPT(blocks=(3, 3)), ValueError, "PPT: blocks must be different ones"),
         (lambda: PPT(blocks=(-1,)), ValueError, "PPT: blocks must be at least 0, got -1"),
         (lambda: PPT(blocks=3), TypeError, "PPT: blocks must be a sequence of ints, got 3"),

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from cases import AttentionCase, assert_within, float64
+from torch.utils.flop_counter import FlopCounterMode
 
 import p3b_ext
 import p3b_ext.kernels
@@ -382,6 +383,13 @@ def test_attention_opcheck():
     opcheck("attention_columns", q, k, lse, mask, size, gate, 0.3, 3)
     qkv = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2)
     opcheck("masked_attention_packed", with_gradient(qkv), mask, size, gate, 0.3, 7)
+
+
+def test_attention_flops():
+    q, k, v = torch.randn(3, 2, 2, 5, 8).to(DEVICE).unbind(0)
+    with p3b_ext.backend("triton"), FlopCounterMode(display=False) as counter:
+        p3b_ext.masked_attention(q.requires_grad_(), k, v).sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * 2 * 2 * 5 * 5 * 8
 
 
 def test_select_and_merge_opcheck():

@@ -1,5 +1,5 @@
 // masked_attention, its gradient and attention_columns on the CPU: checks, allocation, threads and the choice of an instruction set.
-// The arithmetic is in attention_kernels.h.
+// The arithmetic is in attention_kernels.h and the headers that it includes.
 #include "../attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -133,12 +133,12 @@ struct Call {
   AttentionArgs args{};
   std::vector<A> bias, gate;
 
-  Call(const char* op, const Attention& s, const Tensor& q, const Tensor& k, const OptionalTensor& key_mask, const OptionalTensor& token_size,
+  Call(const char* op, const Attention& s, const Heads& q, const Heads& k, const OptionalTensor& key_mask, const OptionalTensor& token_size,
        const OptionalTensor& channel_gate) {
     args.B = s.B, args.H = s.H, args.N = s.N, args.D = s.D;
     args.scale = s.scale;
     args.chunks = 1;
-    args.q = heads(q), args.k = heads(k);
+    args.q = q, args.k = k;
     if (key_mask) {
       args.key_mask = static_cast<const uint8_t*>(key_mask->data_ptr());
       args.mask_batch = key_mask->stride(0), args.mask_token = key_mask->stride(1);
@@ -175,29 +175,31 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarTyp
   return t;
 }
 
+// out, lse, cls_attention, entropy, value_norm
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 template <class A>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Attention& s, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                           const OptionalTensor& key_mask, const OptionalTensor& token_size,
-                                                           const OptionalTensor& channel_gate, int64_t aux) {
-  const ScalarType acc = acc_dtype(q.scalar_type());
-  Tensor out = empty(q, {s.B, s.N, s.H, s.D}, q.scalar_type());
-  Tensor lse = empty(q, {s.B, s.H, s.N}, acc);
+Outputs forward(const char* op, const Attention& s, const Tensor& like, const Heads& q, const Heads& k, const Heads& v,
+                const OptionalTensor& key_mask, const OptionalTensor& token_size, const OptionalTensor& channel_gate, int64_t aux) {
+  const ScalarType acc = acc_dtype(like.scalar_type());
+  Tensor out = empty(like, {s.B, s.N, s.H, s.D}, like.scalar_type());
+  Tensor lse = empty(like, {s.B, s.H, s.N}, acc);
   // Outputs may not alias one another: each absent one is an empty tensor of its own.
-  Tensor cls_attention = aux & kClsAttention ? empty(q, {s.B, s.H, s.N}, acc) : empty(q, {0}, acc);
-  Tensor entropy = aux & kEntropy ? empty(q, {s.B, s.H, s.N}, acc) : empty(q, {0}, acc);
-  Tensor value_norm = aux & kValueNorm ? empty(q, {s.B, s.N}, acc) : empty(q, {0}, acc);
+  Tensor cls_attention = aux & kClsAttention ? empty(like, {s.B, s.H, s.N}, acc) : empty(like, {0}, acc);
+  Tensor entropy = aux & kEntropy ? empty(like, {s.B, s.H, s.N}, acc) : empty(like, {0}, acc);
+  Tensor value_norm = aux & kValueNorm ? empty(like, {s.B, s.N}, acc) : empty(like, {0}, acc);
 
   Call<A> call(op, s, q, k, key_mask, token_size, channel_gate);
   AttentionArgs& args = call.args;
   std::vector<A> squares(static_cast<size_t>(aux & kValueNorm ? s.B * s.H * s.N : 0));
-  args.v = heads(v);
+  args.v = v;
   args.out = heads_of_tokens(out);
   args.lse = lse.data_ptr();
   args.cls_attention = aux & kClsAttention ? cls_attention.data_ptr() : nullptr;
   args.entropy = aux & kEntropy ? entropy.data_ptr() : nullptr;
   args.value_square = aux & kValueNorm ? squares.data() : nullptr;
   args.chunks = chunks_of_rows(s);
-  const AttentionKernels& kernels = kernels_for(q.scalar_type());
+  const AttentionKernels& kernels = kernels_for(like.scalar_type());
   for_each_task(s.B * s.H * args.chunks, kernels.forward_scratch(args), [&](int64_t task, void* scratch) { kernels.forward(args, task, scratch); });
 
   if (aux & kValueNorm) {
@@ -244,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Attention& s, 
   Tensor grad_size = for_size ? empty(q, {s.B, s.N}, acc) : empty(q, {0}, acc);
   Tensor grad_gate = !for_gate ? empty(q, {0}, acc) : s.gate_per_head ? empty(q, {s.H, s.D}, acc) : empty(q, {s.D}, acc);
 
-  Call<A> call(op, s, q, k, key_mask, token_size, channel_gate);
+  Call<A> call(op, s, heads(q), heads(k), key_mask, token_size, channel_gate);
   AttentionArgs& args = call.args;
   args.chunks = chunks_of_sums(s);
   const int64_t heads_count = s.B * s.H, tasks = heads_count * args.chunks;
@@ -278,7 +280,7 @@ std::tuple<Tensor, Tensor> columns(const char* op, const Attention& s, const Ten
   Tensor to_cls = which & kToCls ? empty(q, {s.B, s.H, s.N}, acc) : empty(q, {0}, acc);
   Tensor received = which & kReceived ? empty(q, {s.B, s.H, s.N}, acc) : empty(q, {0}, acc);
 
-  Call<A> call(op, s, q, k, key_mask, token_size, channel_gate);
+  Call<A> call(op, s, heads(q), heads(k), key_mask, token_size, channel_gate);
   AttentionArgs& args = call.args;
   args.chunks = chunks_of_sums(s);
   const int64_t tasks = s.B * s.H * args.chunks;
@@ -304,12 +306,21 @@ std::tuple<Tensor, Tensor> columns(const char* op, const Attention& s, const Ten
 // With a contiguous last axis: autograd hands over expanded gradients (of a sum) as they are.
 Tensor with_rows(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, OptionalTensor key_mask, OptionalTensor token_size,
-                                                                    OptionalTensor channel_gate, double scale, int64_t aux) {
+Outputs masked_attention(Tensor q, Tensor k, Tensor v, OptionalTensor key_mask, OptionalTensor token_size, OptionalTensor channel_gate, double scale,
+                         int64_t aux) {
   const char* op = "masked_attention";
   const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
-  if (q.scalar_type() == ScalarType::Double) return forward<double>(op, s, q, k, v, key_mask, token_size, channel_gate, aux);
-  return forward<float>(op, s, q, k, v, key_mask, token_size, channel_gate, aux);
+  const auto run = q.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
+  return run(op, s, q, heads(q), heads(k), heads(v), key_mask, token_size, channel_gate, aux);
+}
+
+// Errors name masked_attention, the op that users know.
+Outputs masked_attention_packed(Tensor qkv, OptionalTensor key_mask, OptionalTensor token_size, OptionalTensor channel_gate, double scale,
+                                int64_t aux) {
+  const char* op = "masked_attention";
+  const Attention s = check_packed(op, qkv, key_mask, token_size, channel_gate, scale);
+  const auto run = qkv.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
+  return run(op, s, qkv, heads_of_packed(qkv, 0), heads_of_packed(qkv, 1), heads_of_packed(qkv, 2), key_mask, token_size, channel_gate, aux);
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
@@ -339,6 +350,7 @@ std::tuple<Tensor, Tensor> attention_columns(Tensor q, Tensor k, Tensor lse, Opt
 
 STABLE_TORCH_LIBRARY_IMPL(p3b_ext, CPU, m) {
   m.impl("masked_attention", TORCH_BOX(&p3b::masked_attention));
+  m.impl("masked_attention_packed", TORCH_BOX(&p3b::masked_attention_packed));
   m.impl("masked_attention_backward", TORCH_BOX(&p3b::masked_attention_backward));
   m.impl("attention_columns", TORCH_BOX(&p3b::attention_columns));
 }

@@ -89,7 +89,7 @@ struct IntegerLike<double> {
   using type = int64_t;
 };
 
-// W lanes of A. Every vector type has the members of this one. A tile of attention_kernels.h has kTileRows x 2 or kLoneRows x 1 vectors of
+// W lanes of A. Every vector type has the members of this one. A tile of attention_products.h has kTileRows x 2 or kLoneRows x 1 vectors of
 // accumulators.
 template <class A_, int W_, int kTileRows_>
 struct Generic {

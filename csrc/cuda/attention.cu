@@ -375,6 +375,8 @@ cudaError_t attention_value_norm(const float* value_squares, float* value_norm, 
 }  // namespace p3b::cuda
 
 #ifndef P3B_CUDA_ON_CPU
+#include <vector>
+
 #include "../attention.h"
 #include "ops.cuh"
 
@@ -383,12 +385,12 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Every row of t on 16 bytes, with D rounded up to 8: t itself, or a copy.
+// Every row (the last axis) of t on 16 bytes, with D rounded up to 8: t itself, or a copy.
 Tensor aligned(const Tensor& t) {
-  const int64_t D = t.size(3), element = t.element_size();
+  const int64_t last = t.dim() - 1, D = t.size(last), element = t.element_size();
   if (D % 8) return torch::stable::contiguous(torch::stable::pad(t, {0, 8 - D % 8}));
-  bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && (t.stride(3) == 1 || D == 1);
-  for (int axis = 0; axis < 3; axis++) fits = fits && (t.size(axis) <= 1 || t.stride(axis) * element % 16 == 0);
+  bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && (t.stride(last) == 1 || D == 1);
+  for (int64_t axis = 0; axis < last; axis++) fits = fits && (t.size(axis) <= 1 || t.stride(axis) * element % 16 == 0);
   if (fits) return t;
   const Tensor rows = torch::stable::contiguous(t);
   return rows.const_data_ptr() == t.const_data_ptr() ? torch::stable::clone(t) : rows;
@@ -396,18 +398,32 @@ Tensor aligned(const Tensor& t) {
 
 // The inputs as the kernels want them; keeps alive what had to be copied.
 struct Inputs {
-  Tensor q, k, v;
+  std::vector<Tensor> heads;
   OptionalTensor key_mask, token_size, channel_gate;
   AttentionArguments a{};
 
-  Inputs(const char* op, const Attention& s, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& mask,
+  // q, k, v [B, H, N, D]
+  Inputs(const char* op, const Attention& s, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
          const OptionalTensor& size, const OptionalTensor& gate)
-      : q(aligned(q_in)),
-        k(aligned(k_in)),
-        v(aligned(v_in)),
-        key_mask(contiguous(mask)),
-        token_size(contiguous(size)),
-        channel_gate(contiguous(gate)) {
+      : Inputs(op, s, mask, size, gate) {
+    heads = {aligned(q), aligned(k), aligned(v)};
+    const Strides strides[] = {strides_of(heads[0], 1, 2), strides_of(heads[1], 1, 2), strides_of(heads[2], 1, 2)};
+    point_to(heads[0].const_data_ptr(), heads[1].const_data_ptr(), heads[2].const_data_ptr(), strides[0], strides[1], strides[2]);
+  }
+
+  // qkv [B, N, 3, H, D], by its strides
+  Inputs(const char* op, const Attention& s, const Tensor& qkv, const OptionalTensor& mask, const OptionalTensor& size, const OptionalTensor& gate)
+      : Inputs(op, s, mask, size, gate) {
+    heads = {aligned(qkv)};
+    const char* q = static_cast<const char*>(heads[0].const_data_ptr());
+    const int64_t next = heads[0].stride(2) * heads[0].element_size();
+    const Strides strides = strides_of(heads[0], 3, 1);
+    point_to(q, q + next, q + 2 * next, strides, strides, strides);
+  }
+
+ private:
+  Inputs(const char* op, const Attention& s, const OptionalTensor& mask, const OptionalTensor& size, const OptionalTensor& gate)
+      : key_mask(contiguous(mask)), token_size(contiguous(size)), channel_gate(contiguous(gate)) {
     P3B_CHECK(s.D <= 128, op, ": q must have at most 128 channels per head on a GPU, got ", s.D);
     a.B = s.B;
     a.H = to_int(op, "heads", s.H);
@@ -415,16 +431,17 @@ struct Inputs {
     a.D = static_cast<int>(s.D);
     a.columns = static_cast<int>(round_up(s.D, 8));
     a.scale = static_cast<float>(s.scale);
-    a.q = q.const_data_ptr();
-    a.k = k.const_data_ptr();
-    a.v = v.const_data_ptr();
-    a.q_strides = {q.stride(0), q.stride(1), q.stride(2)};
-    a.k_strides = {k.stride(0), k.stride(1), k.stride(2)};
-    a.v_strides = {v.stride(0), v.stride(1), v.stride(2)};
     a.key_mask = pointer<bool>(key_mask);
     a.token_size = pointer<float>(token_size);
     a.channel_gate = pointer<float>(channel_gate);
     a.gate_head = s.gate_per_head ? s.D : 0;
+  }
+
+  static Strides strides_of(const Tensor& t, int64_t head, int64_t token) { return {t.stride(0), t.stride(head), t.stride(token)}; }
+
+  void point_to(const void* q, const void* k, const void* v, const Strides& q_strides, const Strides& k_strides, const Strides& v_strides) {
+    a.q = q, a.k = k, a.v = v;
+    a.q_strides = q_strides, a.k_strides = k_strides, a.v_strides = v_strides;
   }
 };
 
@@ -435,17 +452,15 @@ Tensor first_channels(const Tensor& t, int64_t D) {
   return torch::stable::contiguous(narrowed);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, OptionalTensor key_mask, OptionalTensor token_size,
-                                                                    OptionalTensor channel_gate, double scale, int64_t aux) {
-  const char* op = "masked_attention";
-  const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
-  const OnDevice device(q);
-  const Inputs in(op, s, q, k, v, key_mask, token_size, channel_gate);
-  const auto rows = [&](bool wanted) { return wanted ? empty(q, {s.B, s.H, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float); };
-  Tensor out = empty(q, {s.B, s.N, s.H, in.a.columns}, q.scalar_type());
+// out, lse, cls_attention, entropy, value_norm
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs forward_op(const char* op, const Attention& s, const Tensor& like, const Inputs& in, const OnDevice& device, int64_t aux) {
+  const auto rows = [&](bool wanted) { return wanted ? empty(like, {s.B, s.H, s.N}, ScalarType::Float) : empty(like, {0}, ScalarType::Float); };
+  Tensor out = empty(like, {s.B, s.N, s.H, in.a.columns}, like.scalar_type());
   Tensor lse = rows(true), cls_attention = rows(aux & kClsAttention), entropy = rows(aux & kEntropy);
   Tensor squares = rows(aux & kValueNorm);
-  Tensor value_norm = aux & kValueNorm ? empty(q, {s.B, s.N}, ScalarType::Float) : empty(q, {0}, ScalarType::Float);
+  Tensor value_norm = aux & kValueNorm ? empty(like, {s.B, s.N}, ScalarType::Float) : empty(like, {0}, ScalarType::Float);
   ForwardArguments a{};
   static_cast<AttentionArguments&>(a) = in.a;
   a.out = out.mutable_data_ptr();
@@ -453,9 +468,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention(Tensor q, Te
   a.cls_attention = aux & kClsAttention ? pointer<float>(cls_attention) : nullptr;
   a.entropy = aux & kEntropy ? pointer<float>(entropy) : nullptr;
   a.value_squares = aux & kValueNorm ? pointer<float>(squares) : nullptr;
-  with_dtype(op, q, [&](auto zero) { check_launch(op, attention_forward<decltype(zero)>(a, device.stream)); });
+  with_dtype(op, like, [&](auto zero) { check_launch(op, attention_forward<decltype(zero)>(a, device.stream)); });
   if (aux & kValueNorm) check_launch(op, attention_value_norm(a.value_squares, pointer<float>(value_norm), s.B, a.H, a.N, device.stream));
   return {first_channels(out, s.D), lse, cls_attention, entropy, value_norm};
+}
+
+Outputs masked_attention(Tensor q, Tensor k, Tensor v, OptionalTensor key_mask, OptionalTensor token_size, OptionalTensor channel_gate, double scale,
+                         int64_t aux) {
+  const char* op = "masked_attention";
+  const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
+  const OnDevice device(q);
+  return forward_op(op, s, q, Inputs(op, s, q, k, v, key_mask, token_size, channel_gate), device, aux);
+}
+
+// Errors name masked_attention, the op that users know.
+Outputs masked_attention_packed(Tensor qkv, OptionalTensor key_mask, OptionalTensor token_size, OptionalTensor channel_gate, double scale,
+                                int64_t aux) {
+  const char* op = "masked_attention";
+  const Attention s = check_packed(op, qkv, key_mask, token_size, channel_gate, scale);
+  const OnDevice device(qkv);
+  return forward_op(op, s, qkv, Inputs(op, s, qkv, key_mask, token_size, channel_gate), device, aux);
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
@@ -521,6 +553,7 @@ std::tuple<Tensor, Tensor> attention_columns_op(Tensor q, Tensor k, Tensor lse, 
 
 STABLE_TORCH_LIBRARY_IMPL(p3b_ext, CUDA, m) {
   m.impl("masked_attention", TORCH_BOX(&masked_attention));
+  m.impl("masked_attention_packed", TORCH_BOX(&masked_attention_packed));
   m.impl("masked_attention_backward", TORCH_BOX(&masked_attention_backward));
   m.impl("attention_columns", TORCH_BOX(&attention_columns_op));
 }

@@ -20,7 +20,8 @@ from ..reference import (
     VALUE_NORM,
     acc_dtype,
 )
-from ..transforms import call, register_gradient
+from ..torch_private import autocast_enabled, dispatch_modes, jit_tracing
+from .autograd import call, register_gradient, run
 from .checks import check_bool, check_dense, check_device, check_number, check_shape, check_tensor, second_derivative
 
 AUX_BITS = {"lse": 0, "cls_attention": CLS_ATTENTION, "entropy": ENTROPY, "value_norm": VALUE_NORM}
@@ -85,7 +86,7 @@ def masked_attention(
     Results are deterministic. Entropy needs no second pass: H = lse - sum_j p_ij * logit_ij.
     """
     op = "masked_attention"
-    found = _quick((q, k, v), key_mask, token_size, channel_gate, scale, aux)
+    found = _fast_path((q, k, v), key_mask, token_size, channel_gate, scale, aux)
     if found is not None:
         return found
     q, k, v = autocast(q, k, v)
@@ -103,14 +104,14 @@ def masked_attention(
     return out, _collect(aux, backend, results, columns, q, k, key_mask, token_size, channel_gate, scale)
 
 
-def _quick(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tensor | tuple[Tensor, AttentionAux] | None:
-    """The usual call with little Python in front of the CPU kernel, which looks at its arguments itself; None for what
-    it refuses or may not be asked here. tensors: (q, k, v) or (qkv,)."""
+def _fast_path(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tensor | tuple[Tensor, AttentionAux] | None:
+    """The usual call with little Python in front of the CPU kernel, which checks its arguments itself; None for a call
+    that the kernel refuses or that needs more (autocast, tracing, another backend). tensors: (q, k, v) or (qkv,)."""
     if backends._forced is not None or backends._C is None:
         return None
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if torch.compiler.is_compiling() or autocast_enabled():
         return None
-    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():  # where no kernel may look at anything
+    if jit_tracing() or dispatch_modes():  # where no kernel may look at anything
         return None
     for t in (*tensors, key_mask, token_size, channel_gate):
         if t is not None and not (type(t) in PLAIN and t.is_cpu and t.layout is torch.strided and not t.is_nested):
@@ -127,18 +128,13 @@ def _quick(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tensor | 
             return None
         bits, places = known
     factor = first.shape[-1] ** -0.5 if scale is None else scale
-    op = "masked_attention"
-    if packed:  # the packed op is for its gradient
-        if torch.is_grad_enabled():
-            op = "masked_attention_packed"
-        else:
-            tensors = first.permute(2, 0, 3, 1, 4).unbind(0)
+    op = "masked_attention_packed" if packed else "masked_attention"
     try:
         results = call("p3b_ext", op, *tensors, key_mask, token_size, channel_gate, factor, bits)
     except (RuntimeError, ValueError) as error:  # what the kernel refuses, not what a hook of the user's raises
         if not str(error).startswith("masked_attention: "):
             raise
-        return None  # the longer way mends it or says more
+        return None  # the caller converts the arguments, or raises an error that says more
     out = results[0].transpose(1, 2)
     return out if aux is None else (out, AttentionAux(*[None if i is None else results[i] for i in places]))
 
@@ -165,7 +161,7 @@ def packed_attention(
     """`masked_attention(*qkv.permute(2, 0, 3, 1, 4), ...)` for packed qkv `[B, N, 3, H, D]`, whose gradient is written
     into one packed buffer rather than stacked from three."""
     op = "packed_attention"
-    found = _quick((qkv,), key_mask, token_size, channel_gate, scale, aux)
+    found = _fast_path((qkv,), key_mask, token_size, channel_gate, scale, aux)
     if found is not None:
         return found
     (qkv,) = autocast(qkv)
@@ -240,7 +236,7 @@ def _fusable(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Ten
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as PyTorch's own attention does."""
-    if not torch._C._is_any_autocast_enabled():  # one question for all devices
+    if not autocast_enabled():  # one question for all devices
         return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
@@ -323,7 +319,7 @@ def _aux_bits(op: str, aux: Sequence[str] | None) -> tuple[int, int]:
 
 
 def _run(backend: str, op: str, *args):
-    return backends.run(backend, "attention", op, *args)
+    return run(backend, "attention", op, *args)
 
 
 def _collect(aux, backend, results, columns, q, k, key_mask, token_size, channel_gate, scale) -> AttentionAux:
@@ -374,16 +370,6 @@ def fake_columns(q, k, lse, key_mask, token_size, channel_gate, scale, which):
 # Gradients ----------------------------------------------------------------------------------------
 
 
-def _packed_impl(forward):
-    """masked_attention_packed as a composition: below autograd, so that its gradient stays one buffer."""
-
-    def masked_attention_packed(qkv, key_mask, token_size, channel_gate, scale, aux):
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return forward(q, k, v, key_mask, token_size, channel_gate, scale, aux)
-
-    return masked_attention_packed
-
-
 def register(namespace: str) -> None:
     """Gradients of the attention ops of `namespace` (p3b_ext, p3b_ext_triton), through its own backward op."""
 
@@ -421,12 +407,6 @@ def register(namespace: str) -> None:
 
 
 if backends._C is not None:
-    _library = torch.library.Library("p3b_ext", "IMPL")
-    _library.impl(
-        "masked_attention_packed",
-        _packed_impl(torch.ops.p3b_ext.masked_attention),
-        "CompositeExplicitAutograd",
-    )
     torch.library.register_fake("p3b_ext::masked_attention", fake_forward)
     torch.library.register_fake("p3b_ext::masked_attention_packed", fake_packed)
     torch.library.register_fake("p3b_ext::masked_attention_backward", fake_backward)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import backends
 from ..reference import acc_dtype
-from ..transforms import call, register_gradient
+from .autograd import call, register_gradient, run
 from .checks import (
     check_bool,
     check_dense,
@@ -177,7 +177,7 @@ def _check_weight(op: str, name: str, w: Tensor | None, x: Tensor) -> Tensor | N
 
 
 def _run(backend: str, op: str, *args):
-    return backends.run(backend, "merge", op, *args)
+    return run(backend, "merge", op, *args)
 
 
 # Fakes ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import backends
 from ..reference import acc_dtype
-from ..transforms import call, register_gradient
+from .autograd import call, register_gradient, run
 from .checks import MOST_TOKENS, check_dense, check_device, check_int, check_shape, check_tensor, second_derivative
 
 ORDERS = ("position", "score")
@@ -127,7 +127,7 @@ def _check_scores(op, scores, count_name, count, num_prefix, order) -> tuple[str
 
 
 def _run(backend: str, op: str, *args):
-    return backends.run(backend, "select", op, *args)
+    return run(backend, "select", op, *args)
 
 
 # Fakes ----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import p3b_ext
-from p3b_ext.tuning import count_macs
+from p3b_ext import count_macs
 
 from ..config import Config
 from ..data import Data

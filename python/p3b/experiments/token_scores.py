@@ -100,7 +100,7 @@ def sweep(
         report(f"{mode} {score or ''} r={r}")
         threshold = {"prune": -math.inf, "merge": math.inf, "ppt": 0.0}[mode]
         ppt = create_reduction("ppt", model, r=r, blocks=blocks, score=score or scores[0], threshold=threshold)
-        ppt = dataclasses.replace(ppt, unit="cv2")
+        ppt = dataclasses.replace(ppt, criterion="cv2")
         p3b_ext.patch(model, ppt)
         if mode != "ppt":
             found.append(_case(mode, score, r, model, loader))

@@ -75,7 +75,7 @@ def create_reduction(
     if "score" in SETTINGS[name]:
         given.setdefault("score", "cls_value" if model.has_class_token else "received")
     if name == "ppt" and threshold is None:
-        given["unit"] = "cv2"
+        given["criterion"] = "cv2"
         if given["score"] == "cls_value":
             given["threshold"] = PPT_CV2
     return KINDS[name](**given)

@@ -20,79 +20,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from p3b_ext.ops.merge import unmerge_tokens
-from p3b_ext.reduced import ROLE, Final, Tokens
+from p3b_ext import ResidualStream as Taps  # noqa: F401  (step.py takes it from here)
 
 BATCH_NORM_EPSILON = 1e-5
 # Adam turns a layer by about lr * sqrt(inputs) a step. The cheaper patch probes see fewer inputs at once than a 3x3
 # convolution, so at its learning rate they lag behind, and benefit that is read off them says how far they have come.
 PATCH_LEARNING_RATE = {"conv": 1.0, "pointwise": 10.0, "linear": 10.0}  # times probe_lr; docs/results/probes.md
-
-
-class Taps:
-    """Records the residual stream during one forward pass: before the blocks, then after every attention and
-    every MLP.
-
-    `with Taps(model) as taps: model(images)`; then `taps.stream` holds 2L + 1 detached tensors
-    `[rows, N, C]`, the first `rows` images.
-
-    Under a token reduction every tensor still has all N tokens, so that both sides of a sub-block are read alike: a
-    merged token stands in the place of each of its patches (their mean is the mean weighted by size), and in the place
-    of a dropped patch stands the mean of the patches that are left.
-    """
-
-    def __init__(self, model: VisionTransformer, rows: int | None = None) -> None:
-        self.blocks, self.prefix, self.rows = model.blocks, model.num_prefix_tokens, rows
-        self.stream: list[Tensor] = []
-
-    def __enter__(self) -> Taps:
-        self._handles = [self.blocks[0].register_forward_pre_hook(lambda _, args: self._keep(args[0]))]
-        self._traced = []
-        for block in self.blocks:
-            self._handles.append(block.norm2.register_forward_pre_hook(lambda _, args: self._keep(args[0])))
-            role = block.__dict__.get(ROLE)
-            if role is None:
-                self._handles.append(block.register_forward_hook(lambda _, args, out: self._keep(out)))
-                continue
-            self._handles.append(
-                block.register_forward_hook(lambda _, args, out, final=role.final: self._keep_reduced(out, final))
-            )
-            self._traced.append((role, role.trace))
-            role.trace = True  # the block then says where every token went
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for role, trace in self._traced:
-            role.trace = trace
-        self._handles, self._traced = [], []
-
-    def begin(self, rows: int) -> None:
-        """Forgets what was recorded; the coming forward passes record their first `rows` images, none for 0."""
-        self.rows = rows
-        self.stream.clear()
-
-    def _keep(self, x: Tensor | Tokens) -> None:
-        if self.rows != 0:
-            self.stream.append((x.x if isinstance(x, Tokens) else x).detach()[: self.rows])
-
-    def _keep_reduced(self, out: Tensor | Tokens, final: Final) -> None:
-        """What a block of a reduced model puts out; its tokens went where they are behind its attention."""
-        if self.rows == 0:
-            return
-        slot = (out.slots if isinstance(out, Tokens) else final.slots)[-1][: self.rows]
-        self._keep(out)
-        for side in (-2, -1):
-            self.stream[side] = _on_the_grid(self.stream[side], slot, self.prefix)
-
-
-def _on_the_grid(x: Tensor, slot: Tensor, prefix: int) -> Tensor:
-    """Tokens `[B, M, C]` at the places that they came from, `[B, N, C]`; slot: int32 `[B, N]`, -1 where dropped."""
-    full = unmerge_tokens(x.contiguous(), slot)
-    gone = (slot < 0)[:, :, None]
-    kept = (~gone[:, prefix:]).sum(1, keepdim=True)
-    return torch.where(gone, full[:, prefix:].sum(1, keepdim=True) / kept, full)
 
 
 def _both_sides(stack: Tensor) -> Tensor:

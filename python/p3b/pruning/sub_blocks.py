@@ -10,7 +10,7 @@ import numpy as np
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from p3b_ext.tuning import count_macs, token_counts
+from p3b_ext import count_macs, token_counts
 
 from ..models import mlp as mlps
 from .budget import Cost

@@ -131,6 +131,8 @@ def _reduction(description: dict[str, Any] | None) -> Any:
             for key, value in description.items()
             if key != "name"
         }
+        if "unit" in values:  # PPT's name for its criterion in models saved before it was called that
+            values["criterion"] = values.pop("unit")
         return kinds[description["name"]](**values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"

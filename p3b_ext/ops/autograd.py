@@ -1,4 +1,4 @@
-"""Gradients of the compiled ops: registered with the dispatcher, and once more for PyTorch's function transforms.
+"""Calls of the compiled ops and their gradients: registered with the dispatcher, and once more for torch.func.
 
 torch.func.{grad, vjp, jacrev, vmap} refuse the autograd.Function that torch.library.register_autograd generates, and
 forward-mode AD passes it by with a zero tangent. While one of them is active, `call` goes through a Function of ours.
@@ -8,11 +8,13 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch.autograd import forward_ad
+
+from .. import reference
+from ..backends import FAMILIES
+from ..torch_private import below_autograd, differentiating_transform, forward_mode, transforms_active
 
 _FUNCTIONS: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 _EAGER: dict[tuple[str, str], type[torch.autograd.Function]] = {}
-_NO_RULE = torch._C._functorch.TransformType.Functionalize  # which needs none: the ops are functional
 
 
 def register_gradient(namespace: str, op: str, backward: Callable, setup_context: Callable | None = None) -> None:
@@ -33,7 +35,7 @@ def register_gradient(namespace: str, op: str, backward: Callable, setup_context
     _FUNCTIONS[namespace, op] = type(op, (torch.autograd.Function,), members)
 
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output = function.default(*args)
         if setup_context is not None:
             setup_context(ctx, args, output)
@@ -46,23 +48,40 @@ def register_gradient(namespace: str, op: str, backward: Callable, setup_context
 def call(namespace: str, op: str, *args):
     """`torch.ops.<namespace>.<op>(*args)`, differentiable under function transforms too."""
     if torch.compiler.is_compiling():  # the tracer knows reverse mode; what it cannot trace here runs eagerly
-        if forward_ad._current_level >= 0 and (namespace, op) in _FUNCTIONS:
+        if forward_mode() and (namespace, op) in _FUNCTIONS:
             raise _no_forward_mode(op)
         return getattr(getattr(torch.ops, namespace), op)(*args)
-    if _transformed():
+    if differentiating_transform():
         if (namespace, op) in _FUNCTIONS:
             return _FUNCTIONS[namespace, op].apply(*args)
     elif not torch.is_grad_enabled():  # past the registered gradient, whose Python costs as much as a small call
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _overload(namespace, op)(*args)
-    elif (namespace, op) in _EAGER and not (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()):
+    elif (namespace, op) in _EAGER and not (transforms_active() or torch.jit.is_tracing()):
         # the same gradient, without torch.library's way to it, whose Python costs as much as a small call
         return _EAGER[namespace, op].apply(*args)
     return _overload(namespace, op)(*args)
 
 
+def run(backend: str, family: str, op: str, *args):
+    """Call `op`, with the signature of csrc/library.cpp, on `backend`. What a compiled kernel says of a value
+    ("<op>: <argument> must be ...") is a ValueError; it comes through the stable ABI as a RuntimeError (a ValueError
+    already in torch 2.11), and stays one inside a compiled graph."""
+    if backend == "reference":
+        return getattr(reference, op)(*args)
+    if backend != "cpu" or torch.compiler.is_compiling():
+        return call("p3b_ext_triton" if backend == "triton" else "p3b_ext", op, *args)
+    try:
+        return call("p3b_ext", op, *args)
+    except RuntimeError as error:
+        sentence = str(error).splitlines()[0]
+        if " must " in sentence and sentence.split(":")[0] in FAMILIES[family]:
+            raise ValueError(sentence) from None
+        raise
+
+
 @functools.cache
-def _overload(namespace: str, op: str) -> torch._ops.OpOverload:
+def _overload(namespace: str, op: str) -> Callable:
     """The op itself: `torch.ops.<namespace>.<op>` would look for the right overload in every call."""
     return getattr(getattr(torch.ops, namespace), op).default
 
@@ -73,9 +92,3 @@ def _no_forward_mode(op: str) -> NotImplementedError:
         f"{op}: forward-mode derivatives are not implemented by the fused kernels; "
         'compute under p3b_ext.backend("reference"), which has them'
     )
-
-
-def _transformed() -> bool:
-    if torch._C._are_functorch_transforms_active():
-        return torch._C._functorch.peek_interpreter_stack().key() != _NO_RULE
-    return forward_ad._current_level >= 0
