@@ -87,15 +87,6 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def current_patch(model):
-    return model.__dict__.get(RECORD)
-
-
-def current_reduction(model):
-    record = model.__dict__.get(RECORD)
-    return None if record is None else record.reduction
-
-
 def token_map(model: nn.Module, block: int | None = None) -> Tensor:
     """Where every token of the first layer is after the last forward of a model patched with trace=True.
 

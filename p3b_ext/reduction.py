@@ -17,6 +17,7 @@ from .plan import (
     CLASS_SCORES,
     CRITERIA,
     SCORES,
+    SPREAD_ROUNDING,
     TokenPlan,
     plan_fuse,
     plan_merge,
@@ -189,6 +190,11 @@ class PPT(Reduction):
         scores = token_scores(aux, self.score, num_prefix)
         threshold = self.threshold_of(block)
         return plan_ppt(scores, metric, self._r(block), threshold, num_prefix, criterion=self.criterion)
+
+    def prunes(self, block: int, spread: Tensor) -> Tensor:
+        """Whether images of these spreads of scores `[images]` (`p3b_ext.score_spreads`) are pruned in one of `blocks`,
+        bool `[images]`; the others merge."""
+        return spread * (1 + SPREAD_ROUNDING) >= self.threshold_of(block)
 
     def threshold_of(self, block: int) -> float:
         """The threshold in one of `blocks`; ValueError where there is none yet."""

@@ -7,7 +7,8 @@ import vits
 
 from p3b import budget
 from p3b.pruning.benefit import Benefit, Importance
-from p3b.pruning.probes import BATCH_NORM_EPSILON, ConvProbe, LinearProbe, PointwiseProbe, Probes, Taps
+from p3b.pruning.probes import BATCH_NORM_EPSILON, ConvProbe, LinearProbe, PointwiseProbe, Probes
+from p3b_ext import ResidualStream
 
 DEPTH = 3
 
@@ -25,7 +26,7 @@ def model(name="deit", **options):
 
 def test_taps_are_the_residual_stream():
     vit, x = model(), vits.images(3, 32)
-    with Taps(vit, rows=2) as taps:
+    with ResidualStream(vit, rows=2) as taps:
         vit(x)
     stream = [vit._pos_embed(vit.patch_embed(x))]
     for block in vit.blocks:
@@ -80,7 +81,7 @@ def test_probes_read_every_family_and_leave_the_backbone_alone(name, form):
     has_class_token = name in ("deit", "distilled", "layer_scale", "qk_norm")
     assert probes.criteria == (("cls", "patch") if has_class_token else ("patch",))
     labels = torch.tensor([1, 2, 3])
-    with Taps(vit) as taps:
+    with ResidualStream(vit) as taps:
         vit(torch.randn(3, 3, 24, 40))
     losses = probes(taps.stream, loss_for(labels))
     assert all(values.shape == (2 * DEPTH, 2) for values in losses.values())

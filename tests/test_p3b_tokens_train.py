@@ -13,11 +13,11 @@ from p3b import Config, budget
 from p3b.metrics import cost as costs
 from p3b.models import token_reduction as reductions
 from p3b.pruning.gates import attach
-from p3b.pruning.probes import Probes, Taps
+from p3b.pruning.probes import Probes
 from p3b.pruning.sub_blocks import outside_cost
 from p3b.pruning.surgery import shrink
 from p3b.training.prune import PruningPhase
-from p3b_ext import tuning
+from p3b_ext import ResidualStream, tuning
 from p3b_ext.reducing_blocks import ROLE
 
 CLASSES, BATCH = 4, 16
@@ -105,7 +105,7 @@ def test_every_stage_is_read_on_the_whole_grid(reduction):
         role.shared.settings = dataclasses.replace(role.shared.settings, reduction=reduction)
         role.reduces = reduction.reduces(role.block, role.depth)
     x = vits.images(3, 16)
-    with Taps(model, rows=2) as taps, torch.no_grad():
+    with ResidualStream(model, rows=2) as taps, torch.no_grad():
         model(x)
     assert not p3b_ext.current_patch(model).trace
     for tap, (tokens, slot) in zip(taps.stream, stages(model, x), strict=True):
@@ -122,7 +122,7 @@ def test_every_stage_is_read_on_the_whole_grid(reduction):
 def test_all_probes_read_reduced_models(form, reduction):
     model = p3b_ext.patch(vit(), reduction)
     labels = torch.arange(3) % CLASSES
-    with Taps(model) as taps:
+    with ResidualStream(model) as taps:
         model(vits.images(3, 16))
     losses = Probes(model, form=form)(
         taps.stream,
@@ -136,7 +136,7 @@ def test_taps_leave_the_models_answer_and_its_trace_alone():
         model, x = p3b_ext.patch(vit(), REDUCTIONS["ppt that drops"], trace=trace), vits.images(3, 16)
         with torch.no_grad():
             alone = model(x)
-            with Taps(model):
+            with ResidualStream(model):
                 torch.testing.assert_close(model(x), alone, rtol=0, atol=0)
             slots = p3b_ext.token_map(model) if trace else None
             torch.testing.assert_close(model(x), alone, rtol=0, atol=0)

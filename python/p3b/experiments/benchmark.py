@@ -78,7 +78,7 @@ def compare(
     """Every model as timm runs it and with p3b_ext's attention, and some of them with each token reduction.
 
     names: of `token_reduction.NAMES`; "dense" adds nothing. loader: (images, labels) batches. bases: the models whose
-    tokens are reduced; default: the last. trained: the reduction that a model was trained under, which is a row of its own.
+    tokens are reduced; default: the last. trained: the reduction that a model was trained under, a row of its own.
     macs_ratios: bring each reduction to these shares, in (0, 1], of its model's multiplications, in place of published
     settings; with several `bases` to these shares of the first one's, and one that costs less already, or cannot come
     down to a share, goes without. prune_share and calibration: share of images that PPT prunes, and batches to find its

@@ -17,8 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import p3b_ext
-from p3b_ext import plan
-from p3b_ext.tuning import count_macs, score_spreads
+from p3b_ext import count_macs, score_spreads
 
 from ..files import write_json, write_text
 from ..metrics.accuracy import evaluate
@@ -83,7 +82,7 @@ def sweep(
     """
     if scores is None:
         scores = SCORES if model.has_class_token else ("entropy_value", "received")
-    for what, given, known in (("modes", modes, MODES), ("scores", scores, plan.SCORES)):
+    for what, given, known in (("modes", modes, MODES), ("scores", scores, NAMES)):
         wrong = [name for name in given if name not in known]
         if wrong or not given:
             raise ValueError(f"scores: {what} must be of {', '.join(known)}, got {', '.join(wrong) or 'none'}")
@@ -112,10 +111,7 @@ def sweep(
             dataclasses.replace(
                 _case(mode, score, r, model, loader),
                 threshold=threshold,
-                pruned={
-                    block: float((each * (1 + plan.SPREAD_ROUNDING) >= threshold).float().mean())
-                    for block, each in spreads.items()
-                },
+                pruned={block: float(ppt.prunes(block, each).float().mean()) for block, each in spreads.items()},
                 spread={block: (float(each.mean()), float(each.std())) for block, each in spreads.items()},
             )
         )

@@ -20,8 +20,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from p3b_ext import ResidualStream as Taps  # noqa: F401  (step.py takes it from here)
-
 BATCH_NORM_EPSILON = 1e-5
 # Adam turns a layer by about lr * sqrt(inputs) a step. The cheaper patch probes see fewer inputs at once than a 3x3
 # convolution, so at its learning rate they lag behind, and benefit that is read off them says how far they have come.

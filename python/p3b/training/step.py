@@ -16,11 +16,12 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from p3b_ext import ResidualStream
+
 from ..config import Config
 from ..metrics.accuracy import evaluate
 from ..pruning.context import ProbeBatch
 from ..pruning.methods.base import Method
-from ..pruning.probes import Taps
 from .distillation import check_teacher, distillation
 from .distributed import Processes
 
@@ -62,7 +63,7 @@ class Step:
         self.processes, self.teacher = processes or Processes(), teacher
         self.wrapped = self.processes.wrap(model)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
-        self.taps = Taps(model) if method is not None and method.reads_stream else None
+        self.recorded = ResidualStream(model) if method is not None and method.reads_stream else None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
@@ -100,7 +101,7 @@ class Step:
             last = i == len(batches) - 1
             # gradients of several batches are added before they are averaged over processes
             local = nullcontext() if last or self.processes.world == 1 else self.wrapped.no_sync()
-            with local, self.taps or nullcontext():
+            with local, self.recorded or nullcontext():
                 total, logits, loss = self._losses(images, targets, measuring, pruning)
                 (total * (self.scale / len(batches))).backward()
             meter.add(loss, logits, targets)
@@ -111,12 +112,12 @@ class Step:
         config, clean = self.config, None
         rows = max(1, round(config.probe_share * len(images))) if measuring else 0
         if self.mixup is not None:
-            if measuring and config.benefit_targets == "clean" and self.taps is not None:
+            if measuring and config.benefit_targets == "clean" and self.recorded is not None:
                 clean = (self._clean_stream(images[:rows]), targets[:rows])
             # timm mixes in place; the loader's tensors are not ours
             images, targets = self.mixup(images.clone(), targets)
-        if self.taps is not None:
-            self.taps.begin(rows)
+        if self.recorded is not None:
+            self.recorded.begin(rows)
         with autocast(config, self.device):
             logits = self.forward(images)
         if logits.ndim != 2:
@@ -131,17 +132,17 @@ class Step:
                 logits, answers.float(), config.distill_temperature
             )
         if measuring:
-            stream = self.taps.stream if self.taps is not None else None
+            stream = self.recorded.stream if self.recorded is not None else None
             extra = self.method.loss(ProbeBatch(targets[:rows], self.criterion, pruning, stream, clean))
             total = total if extra is None else total + extra
         return total, logits, loss
 
     def _clean_stream(self, images: Tensor) -> list[Tensor]:
         """The residual stream of images without mixing, in the mode that the model is in."""
-        self.taps.begin(len(images))
+        self.recorded.begin(len(images))
         with torch.no_grad(), autocast(self.config, self.device):
             self.model(images)
-        return list(self.taps.stream)
+        return list(self.recorded.stream)
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy per row: smoothed for integer labels, as given for soft targets."""
