@@ -140,7 +140,7 @@ def test_what_cannot_be_compensated_is_refused():
         activation_means(vits.vit(), [images()])
     for name, options, message in (
         ("augreg_no_qkv_bias", {"qkv_bias": False}, "has a Linear layer without bias"),
-        ("qk_norm_scale_norm", {}, "must have no norm behind its inner gate"),
+        ("qk_norm_scale_norm", {}, "has a norm after its inner gate"),
     ):
         with pytest.raises(NotImplementedError, match=message):
             activation_means(vit(name, **options), [images()])
