@@ -137,7 +137,7 @@ def test_conv_probe_needs_the_grid():
     vit = model()
     probes = Probes(vit, form="conv")
     stream = [torch.randn(2, 12, 48) for _ in range(2 * DEPTH + 1)]
-    with pytest.raises(ValueError, match=r"every block must see all 4x4 patches, got \[11\]"):
+    with pytest.raises(ValueError, match=r"every block must have all 4x4 patches, got \[11\]"):
         probes(stream, loss_for(torch.tensor([0, 1])))
 
 
