@@ -9,6 +9,7 @@ import importlib
 import math
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ FAMILIES = {
 MAX_HEAD_DIM = 128  # of the cuda and triton attention kernels
 MAX_TOKENS = 4096  # of the cuda and triton ranking and matching kernels
 
+_C: ModuleType | None
 try:
     _C = importlib.import_module("p3b_ext._C")
     _C_ERROR = ""

@@ -1,7 +1,7 @@
 """nn.Module wrappers: the drop-in Attention."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm.layers
 import torch
@@ -28,7 +28,7 @@ class Attention(timm.layers.Attention):
     masks are handed to PyTorch's scaled_dot_product_attention.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # an AttentionOutput where side outputs are asked for
         self,
         x: Tensor,
         attn_mask: Tensor | None = None,
@@ -64,10 +64,10 @@ class Attention(timm.layers.Attention):
         if dropout > 0 or (plain and (attn_mask is not None or is_causal)):
             x, side = self._handed_over(q, k, v, attn_mask, is_causal, dropout, token_size, aux)
         else:
-            asked = {"key_mask": _key_mask(attn_mask, is_causal, batch, n), "token_size": token_size, "aux": aux}
-            x = packed_attention(qkv, **asked) if packed else masked_attention(q, k, v, **asked)
-            if aux is not None:
-                x, side = x
+            mask = _key_mask(attn_mask, is_causal, batch, n)
+            asked: dict[str, Any] = {"key_mask": mask, "token_size": token_size, "aux": aux}
+            found: Any = packed_attention(qkv, **asked) if packed else masked_attention(q, k, v, **asked)
+            x, side = (found, side) if aux is None else found
 
         x = self.norm(x.transpose(1, 2).reshape(batch, n, self.attn_dim))
         if gate is not None:
@@ -75,8 +75,8 @@ class Attention(timm.layers.Attention):
         x = self.proj_drop(self.proj(x))
         if aux is None:
             return x
-        keys = k.detach() if metric else None
-        return AttentionOutput(x, side, keys if metric in (False, "heads") else keys.mean(1))
+        keys = k.detach() if metric == "heads" else k.detach().mean(1) if metric else None
+        return AttentionOutput(x, side, keys)
 
     def _handed_over(self, q, k, v, attn_mask, is_causal, dropout, token_size, aux) -> tuple[Tensor, AttentionAux]:
         """Attention by PyTorch, for dropout and general masks; side outputs come from a fused pass without gradient."""

@@ -11,7 +11,19 @@ from torch import Tensor, nn
 from .linear import OneDnnLinear, prefer_onednn
 from .models import family_of
 from .ops.checks import check_int
-from .reducing_blocks import RECORD, ROLE, Patch, Record, Role, Shared, blocks_that_reduce, record_of, subclass
+from .reducing_blocks import (
+    RECORD,
+    ROLE,
+    Model,
+    Patch,
+    Record,
+    Role,
+    Shared,
+    blocks_that_reduce,
+    depth_of,
+    record_of,
+    subclass,
+)
 from .reduction import Reduction
 
 LINEARS = ("auto", "torch", "onednn")
@@ -42,7 +54,7 @@ def patch(
     """
     family = family_of("patch", model)
     _check_options(reduction, trace, linear)
-    depth = first = len(model.blocks)
+    depth = first = depth_of(model)
     if reduction is not None:
         family.check_reducible(model)
         active = blocks_that_reduce(model, reduction)
@@ -109,7 +121,7 @@ def token_map(model: nn.Module, block: int | None = None) -> Tensor:
     slots = record.shared.last_slots()
     if not slots:
         raise ValueError("token_map: model must have run since it was patched, got no forward")
-    depth = len(model.blocks)
+    depth = depth_of(model)
     block = depth - 1 if block is None else check_int("token_map", "block", block, 0, depth - 1)
     if block < record.first:  # nothing has moved yet
         batch, n = slots[0].shape
@@ -156,11 +168,11 @@ def _check_options(reduction, trace, linear) -> None:
         raise ValueError(f"patch: linear must be one of {', '.join(LINEARS)}, got {linear!r}")
 
 
-def _patched(old: type, new: type) -> type:
-    return new if issubclass(new, nn.Module) else subclass(new, old)
+def _patched(old: type[nn.Module], new: type) -> type[nn.Module]:
+    return new if issubclass(new, nn.Module) else subclass(new, old)  # type: ignore[arg-type]  # classes hash
 
 
-def _give_roles(model: nn.Module, record: Record) -> None:
+def _give_roles(model: Model, record: Record) -> None:
     reduction = record.shared.settings.reduction
     active = blocks_that_reduce(model, reduction) if reduction is not None else []
     for i in range(record.first, len(model.blocks)):

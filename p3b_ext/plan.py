@@ -5,6 +5,7 @@ Letters: B batch, H heads, N tokens in, M tokens out, C model channels. Prefix: 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,10 @@ def follow(slot: Tensor, then: Tensor) -> Tensor:
 
 
 def _ones_or(weight: Tensor | None, slot: Tensor, like: Tensor | None) -> Tensor:
-    return torch.ones(slot.shape, dtype=like.dtype, device=slot.device) if weight is None else weight
+    """weight, or ones of the dtype of `like`: one of the two is a tensor."""
+    if weight is not None:
+        return weight
+    return torch.ones(slot.shape, dtype=None if like is None else like.dtype, device=slot.device)
 
 
 def token_scores(aux: AttentionAux, method: str, num_prefix: int = 1) -> Tensor:
@@ -178,13 +182,14 @@ def raw_scores(op: str, aux: AttentionAux, method: str, num_prefix: int) -> Tens
         raise ValueError(f"{op}: aux must hold {', '.join(missing)} for {method!r}; ask masked_attention(aux={needed})")
     for name in needed:
         check_tensor(op, name, getattr(aux, name), "B N" if name == "value_norm" else "B H N", getattr(aux, needed[0]))
-    if "value_norm" in needed:
+    norm = aux.value_norm if "value_norm" in needed else None
+    if norm is not None:
         batch, _, tokens = getattr(aux, needed[0]).shape
-        check_shape(op, "value_norm", aux.value_norm, (batch, tokens))
+        check_shape(op, "value_norm", norm, (batch, tokens))
     score = getattr(aux, needed[0]).mean(1)
     num_prefix = check_int(op, "num_prefix", num_prefix, 1 if method in CLASS_SCORES else 0, score.shape[1])
-    if "value_norm" in needed:
-        score = score * aux.value_norm
+    if norm is not None:
+        score = score * norm
     return score[:, num_prefix:]
 
 
@@ -278,7 +283,8 @@ def plan_merge(
         if source != "random":
             raise ValueError(f"{op}: source must be None, an int, 'random' or a bool tensor, got {source!r}")
         r = min(r, max(free - 1, 0))
-        own = {} if generator is None else {"generator": generator}  # that overload knows no symbolic sizes
+        # the overload with a generator knows no symbolic sizes
+        own: dict[str, Any] = {} if generator is None else {"generator": generator}
         noise = torch.rand(batch, free, device=metric.device, **own)
         mask = noise.argsort(1).argsort(1) < r
     else:

@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .modules import AttentionOutput
 from .plan import TokenPlan, follow
 from .reduction import Reduction
 
@@ -108,7 +109,7 @@ class Shared:
         return {"settings": self.settings, "slots": self.last_slots()}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+        self.__dict__.update(Shared(**state).__dict__)
 
 
 @dataclass
@@ -134,6 +135,15 @@ class Record:
     classes: dict[str, tuple[type, type]] = field(default_factory=dict)
 
 
+# A model of a family that models/ knows: PyTorch types every attribute of an nn.Module as "Tensor or Module".
+Model = Any
+
+
+def depth_of(model: Model) -> int:
+    """How many blocks a model has."""
+    return len(model.blocks)
+
+
 def record_of(model: nn.Module) -> Record | None:
     """The record of a patched model, None for any other."""
     return model.__dict__.get(RECORD)
@@ -151,12 +161,12 @@ def override(model: nn.Module, **changes) -> contextlib.AbstractContextManager[N
     return contextlib.nullcontext() if record is None else record.shared.override(**changes)
 
 
-def blocks_that_reduce(model: nn.Module, reduction: Reduction) -> list[int]:
+def blocks_that_reduce(model: Model, reduction: Reduction) -> list[int]:
     """The blocks of model in which `reduction` would lose tokens; ValueError where the model lacks what it needs.
 
     A block whose attention has been pruned away says nothing about its tokens: ToMe passes over it.
     """
-    depth = len(model.blocks)
+    depth = depth_of(model)
     reduction.validate(depth, model.has_class_token)
     wanted = [i for i in range(depth) if reduction.reduces(i, depth)]
     silent = [i for i in wanted if getattr(model.blocks[i], "attn", model) is None]
@@ -181,7 +191,7 @@ def subclass(mixin: type, base: type) -> type:
 
 
 def _rebuild(mixin: type, base: type) -> nn.Module:
-    cls = subclass(mixin, base)
+    cls: Any = subclass(mixin, base)
     return cls.__new__(cls)
 
 
@@ -189,17 +199,22 @@ class ReducingBlock:
     """A block that may lose tokens between its attention and its MLP.
 
     A mixin over a class with the two halves as methods: `attention_half(x, *, token_size, aux, metric)` gives the
-    stream after the attention and the AttentionOutput, `mlp_half(x)` the stream after the MLP.
+    stream after the attention and the AttentionOutput, `mlp_half(x)` the stream after the MLP. x is a tensor [B, N, C]
+    or, behind a block of this kind, Tokens.
     """
 
-    def forward(self, x: Tensor | Tokens, attn_mask: Tensor | None = None, is_causal: bool = False):
+    attention_half: Callable[..., tuple[Tensor, AttentionOutput]]
+    mlp_half: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False):
         if attn_mask is not None or is_causal:
             raise NotImplementedError("patch: attn_mask must be None with token reduction; unpatch(model) to use masks")
         role: Role = self.__dict__[ROLE]
         shared = role.shared
         x, size, slots, settings = x if isinstance(x, Tokens) else Tokens(x, None, (), shared.settings_now())
         used = settings or shared.settings
-        reduction, trace = used.reduction, used.trace
+        reduction: Any = used.reduction  # blocks have a role under a reduction only
+        trace = used.trace
         x, side = self.attention_half(
             x,
             token_size=size if reduction.proportional else None,

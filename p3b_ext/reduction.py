@@ -37,7 +37,11 @@ class Reduction:
     proportional = False  # later attention adds the log of the token sizes to its logits
     merges = False  # tokens come to stand for several patches, so that sizes must be kept
     needs_metric: bool | str = False  # plan reads the keys averaged over heads; "heads": the keys, for it to average
-    aux: tuple[str, ...] = ()  # side outputs of the attention that plan reads
+
+    @property
+    def aux(self) -> tuple[str, ...]:
+        """Side outputs of the attention that plan reads."""
+        return ()
 
     def validate(self, depth: int, has_class_token: bool) -> None:
         """Raise ValueError where a model of `depth` blocks cannot be reduced so."""
@@ -134,7 +138,8 @@ class ToMe(Reduction):
         return n - (min(r, free - destinations) if destinations else 0)
 
     def plan(self, block: int, depth: int, aux: AttentionAux, metric: Tensor | None, num_prefix: int) -> TokenPlan:
-        return plan_merge(metric, self.schedule(depth)[block], num_prefix, source=self.source)
+        r = self.schedule(depth)[block]
+        return plan_merge(metric, r, num_prefix, source=self.source)  # type: ignore[arg-type]  # needs_metric
 
 
 @dataclass(frozen=True)
@@ -187,9 +192,9 @@ class PPT(Reduction):
         return n - min(self._r(block), (n - num_prefix) // 2) if block in self.blocks else n
 
     def plan(self, block: int, depth: int, aux: AttentionAux, metric: Tensor | None, num_prefix: int) -> TokenPlan:
-        scores = token_scores(aux, self.score, num_prefix)
-        threshold = self.threshold_of(block)
-        return plan_ppt(scores, metric, self._r(block), threshold, num_prefix, criterion=self.criterion)
+        scores, threshold = token_scores(aux, self.score, num_prefix), self.threshold_of(block)
+        r = self._r(block)
+        return plan_ppt(scores, metric, r, threshold, num_prefix, criterion=self.criterion)  # type: ignore[arg-type]
 
     def prunes(self, block: int, spread: Tensor) -> Tensor:
         """Whether images of these spreads of scores `[images]` (`p3b_ext.score_spreads`) are pruned in one of `blocks`,
@@ -264,7 +269,7 @@ class EViT(_KeepBest):
 
     def plan(self, block: int, depth: int, aux: AttentionAux, metric: Tensor | None, num_prefix: int) -> TokenPlan:
         # Not token_scores: the fused token is published with the attention as it is, not normalised over the patches.
-        attention = aux.cls_attention.mean(1)[:, num_prefix:]
+        attention = aux.cls_attention.mean(1)[:, num_prefix:]  # type: ignore[union-attr]
         n = attention.shape[1]
         if self.fuse:
             return plan_fuse(attention, self.keep(block, n), num_prefix)
@@ -329,7 +334,7 @@ def _freeze(reduction: Reduction, *names: str) -> None:
             object.__setattr__(reduction, name, tuple(value))
 
 
-def _each(op: str, name: str, value, blocks: tuple[int, ...]) -> tuple:
+def _each(op: str, name: str, value, blocks: Sequence[int]) -> tuple:
     """One value for each block."""
     if not isinstance(value, tuple):
         return (value,) * len(blocks)
@@ -375,7 +380,7 @@ def _check_blocks(op: str, blocks) -> None:
         raise ValueError(f"{op}: blocks must be different ones, got {list(blocks)}")
 
 
-def _check_depth(op: str, blocks: tuple[int, ...], depth: int) -> None:
+def _check_depth(op: str, blocks: Sequence[int], depth: int) -> None:
     for block in blocks:
         if block >= depth:
             raise ValueError(f"{op}: blocks must be between 0 and {depth - 1} for this model, got {block}")

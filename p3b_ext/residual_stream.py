@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .models import family_of
 from .ops.merge import unmerge_tokens
-from .reducing_blocks import ROLE, Shared, Tokens, override
+from .reducing_blocks import ROLE, Model, Shared, Tokens, override
 
 
 class ResidualStream:
@@ -30,7 +30,7 @@ class ResidualStream:
         self._family = family_of("ResidualStream", model)
         self.stream: list[Tensor] = []
         self.rows = rows
-        self._model, self._prefix = model, model.num_prefix_tokens
+        self._model: Model = model
         self._thread = threading.local()
         self._open = contextlib.ExitStack()
 
@@ -77,7 +77,7 @@ class ResidualStream:
         slot = slots[-1][: self.rows]
         self._keep(out)
         for side in (-2, -1):
-            self.stream[side] = _on_the_grid(self.stream[side], slot, self._prefix)
+            self.stream[side] = _on_the_grid(self.stream[side], slot, self._model.num_prefix_tokens)
 
 
 def _on_the_grid(x: Tensor, slot: Tensor, prefix: int) -> Tensor:

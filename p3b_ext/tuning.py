@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .models import family_of
 from .patch import current_reduction
 from .plan import score_spread, token_scores
-from .reducing_blocks import blocks_that_reduce, override, record_of, reducing
+from .reducing_blocks import Model, blocks_that_reduce, depth_of, override, record_of, reducing
 from .reduction import PPT, EViT, Reduction, ToMe, TopK
 
 
@@ -33,13 +34,13 @@ def token_counts(model: nn.Module, reduction: Reduction | None = None) -> list[t
         )
     if reduction is None:
         reduction = current_reduction(model)
-    n = model.patch_embed.num_patches + model.num_prefix_tokens
-    depth, counts = len(model.blocks), []
-    active = [] if reduction is None else blocks_that_reduce(model, reduction)
+    vit: Model = model
+    n, depth, counts = vit.patch_embed.num_patches + vit.num_prefix_tokens, depth_of(vit), []
+    active = [] if reduction is None else blocks_that_reduce(vit, reduction)
     for block in range(depth):
         before = n
-        if block in active:
-            n = reduction.tokens_after(block, depth, n, model.num_prefix_tokens)
+        if reduction is not None and block in active:
+            n = reduction.tokens_after(block, depth, n, vit.num_prefix_tokens)
         counts.append((before, n))
     return counts
 
@@ -79,7 +80,7 @@ def solve_r(model: nn.Module, macs_ratio: float, reduction: Reduction | None = N
         reduction = current_reduction(model) or ToMe()
     if not isinstance(reduction, ToMe | PPT):
         raise TypeError(f"{op}: reduction must be ToMe or PPT, got {type(reduction).__name__}; see at_cost")
-    high = model.patch_embed.num_patches
+    high = _patches(model)
     return _cheapest_step(op, model, macs_ratio, high, lambda r: _with_r(reduction, r))
 
 
@@ -94,12 +95,24 @@ def at_cost(model: nn.Module, macs_ratio: float, reduction: Reduction) -> Reduct
         return _with_r(reduction, solve_r(model, macs_ratio, reduction))
     if not isinstance(reduction, EViT | TopK):
         raise TypeError(f"{op}: reduction must be ToMe, PPT, EViT or TopK, got {type(reduction).__name__}")
-    patches = model.patch_embed.num_patches
+    patches = _patches(model)
 
     def with_fewer(count: int) -> Reduction:
         return dataclasses.replace(reduction, keep_rate=(patches - count) / patches)
 
     return with_fewer(_cheapest_step(op, model, macs_ratio, patches - 1, with_fewer))
+
+
+@overload
+def calibrate(
+    model: nn.Module, loader: Iterable, prune_share: float, *, per_block: Literal[False] = False
+) -> float: ...
+
+
+@overload
+def calibrate(
+    model: nn.Module, loader: Iterable, prune_share: float, *, per_block: Literal[True]
+) -> tuple[float, ...]: ...
 
 
 def calibrate(
@@ -123,7 +136,8 @@ def calibrate(
     """
     op = "calibrate"
     record = record_of(model) if isinstance(model, nn.Module) else None
-    if record is None or not isinstance(record.shared.settings.reduction, PPT):
+    ppt = None if record is None else record.shared.settings.reduction
+    if record is None or not isinstance(ppt, PPT):
         raise ValueError(f"{op}: model must be patched with a PPT; call patch(model, PPT(...)) first")
     if isinstance(prune_share, bool) or not isinstance(prune_share, int | float) or not 0 <= prune_share <= 1:
         raise ValueError(f"{op}: prune_share must be a number in [0, 1], got {prune_share!r}")
@@ -133,7 +147,7 @@ def calibrate(
             "give a list or a DataLoader"
         )
     shared = record.shared
-    ppt: PPT = shared.settings.reduction
+    found: float | tuple[float, ...] = float("inf")
     if per_block:
         thresholds = [float("inf")] * len(ppt.blocks)
         for block in sorted(ppt.blocks):
@@ -142,12 +156,15 @@ def calibrate(
             thresholds[place] = _quantile(spreads[block], prune_share)
         found = tuple(thresholds)
     else:
-        found = float("inf")
         for _ in ppt.blocks:
             spreads = _spreads(op, model, loader, dataclasses.replace(ppt, threshold=found))
             found = _quantile(torch.cat(list(spreads.values())), prune_share)
     shared.settings = dataclasses.replace(shared.settings, reduction=dataclasses.replace(ppt, threshold=found))
     return found
+
+
+def _patches(model: Model) -> int:
+    return model.patch_embed.num_patches
 
 
 def _with_r(reduction: ToMe | PPT, r: int) -> Reduction:
@@ -205,7 +222,8 @@ def score_spreads(model: nn.Module, loader: Iterable, ppt: PPT) -> dict[int, Ten
     if not isinstance(ppt, PPT):
         raise TypeError(f"{op}: ppt must be a PPT, got {type(ppt).__name__}")
     record = record_of(model) if isinstance(model, nn.Module) else None
-    reduces = [] if record is None else [i for i, block in enumerate(model.blocks) if reducing(block)]
+    vit: Model = model
+    reduces = [] if record is None else [i for i, block in enumerate(vit.blocks) if reducing(block)]
     if sorted(ppt.blocks) != reduces:
         raise ValueError(f"{op}: model must be patched with a reduction in blocks {list(ppt.blocks)}, got {reduces}")
     return _spreads(op, model, loader, ppt)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,12 @@ def test_every_op_has_a_cpu_kernel():
     assert len(names) == 15
     for name in set(names) - {"keep_tokens", "match_or_prune"}:  # a CPU composes them in Python
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"p3b_ext::{name}", "CPU"), name
+
+
+def test_private_functions_of_pytorch_are_in_one_file():
+    private = re.compile(r"\btorch(\.\w+)*\._[a-zA-Z]|forward_ad\._")
+    users = {path.name for path in (ROOT / "p3b_ext").rglob("*.py") if private.search(path.read_text())}
+    assert users == {"torch_private.py"}
 
 
 @pytest.mark.parametrize("folder", [".", "tests", "/"])

@@ -1,12 +1,15 @@
 """The command line: mistakes are one line and exit code 2, a run's folder is whole or not there, and it reads back."""
 
 import json
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -249,12 +252,12 @@ def test_toml_and_flags_agree_and_flags_win(tmp_path, capsys):
         ({"model": "resnet18"}, "one of timm's plain ViTs or DeiTs, got 'resnet18'"),
         ({"model_kwargs": {"depht": 2}}, "cannot be built"),
         ({"data": "digitz"}, "did you mean digits?"),
-        ({"data": None}, "data must be given"),
+        ({"data": None}, "data is missing"),
         ({"prune_ratio": 1.0}, "prune_ratio must be in (0, 1), got 1.0"),
         ({"prune_ratio": 0.99}, "smallest possible model keeps"),
-        ({"prune_rati": 0.5}, "'prune_rati' in .*did you mean prune_ratio"),
+        ({"prune_rati": 0.5}, "unknown key 'prune_rati'; did you mean prune_ratio"),
         ({"batch_size": "many"}, "batch_size must be int, got 'many'"),
-        ({"checkpoint": __file__}, "must be a readable weights file"),
+        ({"checkpoint": __file__}, "cannot be read: "),
         ({"model_kwargs": TINY | {"act_layer": "mish"}}, "save: activation must be one of GELU, "),
         ({"model": "vit_tiny_patch16_224.nonsense"}, "weights must be some that timm knows (vit_tiny_patch16_224.aug"),
         ({"img_size": 3}, "images must be one patch (4 x 4) or more, got 3 x 3"),
@@ -553,7 +556,7 @@ def test_resume_needs_a_run_that_is_not_done(config, tmp_path, capsys):
     folder.mkdir()
     settings = {"finetune_lr": 1e-3, "model": "vit_tiny_patch16_224", "data": "digits"}
     (folder / "run.json").write_text(json.dumps({"command": "finetune", "settings": settings}))
-    assert "got an unfinished run" in fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
+    assert "holds an unfinished run" in fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
     assert "must be a run of p3b prune, got one of p3b finetune" in fails(capsys, "prune", "--resume", tmp_path / "run")
     error = fails(capsys, "finetune", "--resume", tmp_path / "run", "--finetune-lr", "0.5")
     assert "finetune_lr must be the run's 0.001, got 0.5" in error
@@ -578,3 +581,32 @@ def test_pruning_under_a_token_reduction(config, tmp_path):
     assert counts[0][1] == counts[0][0] - 2
     rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]}
     assert rows["pruned"]["macs"] < rows["dense"]["macs"]
+
+
+def test_a_run_killed_while_it_is_finished_is_complete(config, monkeypatch, tmp_path, capsys):
+    """Whichever of the last files the process had removed, --resume renames the folder and leaves nothing behind."""
+    kept = tmp_path / "kept"
+
+    def killed(folder, target):
+        shutil.copytree(folder, kept)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("p3b.runs.folder._rename", killed)
+        assert main(["finetune", *config(), "--output", str(tmp_path / "run")]) == 130
+    for left in ((), ("state.pt",), (".lock",)):
+        output = tmp_path / f"run{len(left)}{''.join(left)}"
+        folder = shutil.copytree(kept, output.with_name(output.name + ".unfinished"))
+        for name in left:
+            (folder / name).touch()
+        assert "--resume" in fails(capsys, "finetune", *config(), "--output", output)
+        assert main(["finetune", "--resume", str(output)]) == 0 and not folder.exists()
+        assert not {"state.pt", "run.json", ".lock"} & {path.name for path in output.iterdir()}
+        assert main(["evaluate", str(output)]) == 0
+        assert "is a finished run" in fails(capsys, "finetune", "--resume", output)
+
+
+def test_warnings_are_shown_as_before_when_a_command_has_ended(tmp_path):
+    before, level = warnings.showwarning, logging.getLogger("huggingface_hub").level
+    main(["evaluate", str(tmp_path)])
+    assert warnings.showwarning is before and logging.getLogger("huggingface_hub").level == level

@@ -139,7 +139,7 @@ def test_what_cannot_be_compensated_is_refused():
     with pytest.raises(ValueError, match="the model has no gates"):
         activation_means(vits.vit(), [images()])
     for name, options, message in (
-        ("augreg_no_qkv_bias", {"qkv_bias": False}, "must have Linear layers with bias"),
+        ("augreg_no_qkv_bias", {"qkv_bias": False}, "has a Linear layer without bias"),
         ("qk_norm_scale_norm", {}, "must have no norm behind its inner gate"),
     ):
         with pytest.raises(NotImplementedError, match=message):

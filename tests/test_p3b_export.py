@@ -275,7 +275,9 @@ def test_the_command_names_mistakes(run, tmp_path, capsys):
     assert "flag must go with --reduction" in fails(run, "--r", 3, "--output", path)
     assert "batch must be 1 or more" in fails(run, "--batch", 0, "--output", path)
     assert "exclude each other" in fails(run, "--batch", 2, "--dynamic-batch", "--output", path)
-    assert "images must be given" in fails(run, "--reduction", "ppt", "--prune-share", 0.5, "--output", path)
+    assert "a threshold is found on images: give --data" in fails(
+        run, "--reduction", "ppt", "--prune-share", 0.5, "--output", path
+    )
     assert "name must be one of" in fails(run, "--reduction", "tomme", "--output", path)
     assert "name must be one that timm knows" in fails("no_such_model", "--output", path)
     flags = ["vit_tiny_patch16_224", "--no-pretrained", "--data", "run", "--output", path]

@@ -2,17 +2,22 @@
 does."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 import vits
 
 import p3b
+import p3b_ext
 from p3b import Config, shrink
+from p3b.pruning.context import Context, Milestones, ProbeBatch
 from p3b.pruning.gates import attach
 from p3b.pruning.masks import MIN_SHARE, Scores, block_mask, block_ranks, global_masks, ratio_masks, scaled_ranks
 from p3b.pruning.methods import create
+from p3b.training.distributed import Processes
 from p3b.training.progress import Silent
 from p3b.training.prune import PruningPhase
 from p3b.training.step import Meter
@@ -501,3 +506,39 @@ def test_unknown_method():
         create("best")
     with pytest.raises(ValueError, match=r"method must be one of .*, got 'best'"):
         Config(method="best")
+
+
+@pytest.mark.parametrize("method", [*METHODS, "p3b", "savit", "wdpruning"])
+def test_a_method_needs_no_run(method):
+    """A Context of plain objects and a ProbeBatch of plain tensors are enough to make and update masks."""
+    model, config = p3b_ext.patch(vit()), Config(method=method, start_epoch=0, sparse_epoch=1, final_epoch=2)
+    kind = create(method)
+    gates = kind.attach(model)
+    context = Context(model, gates, config, Milestones.of(config, 4), torch.device("cpu"), Processes())
+    decides = kind(context)
+    images, labels = batches(1)[0]
+    criterion = torch.nn.CrossEntropyLoss(reduction="none")
+    decides.begin([(images, labels)], criterion)
+    tokens, count = model.patch_embed.num_patches + model.num_prefix_tokens, 2 * len(model.blocks) + 1
+    stream = [torch.randn(len(labels), tokens, model.embed_dim) for _ in range(count)]
+    extra = decides.loss(ProbeBatch(labels, criterion, stream=stream))
+    assert extra is None or extra.isfinite()
+    gates.grad.copy_(torch.rand_like(gates.grad))
+    decides.stepped(torch.tensor(True), pruning=True)
+    decides.update(1.0, 0.0, True)
+    assert set(gates.values.tolist()) == {0.0, 1.0}
+    whole = float(decides.full.sum()) + decides.outside
+    assert gates.total() / whole == pytest.approx(1 - config.prune_ratio, abs=0.1)
+
+
+def test_run_and_method_do_not_hold_each_other():
+    """What a phase made is freed with it, without the garbage collector."""
+    run = start("p3b")
+    run.train_step(batches(1), Meter("cpu"))
+    watched = [weakref.ref(each) for each in (run, run.method, run.step, run.step.optimizer)]
+    gc.disable()
+    try:
+        del run
+        assert [each() for each in watched] == [None] * 4
+    finally:
+        gc.enable()

@@ -308,7 +308,7 @@ def test_wdpruning_penalises_the_exact_cost():
 def test_wdpruning_learns_saliencies_and_thresholds_without_decay_and_skips_broken_steps():
     pruning, _ = started("wdpruning")
     method, gates = pruning.method, pruning.gates
-    pruning.count = pruning.start
+    pruning.count = pruning.milestones.start
     method.excess = lambda: (torch.tensor(-1.0), torch.ones(8))  # within the budget: the loss alone
     gates.grad.copy_(torch.randn(len(gates.grad), generator=torch.Generator().manual_seed(4)))
     sign = gates.grad[method.index].sign()

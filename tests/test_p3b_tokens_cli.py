@@ -155,7 +155,7 @@ def test_mistakes_in_visualize(run, images, tmp_path, capsys, flags, message):
 @pytest.mark.parametrize("name", ["notes.txt", "cut.png", "missing.png", "twin"])
 def test_an_unreadable_image_leaves_nothing(run, images, tmp_path, capsys, name):
     arguments = ["visualize", images / "wide.png", images / name, "--model", run, "--output", tmp_path / "out"]
-    assert f"image: {images / name} (" in fails(capsys, *arguments)
+    assert f"image: {images / name} cannot be read as an image (" in fails(capsys, *arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -16,6 +16,7 @@ from p3b.pruning.gates import attach
 from p3b.pruning.probes import Probes
 from p3b.pruning.sub_blocks import outside_cost
 from p3b.pruning.surgery import shrink
+from p3b.training.progress import Silent
 from p3b.training.prune import PruningPhase
 from p3b_ext import ResidualStream, tuning
 from p3b_ext.reducing_blocks import ROLE
@@ -318,3 +319,23 @@ def test_a_saved_ppt_may_have_the_old_name_of_its_criterion(tmp_path):
     assert text.count('"criterion": "cv2"') == 1
     description.write_text(text.replace('"criterion"', '"unit"'))
     assert p3b_ext.current_reduction(p3b.load(tmp_path / "run")) == ppt
+
+
+def test_the_shrink_warns_once_of_what_it_changes():
+    """The reduction's block loses its attention in the shrink: one warning, though masks and small model are scored."""
+    model = p3b_ext.patch(vit(), REDUCTIONS["ppt that merges"])
+    run = PruningPhase(model, Config(start_epoch=0, sparse_epoch=1, final_epoch=1), 2)
+    run.epoch(0, batches(2), batches(1), Silent())
+    gone = next(block for block in run.gates.blocks if block.block == REDUCTIONS["ppt that merges"].blocks[0])
+    update = run.method.update
+
+    def without(progress, tau, final):
+        record = update(progress, tau, final)
+        for place in gone.slices():
+            run.gates.values[place] = 0.0
+        return record
+
+    run.method.update = without
+    with pytest.warns(UserWarning) as caught:
+        run.finish(batches(2), batches(1))
+    assert sum("is pruned" in str(warning.message) for warning in caught) == 1

@@ -1,6 +1,8 @@
 """timm's VisionTransformer (ViT, DeiT, AugReg, DINOv2, SigLIP and others), built from its Block or ResPostBlock."""
 
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import timm.layers
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from ..modules import Attention, AttentionOutput
 from ..ops.merge import unmerge_tokens
-from ..reducing_blocks import RECORD, ROLE, ReducingBlock, Tokens, own_halves
+from ..reducing_blocks import RECORD, ROLE, Model, ReducingBlock, Tokens, own_halves
 
 BLOCK_PARTS = {"norm1", "attn", "norm2", "mlp", "drop_path1", "drop_path2"}
 SIZE = "_p3b_size"  # attribute of a model's features: how many patches each token stands for
@@ -36,7 +38,7 @@ def check_reducible(model: VisionTransformer) -> None:
 
 def attention_swaps(model: VisionTransformer) -> dict[str, type]:
     """New classes of the attention modules inside the blocks."""
-    swaps = {}
+    swaps: dict[str, type] = {}
     for i, block in enumerate(model.blocks):
         found = False
         for name, module in block.named_modules(prefix=f"blocks.{i}"):
@@ -162,6 +164,7 @@ class ReducingModel:
                 f"forward_intermediates: {', '.join(masks)} must not be given for a reduced model"
             )
         depth, record = len(self.blocks), self.__dict__[RECORD]
+        take: Sequence[int]
         if indices is None or isinstance(indices, int):
             take = range(depth - (depth if indices is None else indices), depth)
         else:
@@ -170,7 +173,7 @@ class ReducingModel:
         (final, seen), outputs = _traced(self, x), []
         slots = record.shared.last_slots()
         for i in take:
-            y = seen[i] if isinstance(seen[i], Tensor) else seen[i].x
+            y = seen[i].x if isinstance(seen[i], Tokens) else seen[i]
             if i >= record.first:
                 y = unmerge_tokens(y, slots[i - record.first])
             y = self.norm(y) if norm else y
@@ -188,9 +191,9 @@ class ReducingModel:
         return kept
 
 
-def _traced(model: VisionTransformer, x: Tensor) -> tuple[Tensor, dict[int, Tensor | Tokens]]:
-    """forward_features with the token maps kept, and every block's output."""
-    seen: dict[int, Tensor | Tokens] = {}
+def _traced(model: Model, x: Tensor) -> tuple[Tensor, dict[int, Any]]:
+    """forward_features with the token maps kept, and every block's output: a tensor or Tokens."""
+    seen: dict[int, Any] = {}
     thread = threading.local()  # hooks are called in every thread that runs the model
     thread.seen = seen
 
@@ -209,7 +212,7 @@ def _traced(model: VisionTransformer, x: Tensor) -> tuple[Tensor, dict[int, Tens
 # What the residual stream and the cost are read from -----------------------------------------------------------------
 
 
-def reader_of_attention(block: nn.Module) -> nn.Module:
+def reader_of_attention(block: Any) -> nn.Module:
     """The part of a block whose input is the residual stream behind the attention; NotImplementedError without one."""
     if isinstance(block, ResPostBlock) or not hasattr(block, "norm2"):
         kind = type(block).__name__

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,34 @@ class AttentionAux(NamedTuple):
     value_norm: Tensor | None = None  # [B, N] 2-norm of the gated values over all heads' channels
     to_cls: Tensor | None = None  # [B, H, N] each query's attention to key 0
     received: Tensor | None = None  # [B, H, N] attention to each key, mean over queries
+
+
+@overload
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    token_size: Tensor | None = None,
+    channel_gate: Tensor | None = None,
+    scale: float | None = None,
+    aux: None = None,
+) -> Tensor: ...
+
+
+@overload
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    token_size: Tensor | None = None,
+    channel_gate: Tensor | None = None,
+    scale: float | None = None,
+    aux: Sequence[str],
+) -> tuple[Tensor, AttentionAux]: ...
 
 
 def masked_attention(
@@ -121,7 +149,8 @@ def _fast_path(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tenso
         return None
     if not (scale is None or (type(scale) is float and -math.inf < scale < math.inf)):
         return None
-    bits, places = 0, ()
+    bits: int = 0
+    places: tuple[int | None, ...] = ()
     if aux is not None:
         known = _one_pass(tuple(aux)) if type(aux) in (tuple, list) and {*map(type, aux)} <= {str} else None
         if known is None:
@@ -202,14 +231,14 @@ def scaled_dot_product_attention(
     (`[B, 1, 1, N]`, `[1, 1, 1, N]` or `[1, N]`), runs fused; every other call is handed to PyTorch.
     """
     mask = _fusable(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if mask is False:
+    if isinstance(mask, bool):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     return masked_attention(query, key, value, key_mask=mask, scale=scale)
 
 
-def _fusable(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor | bool | None:
+def _fusable(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor | Literal[False] | None:
     """The key mask [B, N] (or None) of a call that the fused op can run, False for any other call."""
     for t in (q, k, v) if attn_mask is None else (q, k, v, attn_mask):
         if not isinstance(t, Tensor) or t.is_nested or t.layout != torch.strided:

@@ -6,6 +6,8 @@ One multiply-add is 2 FLOPs.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
@@ -53,7 +55,7 @@ def _linear(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0]
 
 
-FORMULAS = {
+FORMULAS: dict[str, Callable] = {
     "masked_attention": _forward,
     "masked_attention_packed": _packed,
     "masked_attention_backward": _backward,
@@ -66,7 +68,9 @@ def register() -> None:
     namespaces = ["p3b_ext"] if backends._C is not None else []
     if not backends.UNAVAILABLE["triton"]:
         namespaces.append("p3b_ext_triton")
-    formulas = {getattr(getattr(torch.ops, space), op): f for space in namespaces for op, f in FORMULAS.items()}
+    formulas: dict[Any, Callable] = {}
+    for namespace in namespaces:
+        formulas |= {getattr(getattr(torch.ops, namespace), op): formula for op, formula in FORMULAS.items()}
     formulas |= {CPU_ATTENTION: _cpu_attention, CPU_ATTENTION_BACKWARD: _cpu_attention_backward, ONEDNN_LINEAR: _linear}
     for op, formula in formulas.items():
         if op is not None and op not in flop_registry:

@@ -266,7 +266,7 @@ class Config:
         try:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"config: {file} must be TOML, got {error}") from None
+            raise ValueError(f"config: {file} cannot be read as TOML: {error}") from None
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:

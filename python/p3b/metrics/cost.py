@@ -53,7 +53,7 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
     h n D^2) + D K (DeiT-S at 224: 4.599 G).
     """
     counted = model.model if isinstance(model, Deployed) else model
-    copied = copy.deepcopy(counted).to("cpu", torch.float32).eval()
+    copied = copy.deepcopy(counted).to("cpu", torch.float32).eval().requires_grad_(False)
     image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), _compiled_ops(), FlopCounterMode(display=False) as counter:
         copied(image)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p3b_ext import patch
+import p3b_ext
 
 
 def distillation(logits: Tensor, answers: Tensor, temperature: float) -> Tensor:
@@ -28,7 +28,7 @@ class Teacher:
     def __init__(self, model: nn.Module, given: nn.Module | None, device: torch.device) -> None:
         self.own = given is None
         self.model = copy.deepcopy(model if given is None else given).to(device).eval().requires_grad_(False)
-        patch(self.model)
+        p3b_ext.patch(self.model)
 
     def take(self, model: nn.Module) -> None:
         """Copies the model's weights, unless the teacher was given. (Gates of 1 change nothing.)"""

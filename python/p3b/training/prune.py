@@ -18,7 +18,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from p3b_ext import patch
+import p3b_ext
 
 from ..config import Config, as_config
 from ..machine import resolve_device
@@ -104,7 +104,7 @@ def prune(
     checkpoints = CheckpointWriter(state_dir, config, processes, train_loader, val_loader)
     saved = checkpoints.load() if resume else None
     seed_all(config.seed)
-    model = patch(copy.deepcopy(model).to(device), reduction)
+    model = p3b_ext.patch(copy.deepcopy(model).to(device), reduction)
     run = _Run(model, train_loader, val_loader, config, reduction, processes, progress, checkpoints)
     run.teacher = Teacher(model, teacher, device) if distills else None
     try:
@@ -166,7 +166,7 @@ class _Run:
         self._load_teacher(saved)
         cut(self.model, saved["kept"])
         self.model.p3b_description = saved["description"]
-        patch(self.model, remap_blocks(self.reduction, self.model))
+        p3b_ext.patch(self.model, remap_blocks(self.reduction, self.model))
         self.model.load_state_dict(saved["model"])
         return saved["history"]
 

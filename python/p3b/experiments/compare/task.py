@@ -136,7 +136,7 @@ class Task:
         try:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"compare: {file} must be TOML, got {error}") from None
+            raise ValueError(f"compare: {file} cannot be read as TOML: {error}") from None
         if values and set(values) <= set(TRAINER):
             raise ValueError(
                 f"compare: CONFIG must be a comparison (methods, ratios, [target]; p3b ships {names}), got {file}, "
