@@ -51,7 +51,11 @@ def prefer_onednn() -> bool:
     if not _is_amd() or torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn_linear():
         return False
     tokens, channels, outputs = PROBE
-    x, w, b = torch.ones(tokens, channels), torch.ones(outputs, channels), torch.ones(outputs)
+    x, w, b = (
+        torch.ones(tokens, channels, dtype=torch.float32, device="cpu"),
+        torch.ones(outputs, channels, dtype=torch.float32, device="cpu"),
+        torch.ones(outputs, dtype=torch.float32, device="cpu"),
+    )
     ours = _fastest(lambda: onednn_linear(x, w, b))
     return _fastest(lambda: F.linear(x, w, b)) >= MIN_GAIN * ours
 

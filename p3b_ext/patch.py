@@ -62,7 +62,9 @@ def patch(
     unpatch(model)
     swaps = family.attention_swaps(model) | family.block_swaps(model, first)
     if linear == "onednn" or (linear == "auto" and prefer_onednn()):
-        swaps |= {name: OneDnnLinear for name, m in model.named_modules() if type(m) is nn.Linear}
+        swaps |= {
+            name: OneDnnLinear for name, m in model.named_modules() if type(m) is nn.Linear and "forward" not in vars(m)
+        }
     if reduction is not None:
         swaps[""] = family.ReducingModel
 

@@ -229,7 +229,11 @@ def plan_fuse(scores: Tensor, keep: int, num_prefix: int = 1, weight: Tensor | N
     num_prefix = check_int(op, "num_prefix", num_prefix, 0, MOST_TOKENS)
     slot = prune_slots(scores, n - keep, num_prefix)
     if keep == n:
-        return TokenPlan(slot, num_prefix + n, index=torch.arange(num_prefix + n, device=slot.device).expand_as(slot))
+        return TokenPlan(
+            slot,
+            num_prefix + n,
+            index=torch.arange(num_prefix + n, device=slot.device, dtype=torch.int64).expand_as(slot),
+        )
     weight = scores if weight is None else weight
     check_tensor(op, "weight", weight, "B N-num_prefix", scores)
     check_shape(op, "weight", weight, (batch, n))
@@ -285,11 +289,11 @@ def plan_merge(
         r = min(r, max(free - 1, 0))
         # the overload with a generator knows no symbolic sizes
         own: dict[str, Any] = {} if generator is None else {"generator": generator}
-        noise = torch.rand(batch, free, device=metric.device, **own)
+        noise = torch.rand(batch, free, device=metric.device, dtype=torch.float32, **own)
         mask = noise.argsort(1).argsort(1) < r
     else:
         source = check_int(op, "source", source, 2)
-        destination = torch.arange(num_prefix, n, device=metric.device) % source == source - 1
+        destination = torch.arange(num_prefix, n, device=metric.device, dtype=torch.int64) % source == source - 1
         count = n // source - num_prefix // source  # destinations after the prefix
         r = min(r, free - count) if count else 0
         mask = (~destination).expand(batch, -1)

@@ -190,7 +190,7 @@ def subclass(mixin: type, base: type) -> type:
     def reduce(self, protocol):
         return _rebuild, (mixin, base), self.__dict__.copy()
 
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__reduce_ex__": reduce})
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__reduce_ex__": reduce, "_p3b_base": base})
 
 
 def _rebuild(mixin: type, base: type) -> nn.Module:

@@ -159,7 +159,7 @@ def test_reduction_in_a_block_without_attention_says_so():
     small = check(masked(share=0.6, empty=[(2, "out")]))
     with pytest.raises(ValueError, match=r"blocks\.1 has no attention"):
         patch(small, PPT(r=3, blocks=(1,)))
-    with pytest.raises(NotImplementedError, match="attention must exist where tokens are reduced"):
+    with pytest.raises(NotImplementedError, match="this block's attention has been pruned"):
         small.blocks[1].attention_half(torch.zeros(1, 13, 48), aux=("cls_attention",))
     assert patch(small, PPT(r=3, blocks=(2,)))(images()).isfinite().all()
     assert patch(small, ToMe(r=2))(images()).isfinite().all()  # passes over the block

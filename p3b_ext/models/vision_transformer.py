@@ -44,6 +44,10 @@ def attention_swaps(model: VisionTransformer) -> dict[str, type]:
     for i, block in enumerate(model.blocks):
         found = False
         for name, module in block.named_modules(prefix=f"blocks.{i}"):
+            if isinstance(module, timm.layers.Attention) and "forward" in vars(module):
+                raise NotImplementedError(
+                    f"patch: {name} has a forward of its own, set on the instance; remove it first"
+                )
             if isinstance(module, Attention):  # fused already, as attn_layer= or as a subclass of ours
                 found = True
             elif type(module) is timm.layers.Attention:
@@ -83,6 +87,8 @@ def _block_mixin(block: nn.Module, i: int) -> type:
         raise NotImplementedError(
             f"patch: blocks.{i}.attn is of type {type(block.attn).__name__}; token reduction needs an Attention"
         )
+    if "forward" in vars(block):
+        raise NotImplementedError(f"patch: blocks.{i} has a forward of its own, set on the instance; remove it first")
     if own_halves(block):
         return ReducingBlock
     return PostNormBlock if isinstance(block, ResPostBlock) else PreNormBlock
@@ -178,9 +184,9 @@ class ReducingModel:
         slots = record.shared.last_slots()
         for i in take:
             y = seen[i].x if isinstance(seen[i], Tokens) else seen[i]
+            y = self.norm(y) if norm else y  # token by token, so before dropped patches become 0
             if i >= record.first:
                 y = unmerge_tokens(y, slots[i - record.first])
-            y = self.norm(y) if norm else y
             prefix, y = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]
             if output_fmt == "NCHW":
                 y = y.transpose(1, 2).reshape(len(y), -1, *grid)

@@ -18,8 +18,8 @@ class Benefit:
 
     def __init__(self, criteria: tuple[str, ...], count: int, device: torch.device | str) -> None:
         self.criteria = criteria
-        self.sums = torch.zeros(len(criteria), count, device=device)
-        self.count = torch.zeros((), device=device)
+        self.sums = torch.zeros(len(criteria), count, device=device, dtype=torch.float32)
+        self.count = torch.zeros((), device=device, dtype=torch.float32)
         self.older = [torch.zeros_like(self.sums), torch.zeros_like(self.count)]
 
     def add(self, losses: dict[str, Tensor]) -> None:

@@ -57,7 +57,7 @@ def keep_ratios(
     """
     weight = _vector("keep_ratios", "block_params", block_params)
     imp = _vector("keep_ratios", "importance", importance, len(weight))
-    least = torch.as_tensor(floor, dtype=torch.float64).cpu()
+    least = torch.as_tensor(floor, dtype=torch.float64, device="cpu")
     if least.shape not in ((), weight.shape) or not ((least >= 0) & (least < 1)).all():
         raise ValueError(f"keep_ratios: floor must be in [0, 1), got {floor}")
     least = least.expand(len(weight))
@@ -87,11 +87,17 @@ def keep_ratios(
         return ((scale[:, None] * imp).maximum(least).clamp_max(1.0) * weight).sum(1)
 
     # spent() is piecewise linear and increasing, with a knot where a sub-block leaves the floor or becomes whole
-    knots = torch.cat((torch.zeros(1, dtype=imp.dtype), (least / imp)[live], 1.0 / imp[live])).sort().values
+    knots = (
+        torch.cat((torch.zeros(1, dtype=imp.dtype, device="cpu"), (least / imp)[live], 1.0 / imp[live])).sort().values
+    )
     cost = spent(knots)
-    right = int(torch.searchsorted(cost, torch.tensor(wanted, dtype=cost.dtype)).clamp(1, len(knots) - 1))
+    right = int(torch.searchsorted(cost, torch.tensor(wanted, dtype=cost.dtype, device="cpu")).clamp(1, len(knots) - 1))
     low, high = cost[right - 1], cost[right]
-    step = ((wanted - low) / (high - low)).clamp(0, 1) if high > low else torch.zeros(())
+    step = (
+        ((wanted - low) / (high - low)).clamp(0, 1)
+        if high > low
+        else torch.zeros((), dtype=torch.float32, device="cpu")
+    )
     scale = knots[right - 1] + step * (knots[right] - knots[right - 1])
     return (scale * imp).maximum(least).clamp_max(1.0)
 
@@ -131,7 +137,7 @@ class Cost:
 
     def __call__(self, a: Tensor, q: Tensor, o: Tensor) -> Tensor:
         """Cost of kept counts (any shape, broadcast), float64."""
-        a, q, o = (torch.as_tensor(n, dtype=torch.float64) for n in (a, q, o))
+        a, q, o = (torch.as_tensor(n, dtype=torch.float64, device="cpu") for n in (a, q, o))
         whole = self.a_q * a * q + self.q_o * q * o + self.in_ * a + self.inner * q + self.out * o + self.whole
         return torch.where(o == 0, 0.0, torch.where(a * q == 0, self.constant * o, whole))
 
@@ -156,8 +162,8 @@ def prune_costs(
     if sum(sizes) != len(gate_of_rank):
         raise ValueError(f"prune_count: sizes must add up to {len(gate_of_rank)} elements, got {sizes}")
     one_hot = torch.nn.functional.one_hot(gate_of_rank.long(), 3)
-    pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long), one_hot.cumsum(0)))
-    kept = torch.tensor(sizes) - pruned  # [E + 1, 3]
+    pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long, device="cpu"), one_hot.cumsum(0)))
+    kept = torch.tensor(sizes, dtype=torch.int64, device="cpu") - pruned  # [E + 1, 3]
     kept_in, kept_out, kept_inner = (rounded(kept[:, i], sizes[i], steps[i]) for i in range(3))
     return cost(kept_in, kept_inner, kept_out)
 
@@ -185,7 +191,7 @@ def prune_count(
 
 
 def _vector(op: str, name: str, value: Tensor, length: int | None = None) -> Tensor:
-    vector = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    vector = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     expected = "one value per sub-block [S]" if length is None else f"of shape [{length}]"
     if vector.ndim != 1 or len(vector) == 0 or (length is not None and len(vector) != length):
         raise ValueError(f"{op}: {name} must be {expected}, got shape {list(vector.shape)}")

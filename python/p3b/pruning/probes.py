@@ -40,8 +40,14 @@ class _BatchedLinear(nn.Module):
     def __init__(self, count: int, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
         bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(count, outputs, inputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(count, outputs, 1).uniform_(-bound, bound)) if bias else None
+        self.weight = nn.Parameter(
+            torch.empty(count, outputs, inputs, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(count, outputs, 1, dtype=torch.float32, device="cpu").uniform_(-bound, bound))
+            if bias
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.bmm(self.weight, x) if self.bias is None else torch.baddbmm(self.bias, self.weight, x)
@@ -77,8 +83,8 @@ class PointwiseProbe(nn.Module):
     def __init__(self, count: int, channels: int, width: int, classes: int) -> None:
         super().__init__()
         self.expand = _BatchedLinear(count, channels, width, bias=False)
-        self.scale = nn.Parameter(torch.ones(count * width))
-        self.shift = nn.Parameter(torch.zeros(count * width))
+        self.scale = nn.Parameter(torch.ones(count * width, dtype=torch.float32, device="cpu"))
+        self.shift = nn.Parameter(torch.zeros(count * width, dtype=torch.float32, device="cpu"))
         self.head = _BatchedLinear(count, width, classes)
 
     def forward(self, stack: Tensor) -> Tensor:
@@ -99,11 +105,13 @@ class ConvProbe(nn.Module):
         self.count, self.grid = count, grid
         sizes = (channels, width, width)
         self.convs = nn.ModuleList(
-            nn.Conv2d(count * a, count * b, 3, padding=1, bias=False, groups=count)
+            nn.Conv2d(count * a, count * b, 3, padding=1, bias=False, groups=count, dtype=torch.float32, device="cpu")
             for a, b in itertools.pairwise(sizes)
         )
-        self.scales = nn.ParameterList(torch.ones(count * width) for _ in self.convs)
-        self.shifts = nn.ParameterList(torch.zeros(count * width) for _ in self.convs)
+        self.scales = nn.ParameterList(torch.ones(count * width, dtype=torch.float32, device="cpu") for _ in self.convs)
+        self.shifts = nn.ParameterList(
+            torch.zeros(count * width, dtype=torch.float32, device="cpu") for _ in self.convs
+        )
         self.head = _BatchedLinear(count, width, classes)
 
     def forward(self, stack: Tensor) -> Tensor:

@@ -277,12 +277,12 @@ def _constant_output(branch: nn.Module, half: str, inner: Tensor) -> Tensor:
 
 def _tiled(inner: Tensor, head_dim: int, repeats: int) -> Tensor:
     """Places of the kept channels of a head (or of an MLP's value and gate) in `repeats` of them, stacked."""
-    return (torch.arange(repeats, device=inner.device)[:, None] * head_dim + inner).flatten()
+    return (torch.arange(repeats, device=inner.device, dtype=torch.int64)[:, None] * head_dim + inner).flatten()
 
 
 def _head_columns(heads: Tensor, head_dim: int) -> Tensor:
     """Places of the channels of the kept heads in all heads."""
-    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
+    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device, dtype=torch.int64)).flatten()
 
 
 def _cut_linear(linear: nn.Linear | nn.Conv2d, rows: Tensor | None = None, columns: Tensor | None = None) -> None:

@@ -28,6 +28,7 @@ from ..pruning.compensate import activation_means, checked_gates, compensate
 from ..pruning.context import Context, Milestones
 from ..pruning.gates import Gates, sharpening
 from ..pruning.methods import create
+from ..pruning.sub_blocks import sub_blocks
 from ..pruning.surgery import cut, shrink
 from .distillation import Teacher
 from .distributed import Processes
@@ -100,6 +101,7 @@ def prune(
         raise ValueError("config: distill needs a teacher: give one, or a start_epoch of 1 or more to make one")
     if config.finetune_epochs:
         check_warmup(config, config.finetune_epochs)
+    sub_blocks(model)  # names a part that cannot be pruned, before the copy, which some of these parts do not survive
     device, processes = resolve_device(config.device), Processes()
     checkpoints = CheckpointWriter(state_dir, config, processes, train_loader, val_loader)
     saved = checkpoints.load() if resume else None
@@ -326,7 +328,9 @@ class PruningPhase:
     def _check_budget(self) -> None:
         """A warning where the final masks miss the budget: few large steps (round_to) or a tiny model."""
         counted, wanted = self.config.budget, self.config.prune_ratio
-        whole = float(self.method.full.sum()) + self.gates.outside(counted, torch.ones(len(self.gates.values)) > 0)
+        whole = float(self.method.full.sum()) + self.gates.outside(
+            counted, torch.ones(len(self.gates.values), dtype=torch.float32, device="cpu") > 0
+        )
         pruned = 1 - self.gates.total(counted) / whole
         if abs(pruned - wanted) > BUDGET_TOLERANCE:
             what = f"the masks prune {pruned:.1%} of {counted} where {wanted:.1%} was asked for"

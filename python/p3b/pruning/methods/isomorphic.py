@@ -25,12 +25,12 @@ class Isomorphic(GlobalRanking):
     def scores(self, final: bool) -> Scores:
         scores = self.gates.window(self.config.rank_zero_by, include_previous=final)
         classes: dict[str, list[torch.Tensor]] = {}
-        places = torch.arange(len(scores.score))
+        places = torch.arange(len(scores.score), dtype=torch.int64, device="cpu")
         for block in self.gates.blocks:
             for name, place in zip(block.gate_names, block.slices(), strict=True):
                 classes.setdefault(name, []).append(places[place])
-        ranks = torch.empty(len(places), dtype=torch.float64)
+        ranks = torch.empty(len(places), dtype=torch.float64, device="cpu")
         for members in (torch.cat(found) for found in classes.values()):
             order = torch.from_numpy(Scores(*(values[members] for values in scores)).order())
-            ranks[members[order]] = (torch.arange(len(order), dtype=torch.float64) + 0.5) / len(order)
+            ranks[members[order]] = (torch.arange(len(order), dtype=torch.float64, device="cpu") + 0.5) / len(order)
         return active_scores(ranks)

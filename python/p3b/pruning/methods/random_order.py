@@ -22,7 +22,9 @@ class RandomOrder(Uniform):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         generator = torch.Generator().manual_seed(self.config.seed)
-        self.scores = active_scores(torch.rand(len(self.gates.values), generator=generator))
+        self.scores = active_scores(
+            torch.rand(len(self.gates.values), generator=generator, dtype=torch.float32, device="cpu")
+        )
 
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
         masks = ratio_masks(

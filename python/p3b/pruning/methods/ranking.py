@@ -36,7 +36,7 @@ class GlobalRanking(Method):
             self.target(progress),
             budget=self.config.budget,
             # what a sub-block costs is a product of two gates' counts
-            min_share=torch.as_tensor(self.floor, dtype=torch.float64).sqrt().clamp_min(MIN_SHARE),
+            min_share=torch.as_tensor(self.floor, dtype=torch.float64, device="cpu").sqrt().clamp_min(MIN_SHARE),
             round_to=self.config.round_to if final else 1,
         )
 
