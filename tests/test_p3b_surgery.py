@@ -73,10 +73,11 @@ def test_shrunk_equals_masked_with_an_empty_gate(name, half, gate):
     check(masked(name, 0.6, [(2 + half, gate)]))
 
 
-def test_shrunk_block_asks_an_attention_only_for_what_it_knows():
+def test_shrunk_block_asks_an_attention_only_for_what_it_knows(monkeypatch):
     """The attention of timm 1.0.23 takes no `is_causal`; an unpatched shrunk model runs it."""
     model = check(masked())
     expected = model(images())
+    monkeypatch.setattr("p3b.pruning.surgery.TAKES_CAUSAL", False)
     for block in model.blocks:
         whole = block.attn.forward
         block.attn.forward = lambda x, attn_mask=None, whole=whole: whole(x, attn_mask=attn_mask)
