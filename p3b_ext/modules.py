@@ -55,7 +55,8 @@ class Attention(timm.layers.Attention):
             NotImplementedError: token_size or aux together with a causal or full mask.
         """
         if token_size is None and aux is None and not self.fused_attn and backends.forced() == "reference":
-            return super().forward(x, **{"attn_mask": attn_mask} | ({"is_causal": True} if is_causal else {}))
+            causal: dict[str, Any] = {"is_causal": True} if is_causal else {}  # timm 1.0.23 does not know it
+            return super().forward(x, attn_mask=attn_mask, **causal)
         batch, n, _ = x.shape
         gate = getattr(self, "gate", None)  # since timm 1.0.29
         gate = None if gate is None else gate(x).sigmoid()
