@@ -20,6 +20,7 @@ class MethodDefault(str):
     """A setting that nobody has chosen: it has the value that the method gives it, and changes with the method."""
 
 
+KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}  # of a field, by its annotation
 METHOD_DEFAULTS = {"p3b+": {"rank_across": "block"}}
 """Settings whose default another method changes; what is given explicitly wins."""
 
@@ -223,12 +224,12 @@ class Config:
 
     def _coerce(self, field: dataclasses.Field) -> None:
         value = getattr(self, field.name)
-        kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type]
+        kind = KINDS[str(field.type)]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             setattr(self, field.name, float(value))
         elif not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             raise TypeError(f"config: {field.name} must be {field.type}, got {value!r}")
-        elif kind is float and not math.isfinite(value):
+        elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"config: {field.name} must be finite, got {value!r}")
 
     def _check(self, name: str, good: bool, expected: str) -> None:

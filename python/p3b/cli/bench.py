@@ -97,7 +97,7 @@ class Bench(Images, Device):
     def _models(self) -> tuple[Any, Any, Any, Any]:
         where = self.where(batch_size=self.batch_size)
         if len(self.model) == 1:
-            return benchmark.models_and_data(*self.model, self.data, **where, img_size=self.img_size)
+            return benchmark.models_and_data(self.model[0], self.data, **where, img_size=self.img_size)
         if self.img_size:
             raise ValueError(f"img_size: flag must be left out for the folders of runs, got {self.img_size}")
         models, data, trained = benchmark.several_runs(self.model, self.data, **where)

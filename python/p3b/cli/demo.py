@@ -24,6 +24,7 @@ from ..config import Config
 from ..data import Data, DataConfig, create_data
 from ..machine import set_threads
 from ..metrics.table import measure, tables
+from ..models.create import as_vit
 from ..report.page import write_report
 from ..runs import checkpoint
 from ..runs.folder import new_run_folder, save_measured, save_trained
@@ -35,7 +36,9 @@ from .flags import flag
 
 SOURCE, TARGET = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
 MODEL = "vit_tiny_patch16_224"
-MODEL_KWARGS = dict(img_size=16, patch_size=4, embed_dim=64, depth=6, num_heads=4, in_chans=1, num_classes=5)
+MODEL_KWARGS: dict[str, Any] = dict(
+    img_size=16, patch_size=4, embed_dim=64, depth=6, num_heads=4, in_chans=1, num_classes=5
+)
 TIMED_BATCH = 128
 REDUCTION_BLOCKS = (1, 3)
 REDUCTION_R = 4  # of 16 patches, then of 12
@@ -105,7 +108,8 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
         clock[name], begin = time.perf_counter() - begin, time.perf_counter()
 
     torch.manual_seed(seed)
-    model = p3b_ext.patch(create_model(MODEL, **MODEL_KWARGS))
+    model = as_vit(MODEL, create_model(MODEL, **MODEL_KWARGS))
+    p3b_ext.patch(model)
     checkpoint.check(model)
     source = _digits(SOURCE, seed)
     finetune(model, source.train, source.val, config, epochs=size.source, progress=Named(progress, "source"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
 
 import p3b_ext
 
@@ -80,7 +80,7 @@ class Export(Reduction, Images, Threads):
             raise ValueError(f"data: a timm model has no images of its own; name some instead of {self.data!r}")
         return create_data(DataConfig(**(settings | given), workers=self.workers))
 
-    def _reduce(self, model: nn.Module, data: Data | None) -> None:
+    def _reduce(self, model: VisionTransformer, data: Data | None) -> None:
         reduction = token_reduction.create_reduction(self.reduction, model, **self.settings())
         if data is None and isinstance(reduction, p3b_ext.PPT) and (self.prune_share or reduction.threshold is None):
             raise ValueError("a threshold is found on images: give --data, or --threshold itself")
@@ -90,7 +90,7 @@ class Export(Reduction, Images, Threads):
 def _known(meta: dict[str, Any]) -> dict[str, Any]:
     """What the file says of classes and preprocessing."""
     settings = meta["data"]
-    known = {key: meta[key] for key in ("model", "class_names", "top1") if key in meta}
+    known: dict[str, Any] = {key: meta[key] for key in ("model", "class_names", "top1") if key in meta}
     known |= {"mean": list(settings["mean"]), "std": list(settings["std"]), "interpolation": "bicubic"}
     if "source" not in settings or os.path.isdir(settings["source"]):  # arrays are resized whole
         known["crop_pct"] = settings["crop_pct"]

@@ -16,7 +16,7 @@ import itertools
 import json
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 GIVEN = "given"  # a field of a command for the settings (see `made`)
 
@@ -56,7 +56,9 @@ def add_flags(parser: Any, cls: type, *, leave_out: Sequence[str] = (), suppress
             continue
         name = "--" + field.name.replace("_", "-")
         kind = str(field.type).removesuffix(" | None")
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         if suppressed and default not in ("", {}, []):
             options["help"] += f" (default: {default})"
         options |= dict(dest=field.name, default=argparse.SUPPRESS if suppressed else default)
@@ -69,7 +71,7 @@ def add_flags(parser: Any, cls: type, *, leave_out: Sequence[str] = (), suppress
             parser.add_argument(name, **options)
 
 
-def made(cls: type, options: argparse.Namespace) -> Any:
+def made(cls: Any, options: argparse.Namespace) -> Any:
     """The dataclass of a parsed command line. A field `given` gets the settings that the command line names."""
     names = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in vars(options).items() if name in names}
@@ -82,7 +84,7 @@ def made(cls: type, options: argparse.Namespace) -> Any:
 class Parser(argparse.ArgumentParser):
     """argparse's parser with errors of one line, and the nearest flags for an unknown one."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2 (argparse's own prints the whole usage too)."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         wrong = next((word for word in message.split() if word.startswith("--")), "").split("=")[0]
@@ -94,15 +96,15 @@ class Parser(argparse.ArgumentParser):
 
 def _sentences(cls: type) -> dict[str, str]:
     """The sentence under each field of a dataclass and its bases."""
-    found: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for each in reversed(cls.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0].body
-        found |= {
-            field.target.id: " ".join(ast.literal_eval(text.value).split())
-            for field, text in itertools.pairwise(body)
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-        }
-    return found
+        definition = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0]
+        body = definition.body if isinstance(definition, ast.ClassDef) else []
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                    sentences[field.target.id] = " ".join(str(text.value.value).split())
+    return sentences
 
 
 def _json(text: str) -> Any:

@@ -30,9 +30,11 @@ from .options import Threads
 
 FREE_ON_RESUME = ("device", "workers")  # settings that change how a run is made and not its result
 PRUNE_ONLY = ("reduction", "reduction_settings")  # settings of a Job that fine-tuning does not have
-FINETUNE = ("opt", "weight_decay", "finetune_lr", "finetune_epochs", "schedule", "warmup_epochs", "min_lr", "ema")
-FINETUNE += ("label_smoothing", "mixup", "cutmix", "mix_prob", "mix_switch_prob", "distill", "distill_temperature")
-FINETUNE += ("select", "clip_grad", "accumulate", "seed", "amp", "compile", "device")  # the Config that it reads
+FINETUNE = (  # the fields of a Config that fine-tuning reads
+    *("opt", "weight_decay", "finetune_lr", "finetune_epochs", "schedule", "warmup_epochs", "min_lr", "ema"),
+    *("label_smoothing", "mixup", "cutmix", "mix_prob", "mix_switch_prob", "distill", "distill_temperature"),
+    *("select", "clip_grad", "accumulate", "seed", "amp", "compile", "device"),
+)
 NOT_FINETUNE = tuple(each.name for each in dataclasses.fields(Config) if each.name not in FINETUNE)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .array_loader import ArrayLoader
-from .loaders import MAX_CHECKED, FileLoader, SeededImages, StreamLoader
+from .loaders import MAX_CHECKED, FileLoader, Loader, SeededImages, StreamLoader
 from .sources import Arrays, Files, FolderReader, array_source, file_source, select_images
 
 AUGMENTS = ("none", "light", "strong")
@@ -95,8 +95,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         path = Path(self.source).expanduser()
         self._set("source", str(path.resolve()) if str(self.source) and path.exists() else str(self.source))
-        self._set("img_size", _image_size(self.img_size))
-        self._set("device", torch.device(self.device))
+        self._set("img_size", self.size)
+        self._set("device", self.torch_device)
         self._set("reader", dict(self.reader or {}))
         if not self.source:
             raise ValueError("data: source must be a name or a path, got an empty string")
@@ -116,10 +116,20 @@ class DataConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return _image_size(self.img_size)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device as a torch.device."""
+        return torch.device(self.device)
+
     def recorded(self) -> dict[str, Any]:
         """The fields that a run records, as plain JSON values: `DataConfig(**recorded)` reads the same images."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_RECORDED}
-        values["img_size"] = list(self.img_size)
+        values["img_size"] = list(self.size)
         for name, kind in (("classes", int), ("mean", float), ("std", float)):
             values[name] = None if values[name] is None else [kind(value) for value in values[name]]
         return values
@@ -132,8 +142,8 @@ class Data:
     `train` and `val` are iterables with `len()` of (images float32 [B, C, H, W], labels int64 [B]).
     """
 
-    train: Any
-    val: Any
+    train: Loader
+    val: Loader
     config: DataConfig
     """What the loaders were made from, with mean and std."""
     num_classes: int
@@ -144,17 +154,17 @@ class Data:
     @property
     def img_size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
-        return self.config.img_size
+        return self.config.size
 
     @property
     def mean(self) -> tuple[float, ...]:
         """Normalisation mean of each channel."""
-        return tuple(self.config.mean)
+        return tuple(self.config.mean or ())
 
     @property
     def std(self) -> tuple[float, ...]:
         """Normalisation standard deviation of each channel."""
-        return tuple(self.config.std)
+        return tuple(self.config.std or ())
 
     def part(self, rank: int, world: int) -> Data:
         """The same data as process `rank` of `world` reads it; `part(0, 1)` is all of it.
@@ -211,10 +221,10 @@ def check_files(data: Data, say: Callable[[str], Any]) -> None:
 def _from_arrays(arrays: Arrays, config: DataConfig, rgb: tuple[Sequence[float], Sequence[float]] | None) -> Data:
     x = [arrays.x_train, arrays.x_test]
     channels_first = [np.ascontiguousarray(a[:, None] if a.ndim == 3 else a.transpose(0, 3, 1, 2)) for a in x]
-    labels = [a.astype(np.int64) for a in (arrays.y_train, arrays.y_test)]
-    images = _on_device(channels_first, config.device, arrays.name)  # uint8 [n, C, H, W]
-    labels = _on_device(labels, config.device, arrays.name)
-    in_chans, size = images[0].shape[1], config.img_size
+    images = _on_device(channels_first, config.torch_device, arrays.name)  # uint8 [n, C, H, W]
+    y = [a.astype(np.int64) for a in (arrays.y_train, arrays.y_test)]
+    labels = _on_device(y, config.torch_device, arrays.name)
+    in_chans, size = images[0].shape[1], config.size
     mean, std = (
         (config.mean, config.std) if rgb is None or in_chans != 3 else (config.mean or rgb[0], config.std or rgb[1])
     )
@@ -251,12 +261,13 @@ def _on_device(arrays: list[np.ndarray], device: torch.device, name: str) -> lis
 def _from_files(files: Files, config: DataConfig, rgb: tuple[Sequence[float], Sequence[float]] | None) -> Data:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
-    size, (default_mean, default_std) = config.img_size, rgb or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    size, (default_mean, default_std) = config.size, rgb or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     mean = _channel_values("mean", config.mean or default_mean, 3)
     std = _channel_values("std", config.std or default_std, 3)
-    common = dict(input_size=(3, *size), interpolation="bicubic", mean=mean, std=std, crop_pct=config.crop_pct)
+    common: dict[str, Any] = dict(input_size=(3, *size), interpolation="bicubic", mean=mean, std=std)
+    common["crop_pct"] = config.crop_pct
     flip = files.flip if config.flip is None else config.flip
-    moves: dict[str, Any] = {
+    augmentations: dict[str, dict[str, Any]] = {
         "none": {},
         "light": dict(color_jitter=None, scale=(0.35, 1.0)),
         "strong": dict(
@@ -265,19 +276,23 @@ def _from_files(files: Files, config: DataConfig, rgb: tuple[Sequence[float], Se
             re_prob=config.re_prob,
             re_mode="pixel",
         ),
-    }[config.augment]
-    moves = moves and moves | dict(is_training=True, hflip=0.5 if flip else 0.0)
+    }
+    moves = augmentations[config.augment]
+    if moves:
+        moves |= dict(is_training=True, hflip=0.5 if flip else 0.0)
     try:
         transforms = [create_transform(**moves, **common), create_transform(**common)]
     except AssertionError as error:  # timm's way to refuse a policy
         wanted = f"a policy that timm knows (rand-..., augmix-..., 3a, original, ...), got {config.auto_augment!r}"
         raise ValueError(f"data: auto_augment must be {wanted}") from error
     _fix_posterize(transforms[0])
-    names, loaders = files.class_names, []
+    names = files.class_names
+    loaders: list[Loader] = []
     for part, reader in enumerate((files.train, files.val)):
         options: dict[str, Any] = dict(batch_size=config.batch_size, workers=config.workers, train=part == 0)
-        options |= dict(seed=config.seed, pin=config.device.type == "cuda")
-        if isinstance(reader, torch.utils.data.IterableDataset):
+        options |= dict(seed=config.seed, pin=config.torch_device.type == "cuda")
+        stream = isinstance(reader, torch.utils.data.IterableDataset)
+        if stream:
             if config.repeats > 1:
                 raise ValueError(f"data: repeats must be 1 for the stream {files.name!r}, got {config.repeats}")
             reader.transform = transforms[part]

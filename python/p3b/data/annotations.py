@@ -44,7 +44,8 @@ def find_lists(folder: str) -> tuple[list[Samples], tuple[str, ...]] | None:
 
 
 def _from_json(root: Path, paths: list[Path]) -> tuple[list[Samples], tuple[str, ...]]:
-    parts, categories = [], {}
+    parts: list[list[tuple[str, Any]]] = []
+    categories: dict[Any, str] = {}
     for path in paths:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

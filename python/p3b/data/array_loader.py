@@ -77,14 +77,15 @@ class ArrayLoader(Loader):
         return (torch.rand(count, sum(DRAWS.values()), generator=generator),)
 
     def _prepare(self, x: Tensor, draws: list[Tensor]) -> Tensor:
+        jitter, erasing = self.strong or (0.0, 0.0)
         strong = draws.pop().split(list(DRAWS.values()), 1) if self.train and self.strong is not None else None
         if strong:
-            x = colour(x, strong[0], self.strong[0])
+            x = colour(x, strong[0], jitter)
         if x.shape[-2:] != self.img_size:
             x = F.interpolate(x, self.img_size, mode="bicubic", antialias=True).clamp_(0, 255)
         x = (x - self._mean) / self._std
         if draws:
             x = shift_and_flip(x, *draws)
         if strong:
-            x = erase(warp(x, strong[1]), strong[2], self.strong[1])
+            x = erase(warp(x, strong[1]), strong[2], erasing)
         return x

@@ -10,7 +10,7 @@ import random
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ class Loader:
         self.count, self.batch_size, self.train, self.seed, self.repeats = count, batch_size, train, seed, repeats
         self.epoch, self.rank, self.world = 0, 0, 1
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        raise NotImplementedError
+
     def __len__(self) -> int:
         # Training drops the last, short batch (one shape for compiled steps), unless it is the only one.
         if self.train:
@@ -50,7 +53,7 @@ class Loader:
         arrays, some pixels."""
         return f"{self.count} images"
 
-    def part(self, rank: int, world: int) -> Loader:
+    def part(self, rank: int, world: int) -> Self:
         """The same batches as process `rank` of `world` reads them; images are shared, not copied."""
         if not 0 <= rank < world:
             raise ValueError(f"data: rank must be 0 to {world - 1} (of {world} processes), got {rank}")
@@ -65,7 +68,7 @@ class Loader:
         loader.rank, loader.world = rank, world
         return loader
 
-    def sized(self, batch_size: int) -> Loader:
+    def sized(self, batch_size: int) -> Self:
         """The same images in batches of another size. (Those of validation: what is drawn for training images depends
         on their batch.)"""
         loader = self.part(self.rank, self.world)
@@ -153,7 +156,7 @@ class FileLoader(Loader):
             code = zlib.crc32(f"{path}|{label}|{size}".encode(errors="surrogateescape"), code)
         return f"{super().fingerprint()}, {code:08x}"
 
-    def part(self, rank: int, world: int) -> Loader:
+    def part(self, rank: int, world: int) -> Self:
         """As `Loader.part`."""
         loader = super().part(rank, world)
         loader._keys, loader._loader = [], None
@@ -204,7 +207,7 @@ class StreamLoader(Loader):
             return max(1, self.count // (self.batch_size // self.world))
         return -(-self.count // self.batch_size)
 
-    def part(self, rank: int, world: int) -> Loader:
+    def part(self, rank: int, world: int) -> Self:
         """As `Loader.part`; for training timm's reader must know of the same processes."""
         loader = super().part(rank, world)
         known = getattr(self.dataset.reader, "dist_num_replicas", 1)

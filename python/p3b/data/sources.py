@@ -48,11 +48,9 @@ class Arrays:
 
     def files(self) -> Files:
         """The same set for the loader of image files."""
-        readers = [
-            _ArrayReader(self.x_train, self.y_train, self.name),
-            _ArrayReader(self.x_test, self.y_test, self.name),
-        ]
-        return Files(*readers, (len(self.y_train), len(self.y_test)), self.class_names, self.name, self.flip)
+        train = _ArrayReader(self.x_train, self.y_train, self.name)
+        val = _ArrayReader(self.x_test, self.y_test, self.name)
+        return Files(train, val, (len(self.y_train), len(self.y_test)), self.class_names, self.name, self.flip)
 
 
 def array_source(config: DataConfig) -> Arrays | None:
@@ -81,20 +79,20 @@ def _digits(val_share: float) -> Arrays:
 
 
 def _npz(path: str) -> Arrays:
-    wanted = ("x_train", "y_train", "x_test", "y_test")
+    names = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in wanted if name not in archive.files]
+            missing = [name for name in names if name not in archive.files]
             if missing:
                 raise ValueError(f"arrays {', '.join(archive.files) or 'none'}, not {', '.join(missing)}")
-            parts = {name: archive[name] for name in wanted}
+            parts: dict[str, np.ndarray] = {name: archive[name] for name in names}
     except Exception as error:  # numpy raises anything from zipfile.BadZipFile to EOFError for a damaged file
         raise ValueError(f"data: {path} must be a readable .npz file, got {error}") from error
     for part in ("train", "test"):
         x, y = parts[f"x_{part}"], parts[f"y_{part}"]
         if x.dtype != np.uint8 or x.ndim not in (3, 4):
-            wanted = "uint8 [n, H, W] or [n, H, W, C]"
-            raise ValueError(f"data: x_{part} of {path} must be {wanted}, got {x.dtype} {list(x.shape)}")
+            form = "uint8 [n, H, W] or [n, H, W, C]"
+            raise ValueError(f"data: x_{part} of {path} must be {form}, got {x.dtype} {list(x.shape)}")
         if 0 in x.shape[1:]:
             raise ValueError(f"data: x_{part} of {path} must hold pixels, got {list(x.shape)}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
@@ -108,7 +106,8 @@ def _npz(path: str) -> Arrays:
         raise ValueError(f"data: x_train and x_test of {path} must have the same channels, got {shapes}")
     grey = parts["x_train"].ndim == 3 or parts["x_train"].shape[3] == 1
     # Colour arrays are photographs as a rule; grey ones are often characters, which must not be mirrored.
-    return Arrays(*(parts[name] for name in wanted), Path(path).name, 2, not grey)
+    x_train, y_train, x_test, y_test = (parts[name] for name in names)
+    return Arrays(x_train, y_train, x_test, y_test, Path(path).name, 2, not grey)
 
 
 def _torchvision_arrays(config: DataConfig) -> Arrays | None:
@@ -250,8 +249,10 @@ def file_source(config: DataConfig) -> Files:
         if not names:
             raise ValueError(f"data: num_classes must be given for {source!r}, which does not say it itself")
         streams = isinstance(train, torch.utils.data.IterableDataset)
-        readers = (train, val) if streams else (_DatasetReader(train, source), _DatasetReader(val, source))
-        return Files(*readers, (len(train), len(val)), names, source)
+        counts = len(train), len(val)
+        if not streams:
+            train, val = _DatasetReader(train, source), _DatasetReader(val, source)
+        return Files(train, val, counts, names, source)
     raise ValueError(_unknown_source(source))
 
 

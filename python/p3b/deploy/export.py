@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import importlib.util
 import io
 import itertools
@@ -32,6 +31,7 @@ import p3b_ext
 
 from ..files import write_atomically
 from ..metrics.cost import Deployed, count_macs, count_params
+from ..models.token_reduction import settings_of
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -219,7 +219,7 @@ def describe(
         **meta,
     }
     if reduction is not None:
-        described["reduction"] = {"name": type(reduction).__name__, **dataclasses.asdict(reduction)}
+        described["reduction"] = {"name": type(reduction).__name__, **settings_of(reduction)}
         described["tokens_after_block"] = [after for _, after in p3b_ext.token_counts(model)]
     try:
         return json.loads(json.dumps(described, allow_nan=False))

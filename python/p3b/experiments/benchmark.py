@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from ..deploy import export
 from ..files import write_json, write_text
 from ..metrics.table import Row, first_images, measure, metrics, tables
 from ..models import token_reduction
-from ..models.create import check_model_name
+from ..models.create import as_vit, check_model_name
 from ..models.description import build
 from ..report.figures import new_figure, save_figure
 from ..runs.folder import load_run
@@ -90,14 +91,18 @@ def compare(
     check_shares(macs_ratios)
     if calibration is None:
         calibration = [next(iter(loader))[0]]
-    twins = {f"{name}{OURS}": p3b_ext.patch(_twin(model)) for name, model in models.items()}
+    twins = {f"{name}{OURS}": _twin(model) for name, model in models.items()}
+    for twin in twins.values():
+        p3b_ext.patch(twin)
     unscored = [*unscored, *(f"{name}{OURS}" for name in unscored)]
     bases = list(bases) or [list(models)[-1]]
     whole = models[bases[0]] if len(bases) > 1 else None
-    found, base_of = {}, {}
+    found: dict[str, Any] = {}
+    base_of: dict[str, str] = {}
     for base_name, own in (trained or {}).items():
         title = f"{base_name} + {token_reduction.label(own)} (as trained)"
-        twins[title], base_of[title], found[title] = p3b_ext.patch(_twin(models[base_name]), own), base_name, own
+        twins[title], base_of[title], found[title] = _twin(models[base_name]), base_name, own
+        p3b_ext.patch(twins[title], own)
     for base_name, name in itertools.product(bases, names):
         if name == DENSE:
             continue
@@ -110,7 +115,7 @@ def compare(
             if base_name in unscored:
                 unscored.append(title)
     every: dict[str, nn.Module] = {**models, **twins}
-    repeated = {name: every[name] for name in (*models, *found)} if runtimes else {}
+    repeated = {name: ({**models, **twins})[name] for name in (*models, *found)} if runtimes else {}
     total = len(every) + len(repeated) * (1 + len(runtimes)) + 3 + repeats
     report = (lambda text: None) if step is None else lambda text: step(text, total)
     elsewhere = {}
@@ -172,24 +177,29 @@ def models_and_data(
             raise ValueError(f"img_size: flag must be left out for the folder of a run, got {img_size}")
         small, meta = load_run(name)
         trained = _trained_under({"pruned": small})
-        models = {DENSE: build(small.p3b_description), "pruned": p3b_ext.unpatch(small)}
+        description: Any = small.p3b_description
+        p3b_ext.unpatch(small)
+        models = {DENSE: build(description), "pruned": small}
         data = None
         if data_source:
             data = run_data(meta, data_source, root=root, workers=workers, device=device, batch_size=batch_size)
         return models, data, (DENSE,), trained  # the dense model's weights were not kept
     check_model_name(name)
     if not data_source:
-        model = timm.create_model(name, **({"img_size": img_size} if img_size else {}))
-        return {DENSE: _vit(name, model)}, None, (), {}
+        options: dict[str, Any] = {"img_size": img_size} if img_size else {}
+        model = timm.create_model(name, **options)
+        return {DENSE: as_vit(name, model)}, None, (), {}
     job = Job(model=name, data=data_source, img_size=img_size, batch_size=BATCH, workers=workers, data_root=root or "")
-    config, classes = Config(device=str(device)), timm.get_pretrained_cfg(name).num_classes
+    config, classes = Config(device=str(device)), (timm.get_pretrained_cfg(name) or PretrainedCfg()).num_classes
     data = job_data(job, config)
     if data.num_classes != classes:
         raise ValueError(
             f"data: images must have the {classes} classes of {name}, got {data.num_classes}; "
             "p3b finetune gives the model a head for them"
         )
-    return {DENSE: p3b_ext.unpatch(job_model(job, config, data))}, data.validated_in(batch_size), (), {}
+    dense = job_model(job, config, data)
+    p3b_ext.unpatch(dense)
+    return {DENSE: dense}, data.validated_in(batch_size), (), {}
 
 
 def several_runs(
@@ -207,7 +217,8 @@ def several_runs(
     Arguments as `models_and_data`; "run" takes the images of the first. Raises ValueError for a folder that is no run
     and for runs whose images or classes differ.
     """
-    models, first = {}, {}
+    models: dict[str, VisionTransformer] = {}
+    first: dict[str, Any] = {}
     for folder in folders:
         if not os.path.isdir(folder):
             raise ValueError(f"model: of several, each must be the folder of a run, got {folder!r}")
@@ -227,7 +238,9 @@ def several_runs(
     if data_source:
         data = run_data(first, data_source, root=root, workers=workers, device=device, batch_size=batch_size)
     trained = _trained_under(models)
-    return {name: p3b_ext.unpatch(model) for name, model in models.items()}, data, trained
+    for model in models.values():
+        p3b_ext.unpatch(model)
+    return models, data, trained
 
 
 def _trained_under(models: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -244,7 +257,11 @@ def calibration_batches(data: Data, batch_size: int | None = None) -> list[Tenso
 def write(folder: Path, found: Comparison, *, title: str, conditions: str, command: str) -> None:
     """bench.json, bench.md and bench.png in a folder."""
     settings = {
-        name: {"reduction": type(each).__name__, **dataclasses.asdict(each), "tokens_after_block": found.tokens[name]}
+        name: {
+            "reduction": type(each).__name__,
+            **token_reduction.settings_of(each),
+            "tokens_after_block": found.tokens[name],
+        }
         for name, each in found.reductions.items()
     }
     record = dict(title=title, conditions=conditions, command=command, settings=settings, **metrics(found.rows))
@@ -302,14 +319,7 @@ def _kind(found: Comparison, name: str) -> tuple[str, str, str]:
     return name.removesuffix(OURS), "", ""
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def _twin(model: VisionTransformer) -> VisionTransformer:
     """A copy of a model that shares its weights."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def _vit(name: str, model: nn.Module) -> VisionTransformer:
-    if not isinstance(model, VisionTransformer):
-        kind = type(model).__name__
-        raise ValueError(f"model: {name} must be one of timm's VisionTransformers (ViT, DeiT), got a {kind}")
-    return model

@@ -22,7 +22,7 @@ from p3b_ext import count_macs, score_spreads
 from ..files import write_json, write_text
 from ..metrics.accuracy import evaluate
 from ..metrics.table import format_table
-from ..models.token_reduction import PPT_R, create_reduction
+from ..models.token_reduction import PATCHES, PPT_R, quarters
 from ..report.figures import new_figure, save_figure
 
 RESULT, PAGE, PLOT = "scores.json", "scores.md", "scores.png"
@@ -30,8 +30,14 @@ MODES = ("prune", "merge", "ppt")
 SCORES = ("cls_value", "entropy_value", "cls")
 NAMES = {"cls_value": "class attention x value norm", "entropy_value": "entropy x value norm", "cls": "class attention"}
 NAMES |= {"to_cls": "attention to the class token", "received": "attention received"}
-STYLES = {"cls_value": ("#d85a30", "o"), "entropy_value": ("#185fa5", "s"), "cls": ("#1d9e75", "^")}
-STYLES |= {"to_cls": ("#ba7517", "v"), "received": ("#7a1fa2", "D"), None: ("#5f5e5a", "x")}
+STYLES: dict[str | None, tuple[str, str]] = {
+    "cls_value": ("#d85a30", "o"),
+    "entropy_value": ("#185fa5", "s"),
+    "cls": ("#1d9e75", "^"),
+    "to_cls": ("#ba7517", "v"),
+    "received": ("#7a1fa2", "D"),
+    None: ("#5f5e5a", "x"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +92,12 @@ def sweep(
         wrong = [name for name in given if name not in known]
         if wrong or not given:
             raise ValueError(f"scores: {what} must be of {', '.join(known)}, got {', '.join(wrong) or 'none'}")
-    full = max(1, round(PPT_R * model.patch_embed.num_patches / 196))
+    full = max(1, round(PPT_R * model.patch_embed.num_patches / PATCHES))
     rs = sorted(set(rs)) or sorted({max(1, round(full * third / 3)) for third in (1, 2, 3)})
     if rs[0] < 1:
         raise ValueError(f"scores: r must be 1 or more, got {rs[0]}")
-    wanted = [(mode, score, r) for r in rs for mode in modes for score in (scores if mode != "merge" else (None,))]
+    by_mode: dict[str, Sequence[str | None]] = {mode: scores if mode != "merge" else (None,) for mode in modes}
+    wanted = [(mode, score, r) for r in rs for mode in modes for score in by_mode[mode]]
     report = (lambda text: None) if step is None else lambda text: step(text, 1 + len(wanted))
     report("unreduced")
     p3b_ext.patch(model)
@@ -98,8 +105,9 @@ def sweep(
     for mode, score, r in wanted:
         report(f"{mode} {score or ''} r={r}")
         threshold = {"prune": -math.inf, "merge": math.inf, "ppt": 0.0}[mode]
-        ppt = create_reduction("ppt", model, r=r, blocks=blocks, score=score or scores[0], threshold=threshold)
-        ppt = dataclasses.replace(ppt, criterion="cv2")
+        ppt = p3b_ext.PPT(
+            r=r, blocks=blocks or quarters(model), threshold=threshold, score=score or scores[0], criterion="cv2"
+        )
         p3b_ext.patch(model, ppt)
         if mode != "ppt":
             found.append(_case(mode, score, r, model, loader))
@@ -118,15 +126,18 @@ def sweep(
     return found
 
 
-def _case(mode: str, score: str | None, r: int, model: VisionTransformer, loader: Iterable) -> Case:
+def _case(
+    mode: str, score: str | None, r: int, model: VisionTransformer, loader: Iterable[tuple[Tensor, Tensor]]
+) -> Case:
     tokens = p3b_ext.token_counts(model)[-1][1]
     return Case(mode, score, r, evaluate(model, loader)["top1"], count_macs(model), tokens)
 
 
 def tables(cases: Sequence[Case], *, markdown: bool = False) -> str:
     """Accuracy of every setting, and below it the score spreads and pruned shares of PPT in each block."""
-    dense, rows = cases[0], []
-    headings = ("mode", "score", "r", "tokens left", "MACs", "top-1 %", "against unreduced")
+    dense = cases[0]
+    rows: list[tuple[str, ...]] = []
+    headings: tuple[str, ...] = ("mode", "score", "r", "tokens left", "MACs", "top-1 %", "against unreduced")
     for case in cases:
         change = "" if case is dense else f"{case.top1 - dense.top1:+.2f}"
         score = NAMES[case.score] if case.score else "–"
@@ -137,11 +148,11 @@ def tables(cases: Sequence[Case], *, markdown: bool = False) -> str:
     if chosen:
         headings, rows = ("score", "r", "threshold", "block", "spread of scores", "images pruned"), []
         for case in chosen:
-            for block, share in case.pruned.items():
+            for block, pruned in case.pruned.items():
                 mean, deviation = case.spread[block]
                 limit = f"{case.threshold:.3f}"
-                numbers = (str(block), f"{mean:.3f} ± {deviation:.3f}", f"{100 * share:.0f} %")
-                rows.append((NAMES[case.score], str(case.r), limit, *numbers))
+                numbers = (str(block), f"{mean:.3f} ± {deviation:.3f}", f"{100 * pruned:.0f} %")
+                rows.append((NAMES[case.score or ""], str(case.r), limit, *numbers))
         text += "\n\n" + format_table(headings, rows, markdown=markdown)
     return text
 

@@ -15,8 +15,10 @@ from .accuracy import evaluate
 from .cost import Deployed, count_macs, count_params, peak_memory, throughput
 
 HEADINGS = ("model", "top-1 %", "params M", "GMACs", "peak MiB", "images/s")
-RELATIVE_HEADINGS = ("against {}", "accuracy improvement", "parameter reduction", "FLOPs reduction")
-RELATIVE_HEADINGS += ("throughput improvement",)
+RELATIVE_HEADINGS = (
+    *("against {}", "accuracy improvement", "parameter reduction", "FLOPs reduction"),
+    "throughput improvement",
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def relative(base: Row, row: Row) -> dict[str, float | None]:
     throughput_improvement in percent of the base: 100 (1 - new / old) for the reductions, 100 (new / old -
     1) for the throughput. accuracy_improvement is None where one of the two has no accuracy.
     """
+    points = None if row.top1 is None or base.top1 is None else row.top1 - base.top1
     return {
-        "accuracy_improvement": None if None in (row.top1, base.top1) else row.top1 - base.top1,
+        "accuracy_improvement": points,
         "parameter_reduction": 100 * (1 - row.params / base.params),
         "flops_reduction": 100 * (1 - row.macs / base.macs),
         "throughput_improvement": 100 * (row.images_per_second / base.images_per_second - 1),

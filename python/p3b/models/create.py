@@ -55,20 +55,27 @@ def create_model(
     arguments = dict(arguments or {}) | dict(num_classes=num_classes, in_chans=in_chans)
     fetch = pretrained and not checkpoint
     try:
-        model = timm.create_model(name, pretrained=fetch, img_size=img_size, **arguments)
+        created = timm.create_model(name, pretrained=fetch, img_size=img_size, **arguments)
     except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError, AttributeError, AssertionError) as error:
         remedy = "; --checkpoint FILE or --no-pretrained needs no download" if fetch else ""
         raise ValueError(f"model: {name} cannot be built: {error}{remedy}") from error
-    if not isinstance(model, VisionTransformer):
-        kind = type(model).__name__
-        raise ValueError(f"model: {name} must be one of timm's VisionTransformers (ViT, DeiT), got a {kind}")
+    model = as_vit(name, created)
     if 0 in model.patch_embed.grid_size:
         patch = " x ".join(str(edge) for edge in model.patch_embed.patch_size)
         got = " x ".join(str(edge) for edge in model.patch_embed.img_size)
         raise ValueError(f"img_size: images must be one patch ({patch}) or more, got {got}")
     if checkpoint:
         load_weights(model, checkpoint)
-    return p3b_ext.patch(model)
+    p3b_ext.patch(model)
+    return model
+
+
+def as_vit(name: str, model: nn.Module) -> VisionTransformer:
+    """The model of a name, as timm made it. Raises ValueError unless it is a VisionTransformer."""
+    if not isinstance(model, VisionTransformer):
+        kind = type(model).__name__
+        raise ValueError(f"model: {name} must be one of timm's VisionTransformers (ViT, DeiT), got a {kind}")
+    return model
 
 
 def new_head(model: VisionTransformer, num_classes: int, seed: int) -> None:

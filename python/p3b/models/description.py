@@ -41,7 +41,7 @@ MLPS = {
 }
 
 
-def describe(model: VisionTransformer) -> dict[str, Any]:
+def describe(model: nn.Module) -> dict[str, Any]:
     """Class name and constructor arguments of a whole (not yet pruned) timm ViT, as plain JSON.
 
     Raises NotImplementedError, which names the part, for a model that these cannot rebuild.
@@ -139,12 +139,13 @@ def _ratio(hidden: int, width: int) -> float:
 
 
 def _norm(norm: nn.Module) -> tuple[str, float | None]:
-    return _key(NORMS, norm, "norm"), norm.eps
+    eps: Any = norm.eps
+    return _key(NORMS, norm, "norm"), eps
 
 
 def _key(known: dict[str, type], module: nn.Module, part: str) -> str:
-    name = next((key for key, cls in known.items() if type(module) is cls), None)
-    _expect(name is not None, part, f"one of {', '.join(known)}", module)
+    name = next((key for key, cls in known.items() if type(module) is cls), "")
+    _expect(name != "", part, f"one of {', '.join(known)}", module)
     return name
 
 

@@ -6,6 +6,8 @@ A gated MLP (GluMlp, SwiGLU) makes a hidden channel from two rows of what reads:
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
@@ -19,7 +21,8 @@ def known(mlp: nn.Module) -> bool:
 
 def readers(mlp: nn.Module) -> list[nn.Linear]:
     """The layers that read the norm's output."""
-    return [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, SwiGLU) else [mlp.fc1]
+    layers: list[Any] = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, SwiGLU) else [mlp.fc1]
+    return layers
 
 
 def rows_per_channel(mlp: nn.Module) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -14,8 +15,15 @@ from torch import Tensor
 
 import p3b_ext
 
+Reduction = p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK
+
 NAMES = ("tome", "ppt", "evit", "topk")
-KINDS = {"tome": p3b_ext.ToMe, "ppt": p3b_ext.PPT, "evit": p3b_ext.EViT, "topk": p3b_ext.TopK}
+KINDS: dict[str, type[Reduction]] = {
+    "tome": p3b_ext.ToMe,
+    "ppt": p3b_ext.PPT,
+    "evit": p3b_ext.EViT,
+    "topk": p3b_ext.TopK,
+}
 # Which of the settings below each of them has.
 SETTINGS = {
     "tome": ("r", "blocks"),
@@ -41,7 +49,7 @@ def create_reduction(
     blocks: Sequence[int] | None = None,
     score: str | None = None,
     threshold: float | None = None,
-) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK:
+) -> Reduction:
     """A token reduction for a model: the published settings scaled to its patches and depth, and what is given.
 
     name: "tome", "ppt", "evit" or "topk". r (ToMe, PPT), keep_rate (EViT, TopK), blocks (where tokens go), score (PPT,
@@ -50,8 +58,8 @@ def create_reduction(
 
     Raises ValueError for an unknown name and for settings that the reduction does not have.
     """
-    given = dict(r=r, keep_rate=keep_rate, blocks=blocks, score=score, threshold=threshold)
-    given = {key: value for key, value in given.items() if value is not None}
+    arguments: dict[str, Any] = dict(r=r, keep_rate=keep_rate, blocks=blocks, score=score, threshold=threshold)
+    given = {key: value for key, value in arguments.items() if value is not None}
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -67,7 +75,7 @@ def create_reduction(
             return p3b_ext.ToMe(every)
         _check_blocks(blocks, depth)
         return p3b_ext.ToMe([every if block in blocks else 0 for block in range(depth)])
-    given.setdefault("blocks", _quarters(model))
+    given.setdefault("blocks", quarters(model))
     if "r" in SETTINGS[name]:
         given.setdefault("r", max(1, round(PPT_R * share)))
     else:
@@ -83,12 +91,12 @@ def create_reduction(
 
 def apply(
     model: VisionTransformer,
-    reduction: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK,
-    images: Iterable,
+    reduction: Reduction,
+    images: Iterable[Any],
     *,
     prune_share: float | None = None,
     trace: bool = False,
-) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK:
+) -> Reduction:
     """Patch a model with a reduction, in place; returns the reduction with every setting known.
 
     images: batches [B, C, H, W] on which a PPT finds its threshold, for the share `prune_share`, or 1/2 where the
@@ -116,9 +124,7 @@ def floors(model: VisionTransformer, floor: float) -> float | Tensor:
     return least.flatten()
 
 
-def remap_blocks(
-    reduction: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK | None, model: VisionTransformer
-) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK | None:
+def remap_blocks(reduction: Reduction | None, model: VisionTransformer) -> Reduction | None:
     """The reduction for a pruned model: a block whose attention has been pruned entirely is replaced by the nearest
     block with one that is not in use (the later of two), with a warning; without such a block it is left out.
 
@@ -144,7 +150,7 @@ def remap_blocks(
     stay = [place for place, block in enumerate(places) if block is not None]
     if not stay:
         return None
-    change = {"blocks": [places[place] for place in stay]}
+    change: dict[str, Any] = {"blocks": [places[place] for place in stay]}
     for name in ("r", "keep_rate", "threshold"):
         value = getattr(reduction, name, None)
         if isinstance(value, tuple):
@@ -152,7 +158,12 @@ def remap_blocks(
     return dataclasses.replace(reduction, **change)
 
 
-def label(reduction: object) -> str:
+def settings_of(reduction: object) -> dict[str, Any]:
+    """The settings of a reduction by name."""
+    return dict(vars(reduction))
+
+
+def label(reduction: Any) -> str:
     """A short label of a reduction: "ToMe r=13", "EViT 0.70"."""
     kind = type(reduction).__name__
     if hasattr(reduction, "keep_rate"):
@@ -160,7 +171,7 @@ def label(reduction: object) -> str:
     return f"{kind} r={reduction.r}"
 
 
-def _quarters(model: VisionTransformer) -> list[int]:
+def quarters(model: VisionTransformer) -> list[int]:
     """Blocks at a quarter, a half and three quarters of the depth (3, 6, 9 of 12) that still have an attention."""
     depth = len(model.blocks)
     usable = [i for i, block in enumerate(model.blocks) if getattr(block, "attn", block) is not None]

@@ -8,8 +8,8 @@ so a folder can be read without the run that made it and without timm's registry
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import p3b_ext
 
 from ..files import write_atomically
 from ..models.description import build, describe
+from ..models.token_reduction import KINDS, Reduction, settings_of
 from ..pruning.surgery import cut
 from ..training.prune import Result
 
@@ -30,7 +31,7 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 FORMAT, VERSION = "p3b", 1
 
 
-def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | None = None) -> Path:
+def save(result: Result | nn.Module, folder: str | os.PathLike[str], meta: dict[str, Any] | None = None) -> Path:
     """Writes a pruned (or whole) model into a folder, which it makes; returns the folder.
 
     result: what `p3b.prune` returned, or a model. meta: anything JSON-able (preprocessing, data set,
@@ -77,7 +78,7 @@ def check(model: nn.Module) -> dict[str, Any]:
     return description
 
 
-def update_meta(folder: str | Path, **changes: Any) -> None:
+def update_meta(folder: str | os.PathLike[str], **changes: Any) -> None:
     """Replaces entries of what was given to `save` as `meta`; the weights stay as they are."""
     folder = Path(folder)
     description = _read(folder)
@@ -85,7 +86,7 @@ def update_meta(folder: str | Path, **changes: Any) -> None:
     write_atomically(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
-def load(folder: str | Path) -> VisionTransformer:
+def load(folder: str | os.PathLike[str]) -> VisionTransformer:
     """Reads a model back from its folder, in eval mode on the CPU, with p3b_ext's attention and the token reduction
     that it was trained under, if any (`p3b_ext.unpatch` gives timm's back).
 
@@ -105,7 +106,8 @@ def load(folder: str | Path) -> VisionTransformer:
     with torch.random.fork_rng([]):  # building draws fresh weights; the caller's generator stays where it was
         model = _skeleton(description)
     _load_weights(model, weights, "load")
-    return p3b_ext.patch(model.eval(), _reduction(description.get("reduction")))
+    p3b_ext.patch(model.eval(), _reduction(description.get("reduction")))
+    return model
 
 
 def describe_reduction(model: nn.Module) -> dict[str, Any] | None:
@@ -116,17 +118,17 @@ def describe_reduction(model: nn.Module) -> dict[str, Any] | None:
     # JSON has no tuples, and ToMe's (r, inflection) is one where a list is something else
     values = {
         key: {"tuple": list(value)} if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(reduction).items()
+        for key, value in settings_of(reduction).items()
     }
     return {"name": type(reduction).__name__, **values}
 
 
-def _reduction(description: dict[str, Any] | None) -> Any:
+def _reduction(description: dict[str, Any] | None) -> Reduction | None:
     if description is None:
         return None
-    kinds = {kind.__name__: kind for kind in (p3b_ext.ToMe, p3b_ext.PPT, p3b_ext.EViT, p3b_ext.TopK)}
+    kinds = {kind.__name__: kind for kind in KINDS.values()}
     try:
-        values = {
+        values: dict[str, Any] = {
             key: tuple(value["tuple"]) if isinstance(value, dict) else value
             for key, value in description.items()
             if key != "name"
@@ -139,7 +141,7 @@ def _reduction(description: dict[str, Any] | None) -> Any:
         raise ValueError(f"load: {DESCRIPTION} must describe a token reduction, got {problem}") from None
 
 
-def read_meta(folder: str | Path) -> dict[str, Any]:
+def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What was given to `save` as `meta`."""
     return _read(Path(folder)).get("meta") or {}
 

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..data import Data
 from ..files import is_temporary, read_json, umask, write_json
 from ..metrics.table import Row, conditions, metrics
+from ..training.prune import Result
 from ..training.resume import STATE
 from . import checkpoint
 
@@ -163,7 +165,7 @@ def _rename(folder: Path, target: Path) -> None:
 
 
 def save_trained(
-    folder: Path, *, model: Any, data: Data, history: Mapping[str, Any], settings: Mapping[str, Any]
+    folder: Path, *, model: Result | nn.Module, data: Data, history: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
     """Writes what training made, as soon as it is made: the model, config.json and history.json.
 
@@ -206,7 +208,7 @@ def save_measured(
     write_json(folder / METRICS, record)
 
 
-def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+def load_run(folder: str | os.PathLike[str]) -> tuple[VisionTransformer, dict[str, Any]]:
     """The model of a run folder, in eval mode, and what was saved with it: data settings, class names, top-1."""
     model = checkpoint.load(folder)
     meta = checkpoint.read_meta(folder)

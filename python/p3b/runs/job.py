@@ -13,6 +13,8 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import p3b_ext
@@ -26,6 +28,15 @@ from ..training.finetune import finetune
 from ..training.progress import Progress
 from ..training.prune import Result, prune
 from .folder import load_run
+
+KINDS: dict[str, type | tuple[type, ...]] = {  # of a field, by its annotation
+    "str": str,
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "dict": dict,
+    "list": list,
+}
 
 
 @dataclass
@@ -91,10 +102,9 @@ class Job:
     """Write TensorBoard's records into the folder of the run."""
 
     def __post_init__(self) -> None:
-        kinds = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict": dict, "list": list}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, kinds[field.type]) or (isinstance(value, bool) and field.type != "bool"):
+            if not isinstance(value, KINDS[str(field.type)]) or (isinstance(value, bool) and field.type != "bool"):
                 raise TypeError(f"config: {field.name} must be {field.type}, got {value!r}")
         if self.workers < -1:
             raise ValueError(f"config: workers must be 0 or more, or -1, got {self.workers}")
@@ -138,7 +148,7 @@ class Job:
 class Start:
     """What training starts from."""
 
-    model: nn.Module
+    model: VisionTransformer
     data: Data
     knows_classes: bool
     """Whether the model's head already knows the classes (that of an earlier run on these images does)."""
@@ -177,11 +187,12 @@ def job_data(job: Job, config: Config, **data: Any) -> Data:
     check_model_name(job.model)
     trained = timm.get_pretrained_cfg(job.model)
     data = {"img_size": job.img_size or (trained.input_size[1:] if trained else 224)} | data
-    weights = trained is not None and (job.pretrained or job.checkpoint)
-    return create_data(job.data_config(config, **data), rgb=(trained.mean, trained.std) if weights else None)
+    weights = job.pretrained or job.checkpoint
+    rgb = (trained.mean, trained.std) if trained is not None and weights else None
+    return create_data(job.data_config(config, **data), rgb=rgb)
 
 
-def job_model(job: Job, config: Config, data: Data) -> nn.Module:
+def job_model(job: Job, config: Config, data: Data) -> VisionTransformer:
     """timm's model of a job with a head for the data, on its device."""
     torch.manual_seed(config.seed)
     model = create_model(
@@ -196,7 +207,7 @@ def job_model(job: Job, config: Config, data: Data) -> nn.Module:
     return model.to(resolve_device(config.device))
 
 
-def job_reduction(job: Job, model: nn.Module, data: Data) -> Any:
+def job_reduction(job: Job, model: VisionTransformer, data: Data) -> token_reduction.Reduction | None:
     """The token reduction that a job is to be trained under, its threshold calibrated; None where it names none.
 
     The model stays as it is.
@@ -218,7 +229,8 @@ def job_reduction(job: Job, model: nn.Module, data: Data) -> Any:
         return reduction
     before = p3b_ext.current_patch(model)
     reduction = token_reduction.apply(model, reduction, data.train, prune_share=share)
-    p3b_ext.patch(model, before.reduction, linear=before.linear)
+    if before is not None:
+        p3b_ext.patch(model, before.reduction, linear=before.linear)
     return reduction
 
 
@@ -242,7 +254,7 @@ def train(
     config: Config,
     command: str,
     *,
-    reduction: Any = None,
+    reduction: token_reduction.Reduction | None = None,
     teacher: nn.Module | None = None,
     epochs: int | None = None,
     rank: int = 0,
@@ -298,7 +310,7 @@ def run_data(
 
 def model_and_meta(
     name: str, *, pretrained: bool = True, checkpoint: str = "", img_size: int = 0
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[VisionTransformer, dict[str, Any]]:
     """The model of a run folder or of timm, and what is known about it: "data" (settings), "class_names", ..."""
     if os.path.isdir(name):
         for flag, value in (("checkpoint", checkpoint), ("img_size", img_size)):
@@ -306,7 +318,7 @@ def model_and_meta(
                 raise ValueError(f"{flag}: flag must be left out for the folder of a run, got {value}")
         return load_run(name)
     check_model_name(name)
-    trained = timm.get_pretrained_cfg(name)
+    trained = timm.get_pretrained_cfg(name) or PretrainedCfg()
     size = (img_size, img_size) if img_size else trained.input_size[1:]
     model = create_model(
         name,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import zlib
@@ -31,8 +32,10 @@ STYLES = {
     "savit": ("#2c2c2a", "*"),
     "isomorphic": ("#9fcf3a", "h"),
 }
-FIGURES = ("top1", "params", "macs", "images_per_second", "seconds", "processor_seconds", "accuracy_shrunk")
-FIGURES += ("accuracy_improvement", "parameter_reduction", "flops_reduction", "throughput_improvement")
+FIGURES = (
+    *("top1", "params", "macs", "images_per_second", "seconds", "processor_seconds", "accuracy_shrunk"),
+    *("accuracy_improvement", "parameter_reduction", "flops_reduction", "throughput_improvement"),
+)
 
 
 def write(
@@ -156,7 +159,8 @@ def _reactivation(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[
 
 def _tables(results: Mapping[str, Any]) -> list[tuple[Sequence[str], list[Sequence[str]]]]:
     """(headings, lines) of the absolute and of the relative figures."""
-    absolute, figures = [], []
+    absolute: list[Sequence[str]] = []
+    figures: list[Sequence[str]] = []
     for line in results["summary"]:
         name = line["method"] if line["ratio"] is None else f"{line['method']} {100 * line['ratio']:g} %"
         ran = str(line["seeds"]) + (f" ({line['failed']} failed)" if line["failed"] else "")
@@ -255,19 +259,19 @@ def _draw(folder: Path, task: Task, results: Mapping[str, Any]) -> dict[str, str
     for (method, ratio), members in histories.items():
         if any(update.get("benefit") for history in members for update in history.get("updates", ())):
             wanted[f"benefit-{method}-{ratio:g}.png"] = (
-                lambda members=members: _draw_benefit(members),
+                functools.partial(_draw_benefit, members),
                 f"Block benefit over the epochs, {method} at {100 * ratio:g} %, mean over the seeds: how much each "
                 "sub-block lowers the loss of a small classifier that reads the class token or the patches. Darker is "
                 "deeper.",
             )
     for ratio in task.ratios:
-        members = {method: found for (method, r), found in histories.items() if r == ratio}
+        at_ratio = {method: members for (method, r), members in histories.items() if r == ratio}
         wanted[f"keep_ratio-{ratio:g}.png"] = (
-            lambda members=members: _draw_keep_ratios(members),
+            functools.partial(_draw_keep_ratios, at_ratio),
             f"Keep ratio of every sub-block over the epochs at {100 * ratio:g} %, mean over the seeds.",
         )
         wanted[f"reactivation-{ratio:g}.png"] = (
-            lambda members=members: _draw_reactivation(members),
+            functools.partial(_draw_reactivation, at_ratio),
             f"Reactivated channels at each mask update at {100 * ratio:g} %, mean over the seeds.",
         )
     drawn = {}
@@ -305,12 +309,14 @@ def _draw_accuracy(results: Mapping[str, Any], axis_of: str) -> Any:
         width = 2.0 if method.startswith("p3b") else 1.1
         axis.errorbar(x, y, spread, color=color, marker=marker, ms=6, lw=width, elinewidth=0.9, capsize=2, label=method)
     for line in dense:
-        mean, spread = line["top1"]["mean"], line["top1"]["spread"] or 0.0
+        mean, deviation = line["top1"]["mean"], line["top1"]["spread"] or 0.0
         if axis_of == "ratio":
-            axis.axhspan(mean - spread, mean + spread, color="0.9", zorder=0, lw=0)
+            axis.axhspan(mean - deviation, mean + deviation, color="0.9", zorder=0, lw=0)
             axis.axhline(mean, color="0.5", lw=1.2, ls="--", label=DENSE, zorder=1)
         else:
-            axis.errorbar(line[axis_of]["mean"], mean, spread, color="0.4", marker="*", ms=11, capsize=2, label=DENSE)
+            axis.errorbar(
+                line[axis_of]["mean"], mean, deviation, color="0.4", marker="*", ms=11, capsize=2, label=DENSE
+            )
     if axis_of == "ratio":
         ratios = sorted({100 * line["ratio"] for found in lines.values() for line in found})
         axis.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
@@ -331,10 +337,14 @@ def _mean_updates(
     epochs = [float(updates[0][i]["epoch"]) for i in range(count)]
     names = list(histories[0]["blocks"])
     values = {
-        name: [statistics.fmean(key(each[i]).get(name, float("nan")) for each in updates) for i in range(count)]
+        name: [statistics.fmean((key(each[i]) or {}).get(name, float("nan")) for each in updates) for i in range(count)]
         for name in names
     }
     return epochs, values
+
+
+def _benefit(update: Mapping[str, Any], criterion: str) -> Mapping[str, float] | None:
+    return update.get("benefit", {}).get(criterion)
 
 
 def _draw_benefit(histories: Sequence[Mapping[str, Any]]) -> Any:
@@ -343,7 +353,7 @@ def _draw_benefit(histories: Sequence[Mapping[str, Any]]) -> Any:
     criteria = [c for c in ("cls", "patch") if any(u.get("benefit", {}).get(c) for u in histories[0]["updates"])]
     figure, axes = new_figure(9.6, 2.9 * len(criteria), 2, len(criteria))
     for row, criterion in enumerate(criteria):
-        epochs, values = _mean_updates(histories, lambda update, c=criterion: update.get("benefit", {}).get(c))
+        epochs, values = _mean_updates(histories, functools.partial(_benefit, criterion=criterion))
         for column, (kind, names) in enumerate(families(values).items()):
             axis = axes[2 * row + column]
             for depth, name in enumerate(names):

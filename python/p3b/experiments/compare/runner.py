@@ -44,6 +44,7 @@ from ...runs.folder import METRICS, save_trained
 from ...runs.job import Job, start, train
 from ...training.memory import keep_freed_memory, out_of_memory
 from ...training.progress import Silent
+from ...training.prune import Result
 from ...training.resume import STATE
 from ...training.step import Diverged
 from . import report
@@ -405,8 +406,8 @@ def _work(path: Path, source: Path) -> None:
     )
     seconds, processor = time.perf_counter() - seconds, time.process_time() - processor
     save_trained(path, model=trained, data=begin.data, history=history, settings=spec)
-    model = trained.model if prunes else trained
-    result = evaluate(model.to(resolve_device(config.device)), begin.data.val)
+    model = trained.model if isinstance(trained, Result) else trained
+    result: dict[str, Any] = evaluate(model.to(resolve_device(config.device)), begin.data.val)
     checkpoint.update_meta(path, top1=result["top1"])
     figures = ("dense_params", "accuracy_masked", "accuracy_shrunk", "skipped_steps")
     result |= {key: history[key] for key in figures if key in history}
