@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The MLPs that timm's blocks have, seen alike: layers that read, hidden channels, one layer that writes.
+"""A common view of the MLPs in timm's blocks: input layers, hidden channels, one output layer.
 
-A gated MLP (GluMlp, SwiGLU) makes a hidden channel from two rows of what reads: a value and its gate.
+A gated MLP (GluMlp, SwiGLU) computes a hidden channel from two rows of the input layers: a value and its gate.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 
 def known(mlp: nn.Module) -> bool:
-    """Whether it is an MLP of Linear layers that this module knows."""
+    """Whether this module supports the MLP: of a known class, with Linear layers."""
     if not isinstance(mlp, (Mlp, GluMlp, SwiGLU)):
         return False
     return all(isinstance(linear, nn.Linear) for linear in (*readers(mlp), mlp.fc2))
 
 
 def readers(mlp: nn.Module) -> list[nn.Linear]:
-    """The layers that read the norm's output."""
+    """The input layers, which read the norm's output."""
     layers: list[Any] = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, SwiGLU) else [mlp.fc1]
     return layers
 
 
 def rows_per_channel(mlp: nn.Module) -> int:
-    """Rows of `readers`, taken together, that make one hidden channel: channel j has the rows j, j + hidden, ..."""
+    """Rows of the input layers, concatenated, for one hidden channel: channel j has the rows j, j + hidden, ..."""
     return 2 if isinstance(mlp, (GluMlp, SwiGLU)) else 1
 
 
