@@ -213,7 +213,7 @@ def saved(tmp_path):
 def test_a_folder_that_holds_a_model_is_refused(tmp_path):
     folder = saved(tmp_path)
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-    with pytest.raises(ValueError, match="save: folder must not hold a model yet"):
+    with pytest.raises(ValueError, match="save: .* already has a model"):
         p3b.save(vit(), folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
 
@@ -230,16 +230,16 @@ def test_files_cut_short_are_one_line_errors(tmp_path, file, share):
 
 
 def test_missing_and_foreign_files_are_one_line_errors(tmp_path):
-    with pytest.raises(ValueError, match=r"load: folder must hold model\.json"):
+    with pytest.raises(ValueError, match=r"load: .* has no model\.json"):
         p3b.load(tmp_path)
     folder = saved(tmp_path)
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"load: folder must hold model\.safetensors"):
+    with pytest.raises(ValueError, match=r"load: .* has no model\.safetensors"):
         p3b.load(folder)
     other = p3b.save(check(masked(share=0.3)), tmp_path / "other")
     (other / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ValueError, match="load: weights must fit the described model") as error:
+    with pytest.raises(ValueError, match="load: the weights do not fit the described model") as error:
         p3b.load(other)
     assert "\n" not in str(error.value)
     for text in ('{"format": "else"}', "[1]", json.dumps({"format": "p3b", "version": 99})):
@@ -256,7 +256,7 @@ def test_descriptions_that_no_model_fits_are_one_line_errors(tmp_path, argument,
     description = json.loads((folder / "model.json").read_text())
     description["model"]["arguments"][argument] = value
     (folder / "model.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"load: model\.json must describe a timm ViT") as error:
+    with pytest.raises(ValueError, match=r"load: the model in model\.json is not a valid timm ViT") as error:
         p3b.load(folder)
     assert "\n" not in str(error.value)
 
