@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .torch_private import forward_mode, has_onednn_linear, onednn_linear
 
-# MKL, behind PyTorch's float32 linear, keeps to 256-bit code on AMD CPUs. On a Zen 5 that is 108 of 230 GF/s per core
+# PyTorch's float32 linear is MKL's, which uses 256-bit code on AMD CPUs. On a Zen 5 that is 108 of 230 GF/s per core
 # (T = 1576, 384 -> 1536); on a Zen 3, which has no wider units, MKL reaches 90 GF/s and oneDNN 80 (T = 3152). So only
 # AMD CPUs with AVX-512 are candidates, and a measurement of a few milliseconds decides there.
 MIN_GAIN = 1.15

@@ -24,8 +24,8 @@ def importance(benefit: Tensor, kept_params: Tensor, temperature: float = 10.0) 
     softplus(1.4 x - T); g = f / (kept + 1e-6); g / g.mean()`
 
     benefit: `[S]` mean loss before minus after each sub-block, in nats. kept_params: `[S]` what each holds
-    now. Returns float64 `[S]`. Where no benefit is positive the formula has no meaning (its sign flips): the
-    result is uniform, with a warning.
+    now. Returns float64 `[S]`. Where no benefit is positive the formula is undefined (its sign flips): the result
+    is uniform, with a warning.
     """
     benefit = _vector("importance", "benefit", benefit)
     kept = _vector("importance", "kept_params", kept_params, len(benefit))
@@ -33,7 +33,7 @@ def importance(benefit: Tensor, kept_params: Tensor, temperature: float = 10.0) 
         raise ValueError(f"importance: temperature must be above 0, got {temperature}")
     best = benefit.max()
     if best <= 0:
-        warnings.warn("importance: no sub-block has a positive benefit; all count alike", stacklevel=2)
+        warnings.warn("importance: no sub-block has a positive benefit; all get the same importance", stacklevel=2)
         return torch.ones_like(benefit)
     x = CLAMP_SLOPE * temperature * benefit / best
     clamped = softplus(x) - softplus(x - temperature)
@@ -53,8 +53,7 @@ def keep_ratios(
 
     importance, block_params: `[S]`; outside_params: what is never pruned, in the same unit; floor: one, or one for
     each `[S]`. Returns float64 `[S]`. Sub-blocks of importance <= 0 get `floor`, and share what is left when all others
-    are whole. Raises ValueError, which names the smallest model possible, when the budget is below what the blocks can
-    give.
+    are whole. Raises ValueError, which names the smallest possible model, for a budget that the blocks cannot meet.
     """
     weight = _vector("keep_ratios", "block_params", block_params)
     imp = _vector("keep_ratios", "importance", importance, len(weight))
@@ -73,7 +72,7 @@ def keep_ratios(
         smallest += float(outside_params)
         raise ValueError(
             f"keep_ratios: prune_ratio must be at most {1 - smallest / dense:.4f} (the smallest possible model "
-            f"keeps {smallest:,.0f} of {dense:,.0f}: what lies outside the blocks and a floor of {least.max():g}), "
+            f"keeps {smallest:,.0f} of {dense:,.0f}: parts outside the blocks and a floor of {least.max():g}), "
             f"got {prune_ratio}"
         )
     live = imp > 0
@@ -87,25 +86,25 @@ def keep_ratios(
     def spent(scale: Tensor) -> Tensor:
         return ((scale[:, None] * imp).maximum(least).clamp_max(1.0) * weight).sum(1)
 
-    # spent() is piecewise linear and rising; it bends where a sub-block leaves the floor or becomes whole
-    bends = torch.cat((torch.zeros(1, dtype=imp.dtype), (least / imp)[live], 1.0 / imp[live])).sort().values
-    cost = spent(bends)
-    right = int(torch.searchsorted(cost, torch.tensor(wanted, dtype=cost.dtype)).clamp(1, len(bends) - 1))
+    # spent() is piecewise linear and increasing, with a knot where a sub-block leaves the floor or becomes whole
+    knots = torch.cat((torch.zeros(1, dtype=imp.dtype), (least / imp)[live], 1.0 / imp[live])).sort().values
+    cost = spent(knots)
+    right = int(torch.searchsorted(cost, torch.tensor(wanted, dtype=cost.dtype)).clamp(1, len(knots) - 1))
     low, high = cost[right - 1], cost[right]
     step = ((wanted - low) / (high - low)).clamp(0, 1) if high > low else torch.zeros(())
-    scale = bends[right - 1] + step * (bends[right] - bends[right - 1])
+    scale = knots[right - 1] + step * (knots[right] - knots[right - 1])
     return (scale * imp).maximum(least).clamp_max(1.0)
 
 
 def progress(step: int, start_step: int, sparse_step: int) -> float:
-    """How much of the way from the whole model to the budget is gone at a step: `ramp`'s p."""
+    """The fraction of the way from the whole model to the budget at a step: `ramp`'s p."""
     if sparse_step <= start_step:
         raise ValueError(f"ramp: sparse_step must be above start_step = {start_step}, got {sparse_step}")
     return min(1.0, max(0.0, (step + 1 - start_step) / (sparse_step - start_step)))
 
 
 def ramp(goal: Tensor, step: int, start_step: int, sparse_step: int) -> Tensor:
-    """The keep ratios in force at a step on the way from one to their goal: `1 - (1 - goal) * p`.
+    """The keep ratios at a step, between 1 and their goal: `1 - (1 - goal) * p`.
 
     `p = clip((step + 1 - start_step) / (sparse_step - start_step), 0, 1)`; goal `[S]`, steps are optimizer
     steps.
@@ -118,8 +117,8 @@ class Cost:
     """Cost of a sub-block as a function of its kept counts: in channels a, inner channels q (head channels or
     hidden), out channels o.
 
-    `a_q * a * q + q_o * q * o + a * in_ + q * inner + o * out + whole`; nothing where o is 0; `constant * o` where a
-    or q is 0, because what is left then adds the same vector to every token.
+    `a_q * a * q + q_o * q * o + a * in_ + q * inner + o * out + whole`; 0 where o is 0; `constant * o` where a or q
+    is 0, because the sub-block then adds the same vector to every token.
     """
 
     a_q: float
@@ -128,7 +127,7 @@ class Cost:
     inner: float
     out: float
     constant: float = 0
-    whole: float = 0  # what stays as it is until nothing is left
+    whole: float = 0  # a constant part, as long as anything is kept
 
     def __call__(self, a: Tensor, q: Tensor, o: Tensor) -> Tensor:
         """Cost of kept counts (any shape, broadcast), float64."""

@@ -24,12 +24,12 @@ MIN_SHARE = 0.05  # of every gate, pruned last where scores of different gates a
 
 
 class Scores(NamedTuple):
-    """What is known about every element at a mask update, each `[G]` on the host."""
+    """The scores of all elements at a mask update, each `[G]` on the host."""
 
     score: Tensor
-    """Mean of (m * g)^2, or any other measure of what an element is worth, 0 or more."""
+    """Mean of (m * g)^2, or any other measure of an element's importance, 0 or more."""
     tie: Tensor
-    """Orders the elements whose mask is about 0, so that their score says nothing."""
+    """Orders the elements whose mask is about 0, and with it their score."""
     active: Tensor
     """Bool: the other elements."""
 
@@ -87,7 +87,8 @@ def block_ranks(block: SubBlock, scores: Scores, budget: str = "params") -> Tens
     """Rank 1/E .. 1 of every element of a sub-block among all of them, float64 `[E]`: by score per cost that the
     element saves while all others are whole.
 
-    Gates compete, so that one might go as a whole, and the sub-block with it: the best MIN_SHARE of each rank last.
+    Gates compete, so that one could be pruned entirely, and the sub-block with it: the best MIN_SHARE of each gate have
+    the highest ranks.
     """
     size_in, size_out, size_inner = block.sizes
     full, cost = block.full(budget), block.cost(budget)

@@ -104,7 +104,8 @@ def prune(
     checkpoints = CheckpointWriter(state_dir, config, processes, train_loader, val_loader)
     saved = checkpoints.load() if resume else None
     seed_all(config.seed)
-    model = p3b_ext.patch(copy.deepcopy(model).to(device), reduction)
+    model = copy.deepcopy(model).to(device)
+    p3b_ext.patch(model, reduction)
     run = _Run(model, train_loader, val_loader, config, reduction, processes, progress, checkpoints)
     run.teacher = Teacher(model, teacher, device) if distills else None
     try:
@@ -254,8 +255,8 @@ class PruningPhase:
         steps, start = self.milestones.steps_per_epoch, self.milestones.start
         if self.count == start:
             loader = at_epoch(train_loader, epoch)
-            batches = ((images.to(self.device), targets.to(self.device)) for images, targets in loader)
-            self.method.begin(batches, self.step.criterion)
+            moved = ((images.to(self.device), targets.to(self.device)) for images, targets in loader)
+            self.method.begin(moved, self.step.criterion)
             self.params = int(self.gates.total())
         self.model.train()
         for module in self.method.modules().values():

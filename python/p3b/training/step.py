@@ -5,7 +5,7 @@ around it: batches in groups, running means, validation."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -62,7 +62,7 @@ class Step:
         self.model, self.optimizer, self.config, self.device, self.method = model, optimizer, config, device, method
         self.processes, self.teacher = processes or Processes(), teacher
         self.wrapped = self.processes.wrap(model)
-        self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
+        self.forward: Callable[..., Tensor] = torch.compile(self.wrapped) if config.compile else self.wrapped
         self.recorded = ResidualStream(model) if method is not None and method.reads_stream else None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.skipped = torch.zeros((), device=device)
@@ -98,9 +98,8 @@ class Step:
         for i, (images, targets) in enumerate(batches):
             images = images.to(self.device, non_blocking=True)
             targets = targets.to(self.device, non_blocking=True)
-            last = i == len(batches) - 1
             # gradients of several batches are added before they are averaged over processes
-            local = nullcontext() if last or self.processes.world == 1 else self.wrapped.no_sync()
+            local = nullcontext() if i == len(batches) - 1 else self.processes.no_sync(self.wrapped)
             with local, self.recorded or nullcontext():
                 total, logits, loss = self._losses(images, targets, measuring, pruning)
                 (total * (self.scale / len(batches))).backward()
@@ -113,7 +112,7 @@ class Step:
         rows = max(1, round(config.probe_share * len(images))) if measuring else 0
         if self.mixup is not None:
             if measuring and config.benefit_targets == "clean" and self.recorded is not None:
-                clean = (self._clean_stream(images[:rows]), targets[:rows])
+                clean = (self._clean_stream(self.recorded, images[:rows]), targets[:rows])
             # timm mixes in place; the loader's tensors are not ours
             images, targets = self.mixup(images.clone(), targets)
         if self.recorded is not None:
@@ -131,18 +130,18 @@ class Step:
             total = total * (1 - config.distill) + config.distill * distillation(
                 logits, answers.float(), config.distill_temperature
             )
-        if measuring:
+        if measuring and self.method is not None:
             stream = self.recorded.stream if self.recorded is not None else None
             extra = self.method.loss(ProbeBatch(targets[:rows], self.criterion, pruning, stream, clean))
             total = total if extra is None else total + extra
         return total, logits, loss
 
-    def _clean_stream(self, images: Tensor) -> list[Tensor]:
+    def _clean_stream(self, recorded: ResidualStream, images: Tensor) -> list[Tensor]:
         """The residual stream of images without mixing, in the mode that the model is in."""
-        self.recorded.begin(len(images))
+        recorded.begin(len(images))
         with torch.no_grad(), autocast(self.config, self.device):
             self.model(images)
-        return list(self.recorded.stream)
+        return list(recorded.stream)
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy per row: smoothed for integer labels, as given for soft targets."""
@@ -187,7 +186,8 @@ class Step:
 
     def _step(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         if self.on_device:
-            optimizer.found_inf = (~finite).float()  # fused optimizers skip on the device, as under a GradScaler
+            # fused optimizers skip on the device, as under a GradScaler
+            vars(optimizer)["found_inf"] = (~finite).float()
             optimizer.step()
         elif finite:
             optimizer.step()
@@ -216,7 +216,7 @@ class Step:
 
 def create_optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer of a Config for a model, as one fused kernel where PyTorch has it."""
-    fused = {"fused": True} if config.opt.lower() in FUSED else {}
+    fused: dict[str, Any] = {"fused": True} if config.opt.lower() in FUSED else {}
     try:
         return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **fused)
     except (AssertionError, ValueError) as error:
@@ -309,7 +309,7 @@ def groups(loader: Any, epoch: int, size: int) -> Iterator[list[tuple[Tensor, Te
 
 def steps_per_epoch(loader: Batches, config: Config) -> int:
     """Optimizer steps of an epoch. Raises TypeError for a loader without a length, ValueError for one too short."""
-    if not hasattr(loader, "__len__"):
+    if not isinstance(loader, Sized):
         raise TypeError(f"train: train_loader must have a length, got {type(loader).__name__}")
     steps = len(loader) // config.accumulate
     if steps == 0:

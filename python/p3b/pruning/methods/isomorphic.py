@@ -16,10 +16,10 @@ class Isomorphic(GlobalRanking):
     scores of different classes are not comparable. Here a class holds one kind of gate of all blocks: attn_in,
     attn_qkv, attn_out, mlp_in, mlp_hid, mlp_out.
 
-    The authors' library, Torch-Pruning, is not used. It cuts weights at once, by a graph traced from one forward pass,
-    where this project's gates must open slowly while the model trains; and it couples the residual stream: its classes
-    in a ViT are the stream's channels (one choice for all blocks), head channels or heads, and hidden channels. What a
-    sub-block reads and what it writes, which all methods here decide about, it cannot cut apart.
+    The authors' library, Torch-Pruning, is not used. It removes weights at once, by a graph traced from one forward
+    pass, while masks here change gradually during training; and it couples the residual stream: its classes in a ViT
+    are the stream's channels (one choice for all blocks), head channels or heads, and hidden channels. It cannot prune
+    a sub-block's input and output channels separately, as all methods here do.
     """
 
     def scores(self, final: bool) -> Scores:

@@ -37,12 +37,12 @@ class SAViT(Method):
     What differs from the published code: the budget in params or MACs is counted exactly, for all sizes; all numbers of
     heads and embedding channels are tried (hidden neurons follow from the budget) instead of an evolution; one product
     with the Hessian takes in all pairs of layers, not a random one; cross terms are not divided by the numbers of
-    elements and a factor set by hand, with which the few heads would never go; directions in which the loss is concave
-    count as flat, because the search would otherwise be paid for removing all it can.
+    elements and a factor set by hand, with which the few heads would never be pruned; directions in which the loss is
+    concave count as flat, because the search would otherwise be rewarded for pruning as much as possible.
     """
 
     SHARE = 0.1
-    """Of the training batches."""
+    """Share of the training batches that are measured."""
     BATCH = 32
     """Images per measurement, as published: the importance is the square of a batch's mean."""
 
