@@ -213,7 +213,7 @@ def saved(tmp_path):
 def test_a_folder_that_holds_a_model_is_refused(tmp_path):
     folder = saved(tmp_path)
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-    with pytest.raises(ValueError, match="save: .* already has a model"):
+    with pytest.raises(ValueError, match=r"save: .* already has a model"):
         p3b.save(vit(), folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
 
