@@ -204,7 +204,7 @@ modules, commands = extension() if BUILDING else ([], {})
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"p3b_ext": ["py.typed"], "p3b": ["recipes/*.toml", "recipes/compare/*.toml"]},
+    package_data={"p3b_ext": ["py.typed"], "p3b": ["py.typed", "recipes/*.toml", "recipes/compare/*.toml"]},
     ext_modules=modules,
     cmdclass=commands,
 )

@@ -206,7 +206,7 @@ def test_what_is_done_is_not_run_again(done, capsys):
     again = compare(task(), folder, say=quietly)
     assert Inside.started == [] and again["summary"] == before["summary"]
     assert (folder / "throughput.json").stat().st_mtime_ns == kept
-    with pytest.raises(ValueError, match=r"settings of p3b-0.5-s0 must be those .* config.lr = 0.01, made with None"):
+    with pytest.raises(ValueError, match=r"p3b-0.5-s0 was run with other settings: config.lr was None and is now 0.01"):
         compare(task(settings={"p3b": {"lr": 0.01}}), folder, say=quietly)
     path = folder.parent / "tiny.toml"
     path.write_text(TINY)
@@ -367,9 +367,9 @@ def test_the_shipped_comparisons_can_be_run(name):
         ("[target]\nimages = 5", r"key of \[target\] must be one of .* got 'images'"),
         ("[settings.p4b]\nlr = 1.0", "settings must be one of .* got 'p4b'"),
         ("[settings.p4b]\nmethod = 'p3c'", r"method of \[settings.p4b\] must be one of .* got 'p3c'; did you mean p3b"),
-        ("[settings.p3b]\nmethod = 'uniform'", "must leave out method, which each job has of its own"),
+        ("[settings.p3b]\nmethod = 'uniform'", "must leave out method, which each job sets itself"),
         ("[settings.'a/b']\nmethod = 'p3b'", r"NAME of \[settings.NAME\] must be of letters, .* got 'a/b'"),
-        ("[trainer]\nseed = 1\n", "must leave out seed, which each job has of its own"),
+        ("[trainer]\nseed = 1\n", "must leave out seed, which each job sets itself"),
         ("[trainer]\nlr = -1.0\n[target]\ndata = 'digits'", "lr must be above 0"),
         ("title = 'x'", r"\[target\] has no data; give it in the file or with --data"),
         ("methods = [", "cannot be read as TOML"),

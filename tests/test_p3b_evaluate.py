@@ -53,7 +53,7 @@ def test_evaluate_by_hand():
 
 
 def test_evaluate_needs_images():
-    with pytest.raises(ValueError, match="loader must give at least one image"):
+    with pytest.raises(ValueError, match="the loader has no images"):
         evaluate(Fixed(), [])
 
 

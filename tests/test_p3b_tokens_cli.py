@@ -135,7 +135,7 @@ def test_a_picture_is_scaled_and_cropped_as_it_is_normalised(images):
         (["--reduction", "evit", "--keep-rate", "1.5"], "keep_rate must be in (0, 1], got 1.5"),
         (["--reduction", "ppt", "--blocks", "1,9"], "blocks must be between 0 and 2 for this model, got 9"),
         (["--blocks", "9"], "blocks must be between 0 and 2 for this model, got 9"),
-        (["--blocks", "1.5"], "must be whole numbers with commas between, got '1.5'"),
+        (["--blocks", "1.5"], "must be whole numbers separated by commas, got '1.5'"),
         (["--r", "-1"], "r must be at least 0, got -1"),
         (["--r", "0"], "ToMe(r=0"),
         (["--reduction", "topk", "--score", "clss"], "score must be one of"),
@@ -215,7 +215,7 @@ def test_bench_writes_nothing_unasked(run, tmp_path, capsys, monkeypatch):
     ("flags", "message"),
     [
         (["--reductions", "tome,pppt"], "got 'pppt'; did you mean ppt?"),
-        (["--macs-ratio", "0.5,x"], "must be numbers with commas between, got '0.5,x'"),
+        (["--macs-ratio", "0.5,x"], "must be numbers separated by commas, got '0.5,x'"),
         (["--macs-ratio", "0.001"], "macs_ratio must be at least"),
         (["--macs-ratio", "-1"], "macs_ratio: shares must be in (0, 1], got -1.0"),
         (["--macs-ratio", "0.9,2"], "macs_ratio: shares must be in (0, 1], got 2.0; half the multiplications are 0.5"),

@@ -17,11 +17,12 @@ METHODS = (
 
 
 class MethodDefault(str):
-    """A setting that nobody has chosen: it has the value that the method gives it, and changes with the method."""
+    """A setting left at its default, which depends on the method."""
 
 
+KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}  # of a field, by its annotation
 METHOD_DEFAULTS = {"p3b+": {"rank_across": "block"}}
-"""Settings whose default another method changes; what is given explicitly wins."""
+"""Defaults that differ for a method; a value given explicitly takes precedence."""
 
 
 @dataclass
@@ -29,48 +30,48 @@ class Config:
     """Settings of `p3b.prune` and `p3b.finetune`. Epoch numbers count from 0; the pruning phase ends at `final_epoch`.
 
     Defaults are P3B's published constants where there is one (arXiv 2506.23675); learning rates are for AdamW.
-    Raises ValueError (values) or TypeError (types) that name the field, the expected and the given value.
+    Raises ValueError (values) or TypeError (types) with the field, the expected and the actual value.
     """
 
     method: str = "p3b"
-    """What decides which channels stay: p3b, p3b+, uniform, random, magnitude-l1, magnitude-l2, taylor, vtp, wdpruning,
-    savit, isomorphic. (p3b+: p3b with improved defaults; the others are baselines.)"""
+    """Pruning method: p3b, p3b+, uniform, random, magnitude-l1, magnitude-l2, taylor, vtp, wdpruning, savit,
+    isomorphic. (p3b+: p3b with improved defaults; all but p3b and p3b+ are baselines.)"""
     prune_ratio: float = 0.5
     """Share of the model's cost (parts outside the blocks included) that is pruned, in (0, 1)."""
     budget: str = "params"
-    """What `prune_ratio` counts: "params" or "macs" (multiply-accumulates of one image)."""
+    """Cost that `prune_ratio` refers to: "params" or "macs" (multiply-accumulates of one image)."""
     floor: float = 0.0
     """Smallest keep ratio of any sub-block, in [0, 1); prevents a late block from being pruned entirely."""
     round_to: int = 1
-    """Kept channels of every gate end as a multiple of this (full and empty gates excepted); 8 suits the vector units
-    of most CPUs and GPUs."""
+    """The number of kept channels of every gate is rounded to a multiple of this (unless all or none are kept); 8
+    suits the vector units of most CPUs and GPUs."""
     compensate: bool = False
     """At the shrink, add the mean activation of the removed channels to the next layer's bias."""
 
     start_epoch: int = 2
-    """Warm-up: before this epoch model and probes train, all gates stay at 1 and nothing is measured."""
+    """Warm-up: before this epoch model and probes are trained with all gates at 1, and no benefit is measured."""
     sparse_epoch: int = 7
-    """The keep ratios go linearly from 1 (at `start_epoch`) to their goal, which they reach at this epoch."""
+    """The keep ratios decrease linearly from 1 at `start_epoch` to their final values at this epoch."""
     final_epoch: int = 10
-    """The soft masks sharpen from `sparse_epoch` on and are hard at this epoch, where the pruning phase ends and the
-    model shrinks."""
+    """The soft masks are sharpened from `sparse_epoch` on and are hard at this epoch, where the pruning phase ends and
+    the model is shrunk."""
     finetune_epochs: int = 14
     """Epochs of ordinary fine-tuning after the shrink."""
     updates_per_epoch: int = 3
     """Mask updates per epoch."""
 
     alpha: float = 0.5
-    """Weight of the class-token benefit; the patch benefit has 1 - alpha. Models without a class token use the patches
-    alone."""
+    """Weight of the class-token benefit; the patch benefit has 1 - alpha. Models without a class token use the
+    patch benefit alone."""
     gamma: float = 0.2
     """Weight of the newest importance in its running mean, in (0, 1]."""
     momentum: str = "published"
-    """How benefit becomes importance: "published" divides it by the parameters kept so far and averages; "sqrt" takes
-    the fixed point of that rule directly, the square root of benefit over size."""
+    """How importance is computed from benefit: "published" divides it by the number of kept parameters and averages;
+    "sqrt" takes the fixed point of that rule directly, the square root of benefit over size."""
     temperature: float = 10.0
-    """Upper end T of the smooth clamp that turns benefit into importance."""
+    """Upper limit T of the smooth clamp in the computation of importance from benefit."""
     min_kept_share: float = 0.05
-    """An emptied sub-block counts as this share of its size when benefit is divided by size, so that it
+    """A fully pruned sub-block counts as this share of its size when benefit is divided by size, so that it
     cannot take the whole budget."""
     tau_max: float = 0.1
     """Width of the soft mask, as a share of a sub-block's gate elements, until sharpening starts."""
@@ -94,18 +95,17 @@ class Config:
     g^2, or "last", by their last score before the mask became 0 (measured on a network that has changed since)."""
 
     benefit_targets: str = "train"
-    """Targets that benefit is measured with: "train" (published: the smoothed and mixed targets of training) or "clean"
+    """Targets for measuring benefit: "train" (published: the smoothed and mixed targets of training) or "clean"
     (labels without smoothing, images without mixing, which costs a forward pass where images are mixed)."""
     patch_probe: str = "pointwise"
     """Form of the patch probe: "conv" (published: two 3x3 convolutions), "pointwise" (one 1x1 convolution) or
     "linear" (none); each ends in the mean over tokens and a linear layer."""
     patch_probe_width: int = 0
-    """Hidden channels of the patch probe; 0: the model's width for "conv", a quarter of it for
-    "pointwise"."""
+    """Hidden channels of the patch probe; 0: the model's width for "conv", a quarter of it for "pointwise"."""
     probe_share: float = 1.0
     """Share of each batch that the probes are trained and evaluated on, in (0, 1]."""
     probe_every: int = 1
-    """The probes are trained and evaluated in one step of this many; 1: in every step."""
+    """The probes are trained and evaluated every this many steps; 1: in every step."""
     probe_lr: float = 5e-4
     """Learning rate of the probes, constant. Patch probes other than "conv" use ten times this rate, which brings their
     benefit closest to that of "conv" (docs/results/probes.md)."""
@@ -113,7 +113,7 @@ class Config:
     """Weight decay of the probes' weights."""
 
     opt: str = "adamw"
-    """Optimizer of the model, a name that timm's create_optimizer_v2 knows: adamw, sgd, lamb, lion, ..."""
+    """Optimizer of the model, by its name in timm's create_optimizer_v2: adamw, sgd, lamb, lion, ..."""
     lr: float = 5e-4
     """Learning rate of the pruning phase, constant."""
     weight_decay: float = 0.05
@@ -128,7 +128,7 @@ class Config:
     min_lr: float = 0.0
     """Final learning rate of the cosine schedule."""
     label_smoothing: float = 0.1
-    """Smoothing of integer labels, in [0, 1); soft targets are taken as they come."""
+    """Smoothing of integer labels, in [0, 1); soft targets are not smoothed."""
     mixup: float = 0.0
     """Alpha of mixup (timm.data.Mixup, per batch) in both phases; 0: disabled."""
     cutmix: float = 0.0
@@ -142,8 +142,8 @@ class Config:
     distill_temperature: float = 2.0
     """Temperature of the distillation loss."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights in fine-tuning (timm.utils.ModelEmaV3), which is then the
-    result; 0: disabled."""
+    """Decay of an exponential moving average of the weights in fine-tuning (timm.utils.ModelEmaV3), whose
+    weights are then the result; 0: disabled."""
     select: str = "last"
     """Which epoch of fine-tuning is the result: "last", or "best" by validation accuracy."""
     clip_grad: float = 0.0
@@ -223,16 +223,16 @@ class Config:
 
     def _coerce(self, field: dataclasses.Field) -> None:
         value = getattr(self, field.name)
-        kind = {"int": int, "float": float, "str": str, "bool": bool}[field.type]
+        kind = KINDS[str(field.type)]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             setattr(self, field.name, float(value))
         elif not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             raise TypeError(f"config: {field.name} must be {field.type}, got {value!r}")
-        elif kind is float and not math.isfinite(value):
+        elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"config: {field.name} must be finite, got {value!r}")
 
-    def _check(self, name: str, good: bool, expected: str) -> None:
-        if not good:
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
             raise ValueError(f"config: {name} must be {expected}, got {getattr(self, name)!r}")
 
     def _choice(self, name: str, known: tuple[str, ...]) -> None:
@@ -246,7 +246,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """A Config from plain keys and values. Raises ValueError for an unknown key, and lists the known ones."""
+        """A Config from plain keys and values. Raises ValueError for an unknown key, with the list of known ones."""
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -257,7 +257,7 @@ class Config:
     def from_file(cls, path: str | Path) -> Config:
         """A Config from a TOML file of plain keys, or from a shipped recipe by its name (see `recipes()`).
 
-        Settings of model and data in a recipe are for the command line and left out here.
+        Settings of model and data in a recipe are for the command line and are ignored here.
         """
         file = Path(path)
         if not file.is_file():
@@ -276,7 +276,7 @@ class Config:
 
 
 def as_config(config: Config | None) -> Config:
-    """The given Config, or one of defaults. Raises TypeError for anything else."""
+    """The config itself, or one with default values for None. Raises TypeError for any other object."""
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"train: config must be a p3b.Config (Config.from_dict makes one), got {type(config).__name__}")
     return config or Config()

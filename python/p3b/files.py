@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files that are complete or absent, and JSON in them."""
+"""Atomic writes, and JSON files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file under another name beside `path`, then renames it.
+    """Calls `write` with a temporary path beside `path`, then renames that file to `path`.
 
-    Whatever happens, `path` holds all of the old content or all of the new.
+    After an error or a crash `path` holds either the old content or the new, both complete.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~umask())  # safetensors lets nobody else read
+        temporary.chmod(0o666 & ~umask())  # safetensors makes files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno and error.filename is None:  # a full disk is found by a write, which knows no name
+        if error.errno and error.filename is None:  # an error of write(), such as a full disk, has no file name
             error.filename = str(path)
         raise
     finally:
@@ -38,12 +38,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, written atomically. Numbers that are not finite, which JSON does not have, become null."""
+    """A JSON file, written atomically. Numbers that are not finite become null, since JSON has none."""
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file of a run. Raises ValueError in one line where it is missing or damaged."""
+    """The value of a JSON file of a run. Raises a one-line ValueError for a missing or damaged file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -53,12 +53,12 @@ def read_json(path: Path) -> Any:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file has the name of one that `write_atomically` was writing."""
+    """Whether a file is a temporary one of `write_atomically`."""
     return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
 
 
 def umask() -> int:
-    """The permission bits that this process takes from new files."""
+    """The umask of this process: permission bits that new files do not get."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

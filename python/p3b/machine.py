@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The machine that a command runs on: its device, its cores, its processor's name."""
+"""Devices, CPU cores and threads, and the name of the processor."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from pathlib import Path
 
 import torch
 
-MOST_THREADS = 1024  # OpenMP ends the process where it cannot start as many as it is asked for
+MOST_THREADS = 1024  # OpenMP aborts the process if it cannot start the requested number
 
 
 def resolve_device(name: str) -> torch.device:
     """The device of a name: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
 
-    Raises ValueError for a name that is no device of this machine, or one that holds no numbers ("meta").
+    Raises ValueError for a device that this machine does not have, and for "meta", whose tensors have no data.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if torch.empty(0, device=name).is_meta:
-            raise RuntimeError("it holds no numbers")
+        if torch.empty(0, device=name, dtype=torch.float32).is_meta:
+            raise RuntimeError("its tensors have no data")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: name must be a device of this machine, got {name!r} ({reason})") from error
     return torch.device(name)
 
 
-def decoding_workers(wanted: int, device: torch.device) -> int:
-    """Processes that decode images for this training process: `wanted`; for -1 one for each core but one beside a GPU,
-    none on a CPU, whose cores have training to do."""
-    if wanted >= 0 or device.type == "cpu":
-        return max(0, wanted)
+def decoding_workers(requested: int, device: torch.device) -> int:
+    """Number of image-decoding processes for this training process: `requested`, or for -1 the number of cores minus
+    one for training on a GPU, and none for training on a CPU, which uses all cores."""
+    if requested >= 0 or device.type == "cpu":
+        return max(0, requested)
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
@@ -44,7 +44,7 @@ def cores() -> int:
 
 
 def set_threads(count: int) -> None:
-    """Gives PyTorch so many CPU threads; 0 leaves it as it is. Raises ValueError outside 0 to MOST_THREADS."""
+    """Sets PyTorch's number of CPU threads; 0 keeps it. Raises ValueError outside 0 to MOST_THREADS."""
     if count < 0:
         raise ValueError(f"threads: count must be 1 or more (0: all cores), got {count}")
     if count > MOST_THREADS:
@@ -55,7 +55,7 @@ def set_threads(count: int) -> None:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """`count` CPU threads inside the block."""
+    """Sets PyTorch's number of CPU threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -65,7 +65,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def machine_name(device: torch.device) -> str:
-    """What a table of costs says of the machine: the GPU's name, or the CPU's and its number of threads."""
+    """Name of the machine for cost tables: the GPU, or the CPU and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()

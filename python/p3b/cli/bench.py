@@ -24,36 +24,36 @@ from .options import Device, Images
 
 @dataclass(kw_only=True)
 class Bench(Images, Device):
-    """accuracy, cost and images per second of a model: dense, pruned, and with each token reduction"""
+    """accuracy, costs and images per second of a model: dense, pruned, and with each token reduction"""
 
     EXAMPLE: ClassVar = "p3b bench runs/photos --data run --output runs/photos-bench"
 
     model: list[str] = positional(nargs="+", metavar="FOLDER|MODEL")
-    """folder of a run, or a timm name; or several folders of runs"""
+    """folder of a run, or name of a timm model; or several folders of runs"""
     reductions: list[str] = flag([])
-    """token reductions to try, of tome,ppt,evit,topk (default: all; dense: none)"""
+    """token reductions to measure, of tome,ppt,evit,topk (default: all; dense: none)"""
     macs_ratio: list[float] = flag([])
-    """bring every reduction to these shares, in (0, 1], of the model's multiplications (of several: of the first
-    one's), as 0.8,0.65,0.5, in place of the published settings"""
+    """MACs with each reduction as shares, in (0, 1], of the model's MACs (with several models: of the first one's), as
+    0.8,0.65,0.5, in place of the published settings"""
     runtimes: list[str] = flag([])
-    """time the models also in these: onnxruntime,openvino,compile (torch.compile)"""
+    """runtimes to measure as well, of onnxruntime,openvino,compile (torch.compile)"""
     data: str = flag("", metavar="SOURCE")
-    """images to measure accuracy on; run: the run's own (default: none, costs alone)"""
+    """images to measure accuracy on; run: those of the run (default: none, only costs)"""
     output: str = flag("", metavar="DIR")
-    """new folder for the table (markdown and JSON) and a plot (default: print only)"""
+    """new folder for the table (Markdown and JSON) and a plot (default: only print)"""
     batch_size: int | None = flag(None, least=1, metavar="N")
-    """images per pass (default: 64, and the run's where accuracy is measured)"""
+    """batch size (default: 64; for the accuracy that of the run)"""
     img_size: int = 0
-    """edge of the images in pixels, for a timm name (default: what it was trained with)"""
+    """edge of the images in pixels, for a timm model (default: that of its training)"""
     repeats: int = flag(15, least=1, metavar="N")
-    """timed passes of each model (default: 15)"""
+    """timed forward passes of each model (default: 15)"""
     dtype: str = flag("float32", choices=("float32", "bfloat16", "float16"))
-    """of weights and images (default: float32)"""
+    """dtype of weights and images (default: float32)"""
     prune_share: float | None = None
-    """find ppt's threshold so that it prunes this share, in [0, 1], of the images (default: published)"""
+    """calibrate ppt's threshold to prune this share, in [0, 1], of the images (default: published threshold)"""
 
     def run(self, line: str) -> None:
-        """Prints the table, and writes it where an output is named."""
+        """Prints the table, and writes it if there is an output."""
         set_threads(self.threads)
         device, dtype = resolve_device(self.device), benchmark.DTYPES[self.dtype]
         check_runtimes(self.runtimes, device, dtype)
@@ -65,7 +65,7 @@ class Bench(Images, Device):
         base = models[bases[0]]
         size = (self.batch_size or benchmark.BATCH, base.patch_embed.proj.in_channels, *base.patch_embed.img_size)
         if data is None:
-            images = torch.randn(*size, generator=torch.Generator().manual_seed(0))
+            images = torch.randn(*size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
             loader, calibration, unscored = [(images, None)], [images], tuple(models)
         else:
             loader, calibration = data.val, benchmark.calibration_batches(data, self.batch_size)
@@ -97,7 +97,7 @@ class Bench(Images, Device):
     def _models(self) -> tuple[Any, Any, Any, Any]:
         where = self.where(batch_size=self.batch_size)
         if len(self.model) == 1:
-            return benchmark.models_and_data(*self.model, self.data, **where, img_size=self.img_size)
+            return benchmark.models_and_data(self.model[0], self.data, **where, img_size=self.img_size)
         if self.img_size:
             raise ValueError(f"img_size: flag must be left out for the folders of runs, got {self.img_size}")
         models, data, trained = benchmark.several_runs(self.model, self.data, **where)
@@ -106,7 +106,7 @@ class Bench(Images, Device):
     def _conditions(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype, data: Any) -> str:
         text = conditions(size, device, dtype)
         others = [f"{name} {importlib.metadata.version(name)}" for name in self.runtimes if name != "compile"]
-        text += f" {', '.join(others)}, as many threads." if others else ""
+        text += f" {', '.join(others)}, with the same number of threads." if others else ""
         return text if data is None else f"{text} Accuracy: {data.description}."
 
     def _write(self, folder: Path, result: Any, measured: str, line: str) -> None:
@@ -115,6 +115,6 @@ class Bench(Images, Device):
 
 
 def _usable(models: Any, bases: list[str]) -> list[str]:
-    """The reductions that all of the models can have: EViT needs a class token."""
-    classed = all(models[name].has_class_token for name in bases)
-    return [name for name in token_reduction.NAMES if classed or name != "evit"]
+    """The reductions that all of the models support: EViT needs a class token."""
+    class_tokens = all(models[name].has_class_token for name in bases)
+    return [name for name in token_reduction.NAMES if class_tokens or name != "evit"]

@@ -14,33 +14,33 @@ from .flags import flag, positional
 
 @dataclass(kw_only=True)
 class Compare:
-    """compare pruning methods on one task, over ratios and seeds: the table and the plots"""
+    """compare pruning methods on one task, over ratios and seeds: table and plots"""
 
     EXAMPLE: ClassVar = "p3b compare fashion-5k --source mnist.npz --data fashion_mnist.npz --output runs/fashion"
 
     TEXTS: ClassVar = {"comparisons": comparisons}
 
     config: str = positional(metavar="CONFIG")
-    """TOML file of a comparison, or the name of one that ships with p3b: {comparisons}"""
+    """TOML file of a comparison, or the name of one shipped with p3b: {comparisons}"""
     output: str = flag("", metavar="DIR", required=True)
     """new folder, or that of a comparison to continue"""
     source: str = flag("", metavar="SOURCE")
-    """images that the models are trained on first, in place of the file's"""
+    """images of the source stage, in place of the file's"""
     data: str = flag("", metavar="SOURCE")
-    """images that they are pruned on, in place of the file's"""
+    """images of the target stage, in which models are pruned, in place of the file's"""
     methods: list[str] = flag([])
-    """only these methods, as p3b,taylor, in place of the file's"""
+    """these methods, as p3b,taylor, in place of the file's"""
     ratios: list[float] = flag([])
-    """only these ratios, as 0.5,0.75, in place of the file's"""
+    """these prune ratios, as 0.5,0.75, in place of the file's"""
     seeds: list[int] = flag([])
-    """only these seeds, as 0,1,2, in place of the file's"""
+    """these seeds, as 0,1,2, in place of the file's"""
     jobs: int = 0
-    """runs at a time (default: one for each GPU, else the cores divided by --threads)"""
+    """concurrent runs (default: one per GPU, else the cores divided by --threads)"""
     threads: int = 0
-    """CPU threads of each run (default: 1; beside GPUs an equal share of the cores)"""
+    """CPU threads of each run (default: 1; with GPUs an equal share of the cores)"""
 
     def run(self, line: str) -> None:
-        """Prints the table; ValueError where a job has failed."""
+        """Prints the table. Raises ValueError where a job has failed."""
         task = Task.from_file(self.config).use(
             source=self.source, data=self.data, methods=self.methods, ratios=self.ratios, seeds=self.seeds
         )

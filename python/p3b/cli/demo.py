@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`p3b demo`: the whole method on images that come with scikit-learn, in minutes on two cores.
 
-A small ViT learns five of the ten digits, is transferred to the other five, is pruned there to half its parameters and
-is compared with the model that was transferred without pruning, with as many epochs of training.
+A small ViT is trained on five of the ten digits, transferred to the other five, pruned there to half its parameters and
+compared with the model that was transferred without pruning, with the same number of epochs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..config import Config
 from ..data import Data, DataConfig, create_data
 from ..machine import set_threads
 from ..metrics.table import measure, tables
+from ..models.create import as_vit
 from ..report.page import write_report
 from ..runs import checkpoint
 from ..runs.folder import new_run_folder, save_measured, save_trained
@@ -35,7 +36,9 @@ from .flags import flag
 
 SOURCE, TARGET = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
 MODEL = "vit_tiny_patch16_224"
-MODEL_KWARGS = dict(img_size=16, patch_size=4, embed_dim=64, depth=6, num_heads=4, in_chans=1, num_classes=5)
+MODEL_KWARGS: dict[str, Any] = dict(
+    img_size=16, patch_size=4, embed_dim=64, depth=6, num_heads=4, in_chans=1, num_classes=5
+)
 TIMED_BATCH = 128
 REDUCTION_BLOCKS = (1, 3)
 REDUCTION_R = 4  # of 16 patches, then of 12
@@ -43,7 +46,7 @@ REDUCTION_R = 4  # of 16 patches, then of 12
 
 @dataclass(frozen=True)
 class Size:
-    """How long the demo trains, in epochs."""
+    """Epochs of the demo."""
 
     source: int
     start: int
@@ -67,21 +70,21 @@ class Demo:
     seed: int = 0
     """same seed, same accuracies and masks (default: 0)"""
     quick: bool = False
-    """a few seconds: everything runs, nothing is learnt"""
+    """a few seconds: all stages run, with too few epochs for any accuracy"""
     threads: int = 0
     """CPU threads (default: 1)"""
 
     def run(self, line: str) -> None:
         """Runs the demo in a new folder and prints its table."""
         output = self.output or _free_name("runs/demo")
-        # Its matrices are so small that a second thread gains little, and loses much on a busy machine: 28 ms a step on
-        # one thread of a shared two-core Zen 3, 350 to 1,000 ms on two.
+        # For matrices this small a second thread gains little, and is slower on a busy machine: 28 ms per step on one
+        # thread of a shared two-core Zen 3, 350 to 1,000 ms on two.
         set_threads(self.threads or 1)
         keep_freed_memory()
         with new_run_folder(output) as folder, ProgressBar() as progress:
             text = demo(folder, seed=self.seed, quick=self.quick, progress=progress, command=line)
         print(text)
-        print(f"\nwritten to {output}: the pruned model, history.json, metrics.json and report.md with pictures")
+        print(f"\nwritten to {output}: the pruned model, history.json, metrics.json and report.md with figures")
 
 
 def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -> str:
@@ -96,7 +99,7 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
         lr=1e-3,
         finetune_lr=3e-3,
         seed=seed,
-        device="cpu",  # at this size a GPU waits for its own launches
+        device="cpu",  # at this size a GPU is limited by launch latency
     )
     clock, begin = {}, time.perf_counter()
 
@@ -105,7 +108,8 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
         clock[name], begin = time.perf_counter() - begin, time.perf_counter()
 
     torch.manual_seed(seed)
-    model = p3b_ext.patch(create_model(MODEL, **MODEL_KWARGS))
+    model = as_vit(MODEL, create_model(MODEL, **MODEL_KWARGS))
+    p3b_ext.patch(model)
     checkpoint.check(model)
     source = _digits(SOURCE, seed)
     finetune(model, source.train, source.val, config, epochs=size.source, progress=Named(progress, "source"))
@@ -117,7 +121,7 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
     dense_history = finetune(dense, target.train, target.val, config, epochs=epochs, progress=Named(progress, "dense"))
     lap("dense")
 
-    target = _digits(TARGET, seed)  # both runs see the same batches from the start
+    target = _digits(TARGET, seed)  # new loaders, so that both runs have the same batches
     result = prune(model, target.train, target.val, config, progress=progress)
     lap("prune and fine-tune")
 
@@ -138,7 +142,7 @@ def demo(folder: Path, *, seed: int, quick: bool, progress: Any, command: str) -
         rows=rows,
         batch_size=TIMED_BATCH,
         device=torch.device("cpu"),
-        title="Digits 5 to 9, learnt by a ViT that knew 0 to 4, pruned to half its parameters",
+        title="ViT trained on the digits 0 to 4, transferred to 5 to 9 and pruned to half its parameters",
         command=command,
         seconds=clock,
     )
@@ -152,16 +156,16 @@ def _digits(classes: list[int], seed: int) -> Data:
 
 
 def _reduced(model: nn.Module, images: Any) -> nn.Module:
-    """A copy that also reduces tokens by PPT: in each block half of the training images prune, half merge."""
+    """A copy with PPT, calibrated to prune half of the training images in each block and merge in the others."""
     reduced = p3b_ext.patch(copy.deepcopy(model), p3b_ext.PPT(r=REDUCTION_R, blocks=REDUCTION_BLOCKS))
     p3b_ext.calibrate(reduced, images, prune_share=0.5, per_block=True)
     return reduced
 
 
-def _free_name(wanted: str) -> str:
-    """`wanted`, or wanted-2, wanted-3, ... where that exists."""
-    number, name = 1, wanted
+def _free_name(base: str) -> str:
+    """`base`, or base-2, base-3, ... where that exists."""
+    number, name = 1, base
     while os.path.exists(name):
         number += 1
-        name = f"{wanted}-{number}"
+        name = f"{base}-{number}"
     return name

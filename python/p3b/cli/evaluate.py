@@ -17,14 +17,14 @@ from .options import Device, Images
 
 @dataclass(kw_only=True)
 class Evaluate(Images, Device):
-    """accuracy (top-1, top-5) and loss of a run's model on its validation images, or on others"""
+    """accuracy (top-1, top-5) and loss of a run's model on its validation images or on others"""
 
     EXAMPLE: ClassVar = "p3b evaluate runs/photos --data other_photos/"
 
     folder: str = positional(metavar="FOLDER")
     """folder of a run (the --output of p3b prune or finetune)"""
     batch_size: int | None = flag(None, least=1, metavar="N")
-    """images per pass (default: the run's)"""
+    """batch size (default: that of the run)"""
 
     def run(self, line: str) -> None:
         """Prints one line."""
@@ -35,4 +35,4 @@ class Evaluate(Images, Device):
         print(f"top-1 {result['top1']:.2f} %   top-5 {result['top5']:.2f} %   loss {result['loss']:.4f}   ", end="")
         print(f"({result['images']:,} images of {data.description})")
         if not self.data and not math.isclose(result["top1"], meta["top1"], abs_tol=5e-3):
-            print(f"the run reported {meta['top1']:.2f} %: another machine, dtype or library rounds differently")
+            print(f"the run reported {meta['top1']:.2f} %: rounding differs between machines, dtypes and libraries")

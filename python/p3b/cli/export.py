@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
 
 import p3b_ext
 
@@ -30,29 +30,29 @@ class Export(Reduction, Images, Threads):
     EXAMPLE: ClassVar = "p3b export runs/photos --reduction tome --output photos.onnx"
 
     model: str = positional(metavar="FOLDER|MODEL")
-    """folder of a run, or a timm name"""
+    """folder of a run, or name of a timm model"""
     output: str = flag("", metavar="FILE", required=True)
     """new file, ending in .onnx or .pt2"""
     format: str | None = flag(None, choices=("onnx", "pt2"))
-    """default: by the ending of the file"""
+    """file format (default: by the ending of the file)"""
     batch: int | None = None
-    """the one number of images that the file takes"""
+    """fixed batch size of the file"""
     dynamic_batch: bool = False
-    """the file takes any number of images (default)"""
+    """any batch size (default)"""
     dtype: str = flag("float32", choices=("float32", "bfloat16", "float16"))
-    """of weights and images (default: float32)"""
+    """dtype of weights and images (default: float32)"""
     data: str = flag("", metavar="SOURCE")
-    """images to check the file on as well; run: the run's own (default: random ones alone)"""
+    """images to check the file on; run: those of the run (default: only random images)"""
     reduction: str = flag("", metavar="NAME")
-    """reduce tokens: tome, ppt, evit or topk (default: as the run was trained)"""
+    """token reduction: tome, ppt, evit or topk (default: that of the run)"""
 
     def run(self, line: str) -> None:
-        """Writes the file and prints what it was checked against."""
+        """Writes the file and prints the results of its checks."""
         set_threads(self.threads)
         if self.batch is not None and self.dynamic_batch:
             raise ValueError("--batch and --dynamic-batch exclude each other")
-        given = {**self.settings(), "prune_share": self.prune_share}
-        for name, value in given.items():
+        reduction_flags = {**self.settings(), "prune_share": self.prune_share}
+        for name, value in reduction_flags.items():
             if not self.reduction and value is not None:
                 raise ValueError(f"{name}: flag must go with --reduction, got {value} without")
         model, meta = model_and_meta(self.model, **self.source())
@@ -75,23 +75,23 @@ class Export(Reduction, Images, Threads):
     def _data(self, settings: dict[str, Any]) -> Data | None:
         if not self.data:
             return None
-        given = {} if self.data == "run" else dict(source=self.data, root=self.data_root or None)
-        if not (given or "source" in settings):
-            raise ValueError(f"data: a timm model has no images of its own; name some instead of {self.data!r}")
-        return create_data(DataConfig(**(settings | given), workers=self.workers))
+        changes = {} if self.data == "run" else dict(source=self.data, root=self.data_root or None)
+        if not (changes or "source" in settings):
+            raise ValueError("data: a timm model has no images of its own; give a data set in place of 'run'")
+        return create_data(DataConfig(**(settings | changes), workers=self.workers))
 
-    def _reduce(self, model: nn.Module, data: Data | None) -> None:
+    def _reduce(self, model: VisionTransformer, data: Data | None) -> None:
         reduction = token_reduction.create_reduction(self.reduction, model, **self.settings())
         if data is None and isinstance(reduction, p3b_ext.PPT) and (self.prune_share or reduction.threshold is None):
-            raise ValueError("a threshold is found on images: give --data, or --threshold itself")
+            raise ValueError("a threshold is calibrated on images: give --data, or --threshold")
         token_reduction.apply(model, reduction, calibration_batches(data) if data else (), prune_share=self.prune_share)
 
 
 def _known(meta: dict[str, Any]) -> dict[str, Any]:
-    """What the file says of classes and preprocessing."""
+    """Metadata of the file on classes and preprocessing."""
     settings = meta["data"]
-    known = {key: meta[key] for key in ("model", "class_names", "top1") if key in meta}
+    known: dict[str, Any] = {key: meta[key] for key in ("model", "class_names", "top1") if key in meta}
     known |= {"mean": list(settings["mean"]), "std": list(settings["std"]), "interpolation": "bicubic"}
-    if "source" not in settings or os.path.isdir(settings["source"]):  # arrays are resized whole
+    if "source" not in settings or os.path.isdir(settings["source"]):  # arrays are resized without cropping
         known["crop_pct"] = settings["crop_pct"]
     return known

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Command-line flags from dataclasses: a field is a flag, the sentence under it is its help.
+"""Command-line flags from dataclasses: a field is a flag, its docstring the help.
 
-`--img-size N` is a field `img_size: int`; a bool is `--name` and `--no-name` where its default is True; a list takes
-commas between its values, a dict JSON. Fields made with `positional` are arguments without a flag.
+`--img-size N` is a field `img_size: int`; a bool is `--name`, and `--no-name` where its default is True; values of a
+list are separated by commas, a dict is JSON. Fields made with `positional` are positional arguments.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import itertools
 import json
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-GIVEN = "given"  # a field of a command for the settings (see `made`)
+GIVEN = "given"  # field of a command with the settings from the command line (see `made`)
 
 
 def positional(**options: Any) -> Any:
-    """A field that is an argument without a flag; options are argparse's (metavar, nargs)."""
+    """A field that is a positional argument; options are argparse's (metavar, nargs)."""
     return dataclasses.field(metadata=options | {"positional": True})
 
 
 def flag(default: Any, *, least: int | None = None, **options: Any) -> Any:
-    """A field with more than a default: a smallest value, or argparse's metavar, choices, required."""
+    """A field with a default and a smallest value or options of argparse: metavar, choices, required."""
     if least is not None:
         options["type"] = _at_least(least)
     if isinstance(default, list):
@@ -38,8 +38,8 @@ def flag(default: Any, *, least: int | None = None, **options: Any) -> Any:
 def add_flags(parser: Any, cls: type, *, leave_out: Sequence[str] = (), suppressed: bool = False) -> None:
     """Adds an argument for each field of a dataclass, those of its bases last.
 
-    suppressed: a flag that is not given is not in the parsed namespace (for settings that a file may give too); its
-    default is then part of its help.
+    suppressed: a flag that is not given is absent from the parsed namespace, for settings that may also be in a file;
+    its default is then part of its help.
     """
     sentences = _sentences(cls)
     fields = [field for field in dataclasses.fields(cls) if field.name != GIVEN]
@@ -49,14 +49,16 @@ def add_flags(parser: Any, cls: type, *, leave_out: Sequence[str] = (), suppress
             continue
         options = dict(field.metadata)
         options["help"] = sentences[field.name].replace("%", "%%")
-        for name, values in getattr(cls, "TEXTS", {}).items():  # what is known only now, as the names of recipes
+        for name, values in getattr(cls, "TEXTS", {}).items():  # known only at run time, as the names of recipes
             options["help"] = options["help"].replace(f"{{{name}}}", ", ".join(values()))
         if options.pop("positional", False):
             parser.add_argument(field.name, **options)
             continue
         name = "--" + field.name.replace("_", "-")
         kind = str(field.type).removesuffix(" | None")
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         if suppressed and default not in ("", {}, []):
             options["help"] += f" (default: {default})"
         options |= dict(dest=field.name, default=argparse.SUPPRESS if suppressed else default)
@@ -69,8 +71,8 @@ def add_flags(parser: Any, cls: type, *, leave_out: Sequence[str] = (), suppress
             parser.add_argument(name, **options)
 
 
-def made(cls: type, options: argparse.Namespace) -> Any:
-    """The dataclass of a parsed command line. A field `given` gets the settings that the command line names."""
+def made(cls: Any, options: argparse.Namespace) -> Any:
+    """The dataclass of a parsed command line. A field `given` gets the settings that are on the command line."""
     names = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in vars(options).items() if name in names}
     if GIVEN in names:
@@ -80,10 +82,10 @@ def made(cls: type, options: argparse.Namespace) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with errors of one line, and the nearest flags for an unknown one."""
+    """argparse's parser with one-line errors, and similar flags for an unknown one."""
 
-    def error(self, message: str) -> None:
-        """Prints one line and exits with code 2 (argparse's own prints the whole usage too)."""
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with code 2 (argparse also prints the usage)."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         wrong = next((word for word in message.split() if word.startswith("--")), "").split("=")[0]
         close = difflib.get_close_matches(wrong, [f for f in flags if f != wrong], n=2, cutoff=0.8)
@@ -93,23 +95,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def _sentences(cls: type) -> dict[str, str]:
-    """The sentence under each field of a dataclass and its bases."""
-    found: dict[str, str] = {}
+    """The docstrings of the fields of a dataclass and its bases."""
+    sentences: dict[str, str] = {}
     for each in reversed(cls.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0].body
-        found |= {
-            field.target.id: " ".join(ast.literal_eval(text.value).split())
-            for field, text in itertools.pairwise(body)
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-        }
-    return found
+        definition = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0]
+        body = definition.body if isinstance(definition, ast.ClassDef) else []
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                    sentences[field.target.id] = " ".join(str(text.value.value).split())
+    return sentences
 
 
 def _json(text: str) -> Any:
     return json.loads(text)
 
 
-_json.__name__ = "JSON"  # argparse says "invalid JSON value"
+_json.__name__ = "JSON"  # for argparse's message "invalid JSON value"
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -125,12 +127,12 @@ def _at_least(least: int) -> Callable[[str], int]:
     return whole
 
 
-def _values(kind: Callable[[str], Any], what: str) -> Callable[[str], list[Any]]:
+def _values(kind: Callable[[str], Any], name: str) -> Callable[[str], list[Any]]:
     def values(text: str) -> list[Any]:
         try:
             return [kind(part.strip()) for part in text.split(",") if part.strip()]
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {what} with commas between, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be {name} separated by commas, got {text!r}") from None
 
     return values
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The command line: `p3b demo | prune | finetune | evaluate | report | bench | scores | compare | visualize | export`.
 
-A user's mistake is one line on stderr and exit code 2; `--debug` shows the traceback instead.
+An error of the user is one line on stderr and exit code 2; `--debug` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ..training.step import Diverged
 from . import bench, compare, demo, evaluate, export, report, scores, train, visualize
 from .flags import Parser, add_flags, made
 
-# Errors that a user can cause and mend. Anything else is a defect of this software and keeps its traceback.
+# Errors that a user can correct. Any other error is a bug and shows its traceback.
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, Diverged)
-COMMANDS = {
+COMMANDS: dict[str, Any] = {  # dataclasses with a sentence, an EXAMPLE and a method `run`
     "demo": demo.Demo,
     "prune": train.Prune,
     "finetune": train.Finetune,
@@ -38,7 +38,7 @@ COMMANDS = {
     "visualize": visualize.Visualize,
     "export": export.Export,
 }
-LESS_MEMORY = {  # command -> remedy for a machine without enough
+LESS_MEMORY = {  # command -> remedy for an out-of-memory error
     "prune": "a smaller --batch-size needs less, and --accumulate then makes steps of as many images",
     "bench": "a smaller --batch-size needs less",
     "compare": "a smaller timed_batch or fewer --jobs need less",
@@ -50,21 +50,21 @@ LESS_MEMORY |= dict.fromkeys(("evaluate", "scores"), LESS_MEMORY["bench"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 2 the user's mistake, 128 + the signal's number when stopped."""
+    """Runs one command; returns the exit code: 0 done, 2 user error, 128 + number of the signal that ended it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options, unknown = parser().parse_known_args(arguments)
         if unknown:
             options.parser.error(f"unknown flag {' '.join(unknown)}")
-    except SystemExit as end:  # argparse has printed help or the error
+    except SystemExit as end:  # argparse has printed the help or the error
         return int(end.code or 0)
     command = options.command
     try:
         with _stoppable(), _quiet():
             made(COMMANDS[command], options).run(shlex.join(["p3b", *arguments]))
     except KeyboardInterrupt as stop:
-        kept = "; ".join(getattr(stop, "__notes__", ["nothing was written"]))
-        print(f"p3b {command}: interrupted, {kept}", file=sys.stderr)
+        notes = "; ".join(getattr(stop, "__notes__", ["nothing was written"]))
+        print(f"p3b {command}: interrupted, {notes}", file=sys.stderr)
         return 128 + (stop.signal if isinstance(stop, _Stopped) else signal.SIGINT)
     except Exception as error:
         if options.debug or not (isinstance(error, USER_ERRORS) or worker_death(error) or out_of_memory(error)):
@@ -102,7 +102,7 @@ def parser() -> Parser:
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end, as Ctrl-C does."""
+    """A signal to end the process, handled like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -111,12 +111,12 @@ class _Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that it cleans up; under nohup SIGHUP stays ignored."""
+    """SIGTERM and SIGHUP raise KeyboardInterrupt in the block, as Ctrl-C does; with nohup SIGHUP stays ignored."""
 
     def stop(number: int, _: Any) -> None:
         raise _Stopped(number)
 
-    main_thread = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
     numbers = [s for s in (signal.SIGTERM, signal.SIGHUP) if main_thread and signal.getsignal(s) == signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, stop)
@@ -129,11 +129,11 @@ def _stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Warnings in one line each, and none of the Hub's retries; afterwards as before."""
+    """Warnings in one line each, without those of huggingface_hub; restored at the end of the block."""
     show, hub = warnings.showwarning, logging.getLogger("huggingface_hub")
     level = hub.level
     warnings.showwarning = _warn
-    hub.setLevel(logging.ERROR)  # it reports every retry of a failing download
+    hub.setLevel(logging.ERROR)  # it warns of every retry of a download
     try:
         yield
     finally:

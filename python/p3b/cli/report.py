@@ -12,7 +12,7 @@ from .flags import positional
 
 @dataclass(kw_only=True)
 class Report:
-    """write report.md and its pictures again from a run's records"""
+    """write report.md and its figures again from the records of a run"""
 
     EXAMPLE: ClassVar = "p3b report runs/photos"
 

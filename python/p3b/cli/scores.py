@@ -18,31 +18,31 @@ from .options import Device, Images
 
 @dataclass(kw_only=True)
 class Scores(Images, Device):
-    """token scores on a run's model: pruning, merging and PPT by each of them, at several costs"""
+    """accuracy of a run's model with pruning, merging and PPT by each token score, at several costs"""
 
     EXAMPLE: ClassVar = "p3b scores runs/photos --output runs/photos-scores"
 
     folder: str = positional(metavar="FOLDER")
     """folder of a run (the --output of p3b prune or finetune)"""
     scores: list[str] = flag([])
-    """scores to try, of cls_value,entropy_value,cls,to_cls,received (default: the first three; for a model without
+    """scores to measure, of cls_value,entropy_value,cls,to_cls,received (default: the first three; for a model without
     class token entropy_value,received)"""
     modes: list[str] = flag([])
-    """of prune (the lowest scores go), merge (similar tokens, no score), ppt (either, image by image) (default: all)"""
+    """of prune (tokens with low scores), merge (similar tokens, no score), ppt (either, by image) (default: all)"""
     r: list[int] = flag([])
-    """tokens that each of the blocks loses, as 16,33,50 (default: 50 of 196 patches, as many in proportion of others,
-    and a third and two thirds of it)"""
+    """tokens to remove in each of the blocks, as 16,33,50 (default: 50 for 196 patches, in proportion for others, and a
+    third and two thirds of that)"""
     blocks: list[int] = flag([])
     """blocks that reduce tokens, counted from 0, as 3,6,9 (default: at 1/4, 1/2 and 3/4 of the depth)"""
     prune_share: float = 0.5
     """share, in [0, 1], of the images that ppt prunes; it merges in the others (default: 0.5)"""
     batch_size: int | None = flag(None, least=1, metavar="N")
-    """images per pass (default: the run's)"""
+    """batch size (default: that of the run)"""
     output: str = flag("", metavar="DIR")
-    """new folder for the tables (markdown and JSON) and a plot (default: print only)"""
+    """new folder for the tables (Markdown and JSON) and a plot (default: only print)"""
 
     def run(self, line: str) -> None:
-        """Prints the tables, and writes them where an output is named."""
+        """Prints the tables, and writes them if there is an output."""
         set_threads(self.threads)
         model, meta = load_run(self.folder)
         data = run_data(meta, self.data, **self.where(batch_size=self.batch_size))
@@ -60,8 +60,9 @@ class Scores(Images, Device):
                 step=stack.enter_context(task_bar("scores")),
             )
             if folder is not None:
-                how = f"{data.description}. Spread: squared coefficient of variation of the scores of an image."
-                token_scores.write(folder, cases, title=f"Token scores on {self.folder}", conditions=how, command=line)
+                conditions = f"{data.description}. Spread: squared coefficient of variation of an image's scores."
+                title = f"Token scores on {self.folder}"
+                token_scores.write(folder, cases, title=title, conditions=conditions, command=line)
         print(token_scores.tables(cases))
         if self.output:
             print(f"\nwritten to {self.output}: {token_scores.PAGE}, {token_scores.RESULT}, {token_scores.PLOT}")

@@ -22,7 +22,7 @@ from .options import Device, Reduction
 
 @dataclass(kw_only=True)
 class Visualize(Reduction, Device):
-    """draw what a token reduction does to the patches of images: merged ones in one colour, pruned ones dark"""
+    """draw the tokens of images after a token reduction: merged patches in one colour, pruned ones dark"""
 
     EXAMPLE: ClassVar = (
         "p3b visualize cat.jpg dog.jpg --model deit_small_patch16_224 --reduction ppt --output runs/tokens"
@@ -31,14 +31,14 @@ class Visualize(Reduction, Device):
     images: list[str] = positional(nargs="+", metavar="IMAGE")
     """image files"""
     model: str = flag("", metavar="NAME|FOLDER", required=True)
-    """a timm name, or the folder of a run"""
+    """name of a timm model, or folder of a run"""
     output: str = flag("", metavar="DIR", required=True)
     """new folder for one PNG of each image"""
     reduction: str = flag("tome", metavar="NAME")
-    """tome, ppt, evit or topk (default: tome)"""
+    """token reduction: tome, ppt, evit or topk (default: tome)"""
 
     def run(self, line: str) -> None:
-        """Writes a picture for each image."""
+        """Writes a figure for each image."""
         set_threads(self.threads)
         device = resolve_device(self.device)
         model, meta = model_and_meta(self.model, **self.source())
@@ -53,7 +53,7 @@ class Visualize(Reduction, Device):
             batches = [image for _, image in pictures]
             reduction = token_reduction.apply(model, reduction, batches, prune_share=self.prune_share, trace=True)
             if all(before == after for before, after in p3b_ext.token_counts(model)):
-                raise ValueError(f"reduction: {reduction} loses no tokens, so there is nothing to draw")
+                raise ValueError(f"reduction: {reduction} removes no tokens; there is nothing to draw")
             names = token_maps.file_names(self.images)
             for path, name, (picture, image) in zip(self.images, names, pictures, strict=True):
                 step(f"draw {path}", total)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Data: `create_data` turns a DataConfig into two loaders.
+"""Data: `create_data` makes a training and a validation loader from a DataConfig.
 
-Small sets (the digits, .npz arrays, torchvision's CIFAR and MNIST) live whole on the device as uint8 and are
-resized, shifted, flipped and normalised there a batch at a time. Everything else is decoded by workers with
-timm's transforms. Either way the images of a batch depend on (seed, epoch) only: not on the number of
-workers, not on what else drew random numbers, and not on whether the run was interrupted.
+Small data sets (the digits, .npz arrays, torchvision's CIFAR and MNIST) are kept on the device as uint8 and are
+resized, shifted, flipped and normalised there, a batch at a time. All others are decoded by worker processes with
+timm's transforms. In both cases the images of a batch depend on (seed, epoch) only: not on the number of workers, on
+other uses of the random generators or on interruptions of the run.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ import torch
 from torch import Tensor
 
 from .array_loader import ArrayLoader
-from .loaders import MAX_CHECKED, FileLoader, SeededImages, StreamLoader
+from .loaders import MAX_CHECKED, FileLoader, Loader, SeededImages, StreamLoader
 from .sources import Arrays, Files, FolderReader, array_source, file_source, select_images
 
 AUGMENTS = ("none", "light", "strong")
-# Fields of a DataConfig that a run does not record: they change how images are read and not which.
+# Fields of a DataConfig that a run does not record: they do not change which images are read.
 NOT_RECORDED = ("seed", "workers", "device", "download")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, how they are read and augmented. Raises ValueError for values that cannot be.
+    """Which images are used, and how they are read and augmented. Raises ValueError for invalid values.
 
     source: "digits" (scikit-learn's 1,797 scans); an .npz file with uint8 `x_train`, `x_test` [n, H, W] or
-        [n, H, W, C] and integer `y_train`, `y_test`; a folder with train/ and val/ of a folder per class,
-        or with the class folders themselves (then a fixed share per class is set aside), or with the lists of images
-        of iNaturalist or iFood (annotations.py); or a name that timm's `create_dataset` reads: torch/cifar100,
-        hfds/user/name, wds/, ... (with `root`, and `download` to fetch it).
+        [n, H, W, C] and integer `y_train`, `y_test`; a folder with train/ and val/, each with one folder per class,
+        or with the class folders themselves (then a fixed share of each class is used for validation), or with the
+        annotation files of iNaturalist or iFood (annotations.py); or a name for timm's `create_dataset`:
+        torch/cifar100, hfds/user/name, wds/, ... (with `root`, and `download` to download it).
     """
 
     source: str
-    """As above. A path is stored in full, so that it does not depend on the working folder."""
+    """As above. A path is stored as an absolute path."""
     img_size: int | tuple[int, int] = 224
     """Edge in pixels, or (height, width); images are resized to it. Stored as (height, width)."""
     batch_size: int = 64
@@ -50,54 +50,54 @@ class DataConfig:
     seed: int = 0
     """Seed of order and augmentation."""
     workers: int = 0
-    """Processes that decode image files; 0: this one does."""
+    """Processes that decode image files; 0: the training process decodes them."""
     device: str | torch.device = "cpu"
-    """Where array sets live, and what batches of files are pinned for."""
+    """Device that array data sets are kept on; for CUDA, batches of image files are in pinned memory."""
     augment: str = "light"
     """"none", "light" (arrays: shift and flip; files: random resized crop and flip) or "strong" (the DeiT recipe:
     timm's random resized crop, flip, RandAugment and random erasing)."""
     auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """Policy of "strong", by timm's name; "" for none."""
+    """AutoAugment policy of "strong", by its name in timm; "": none."""
     color_jitter: float = 0.4
     """Strength of colour jitter in "strong" (timm uses it only where auto_augment is "")."""
     re_prob: float = 0.25
     """Probability of random erasing in "strong"."""
     repeats: int = 1
-    """Repeated augmentation: each image is drawn so often in a row, in epochs of the usual length."""
+    """Repeated augmentation: number of times each image is drawn in a row; the length of an epoch does not change."""
     on_device: bool = True
-    """Keep an array set on the device and augment there in batches ("strong": colour jitter, shift, flip, rotation,
-    shear, zoom, random erasing); False takes timm's transforms and workers, as for image files."""
+    """Keep an array data set on the device and augment batches there ("strong": colour jitter, shift, flip, rotation,
+    shear, zoom, random erasing); False: use timm's transforms and workers, as for image files."""
     classes: Sequence[int] | None = None
-    """Keep only these labels of an array set and renumber them 0, 1, ... in this order."""
+    """Use only the images of an array data set with these labels, renumbered 0, 1, ... in this order."""
     val_share: float = 0.2
-    """Share of each class set aside for validation where the source has no such part."""
+    """Share of each class used for validation where the source has no validation part."""
     mean: Sequence[float] | None = None
-    """Normalisation mean per channel in [0, 1]; default: of the training images (arrays), ImageNet's (files)."""
+    """Normalisation mean of each channel in [0, 1]; default: of the training images (arrays), ImageNet's (files)."""
     std: Sequence[float] | None = None
-    """Normalisation standard deviation per channel."""
+    """Normalisation standard deviation of each channel."""
     shift: int | None = None
-    """Largest shift of arrays in pixels; default: 2, or 1/14 of the edge where that is more."""
+    """Largest shift of array images in pixels; default: 2, or 1/14 of the edge where that is larger."""
     flip: bool | None = None
-    """Whether to mirror half of the training images; default: colour arrays and files."""
+    """Flip half of the training images horizontally; default: for colour arrays and files."""
     crop_pct: float = 0.875
-    """Share of the resized image file that validation reads (a centre crop)."""
+    """Share of the resized image that the centre crop for validation keeps (image files)."""
     root: str | None = None
-    """Folder of the data sets that timm reads by name."""
+    """Folder of the data sets of timm's `create_dataset`."""
     download: bool = False
-    """Fetch a data set that timm reads by name."""
+    """Download a data set of timm's `create_dataset`."""
     reader: dict[str, Any] = field(default_factory=dict)
-    """More arguments for timm's `create_dataset`, as {"target_key": "fine_label"}, and the names of the parts,
-    {"train_split": "train", "val_split": "validation"} by default ("val" or "test" where there is no validation)."""
+    """Further arguments of timm's `create_dataset`, as {"target_key": "fine_label"}, and the names of the splits, by
+    default {"train_split": "train", "val_split": "validation"} ("val" or "test" where there is no "validation")."""
     num_classes: int | None = None
-    """Size of the model's head; needed only for sets that do not say it themselves."""
+    """Number of classes; required only for data sets that do not define it."""
     train_images: int | None = None
-    """Train on the first so many images of an array set (of those that `classes` keeps) only."""
+    """Number of training images of an array data set that are used, the first ones (after `classes`); None: all."""
 
     def __post_init__(self) -> None:
         path = Path(self.source).expanduser()
         self._set("source", str(path.resolve()) if str(self.source) and path.exists() else str(self.source))
-        self._set("img_size", _image_size(self.img_size))
-        self._set("device", torch.device(self.device))
+        self._set("img_size", self.size)
+        self._set("device", self.torch_device)
         self._set("reader", dict(self.reader or {}))
         if not self.source:
             raise ValueError("data: source must be a name or a path, got an empty string")
@@ -117,10 +117,20 @@ class DataConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return _image_size(self.img_size)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device as a torch.device."""
+        return torch.device(self.device)
+
     def recorded(self) -> dict[str, Any]:
         """The fields that a run records, as plain JSON values: `DataConfig(**recorded)` reads the same images."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_RECORDED}
-        values["img_size"] = list(self.img_size)
+        values["img_size"] = list(self.size)
         for name, kind in (("classes", int), ("mean", float), ("std", float)):
             values[name] = None if values[name] is None else [kind(value) for value in values[name]]
         return values
@@ -128,15 +138,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """Two loaders and what a model has to know about them.
+    """Training and validation loaders, and the properties of the data that a model depends on.
 
     `train` and `val` are iterables with `len()` of (images float32 [B, C, H, W], labels int64 [B]).
     """
 
-    train: Any
-    val: Any
+    train: Loader
+    val: Loader
     config: DataConfig
-    """What the loaders were made from, with mean and std."""
+    """Settings of the loaders, including mean and std."""
     num_classes: int
     in_chans: int
     description: str
@@ -145,28 +155,28 @@ class Data:
     @property
     def img_size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
-        return self.config.img_size
+        return self.config.size
 
     @property
     def mean(self) -> tuple[float, ...]:
         """Normalisation mean of each channel."""
-        return tuple(self.config.mean)
+        return tuple(self.config.mean or ())
 
     @property
     def std(self) -> tuple[float, ...]:
         """Normalisation standard deviation of each channel."""
-        return tuple(self.config.std)
+        return tuple(self.config.std or ())
 
     def part(self, rank: int, world: int) -> Data:
-        """The same data as process `rank` of `world` reads it; `part(0, 1)` is all of it.
+        """The part of the data that process `rank` of `world` reads; `part(0, 1)` is all of it.
 
-        Each process gets an equal share of every batch that one process alone would get; every validation image goes to
+        Each process reads an equal share of every batch of a run with one process; every validation image is read by
         exactly one process. (Training images of streams are divided by timm's reader.)
         """
         return dataclasses.replace(self, train=self.train.part(rank, world), val=self.val.part(rank, world))
 
     def validated_in(self, batch_size: int | None) -> Data:
-        """The same data with validation images in batches of this size; None: as they are."""
+        """The same data with validation batches of this size; None: unchanged."""
         return self if batch_size is None else dataclasses.replace(self, val=self.val.sized(batch_size))
 
 
@@ -179,9 +189,9 @@ def create_data(
     """Loaders for training and validation.
 
     config: a DataConfig; or its source, with its other fields as `settings`: `create_data("photos/", img_size=224)`.
-    rgb: mean and std that images of three channels get where the config names none: those of pretrained weights.
+    rgb: default mean and std of images with three channels, as of pretrained weights.
 
-    Raises ValueError with one line for anything that cannot be read.
+    Raises a one-line ValueError for data that cannot be read.
     """
     if not isinstance(config, DataConfig):
         config = DataConfig(str(config), **settings)
@@ -200,10 +210,10 @@ def create_data(
 
 
 def check_files(data: Data, say: Callable[[str], Any]) -> None:
-    """Reads the header of every image file, so that a damaged one is found before training, not hours into it.
+    """Reads the header of every image file, so that damaged files are found before training.
 
-    `say` is told what takes time. Sets of more than MAX_CHECKED files are left out; theirs fail when their batch comes.
-    Raises ValueError for the first file that is no image.
+    say: called with a line of text before the check. Data sets of more than MAX_CHECKED files are not checked; their
+    damaged files raise an error when they are decoded. Raises ValueError for the first file that is not an image.
     """
     from PIL import Image
 
@@ -215,23 +225,23 @@ def check_files(data: Data, say: Callable[[str], Any]) -> None:
     for path in paths:
         try:
             Image.open(path).close()
-        except Exception as error:  # PIL raises what it likes
-            raise ValueError(f"data: {path} must be a readable image, got: {error}") from None
+        except Exception as error:  # PIL raises different errors for damaged files
+            raise ValueError(f"data: {path} cannot be read as an image: {error}") from None
 
 
 def _from_arrays(arrays: Arrays, config: DataConfig, rgb: tuple[Sequence[float], Sequence[float]] | None) -> Data:
     x = [arrays.x_train, arrays.x_test]
     channels_first = [np.ascontiguousarray(a[:, None] if a.ndim == 3 else a.transpose(0, 3, 1, 2)) for a in x]
-    labels = [a.astype(np.int64) for a in (arrays.y_train, arrays.y_test)]
-    images = _on_device(channels_first, config.device, arrays.name)  # uint8 [n, C, H, W]
-    labels = _on_device(labels, config.device, arrays.name)
-    in_chans, size = images[0].shape[1], config.img_size
+    images = _on_device(channels_first, config.torch_device, arrays.name)  # uint8 [n, C, H, W]
+    targets = [a.astype(np.int64) for a in (arrays.y_train, arrays.y_test)]
+    labels = _on_device(targets, config.torch_device, arrays.name)
+    in_chans, size = images[0].shape[1], config.size
     mean, std = (
         (config.mean, config.std) if rgb is None or in_chans != 3 else (config.mean or rgb[0], config.std or rgb[1])
     )
     if mean is None or std is None:
         pixels = channels_first[0].reshape(len(channels_first[0]), in_chans, -1)
-        stds = np.maximum(pixels.std(axis=(0, 2)) / 255, 1e-3)  # a constant channel must not divide by zero
+        stds = np.maximum(pixels.std(axis=(0, 2)) / 255, 1e-3)  # not 0 for a constant channel
         mean = mean or [round(float(v), 6) for v in pixels.mean(axis=(0, 2)) / 255]
         std = std or [round(float(v), 6) for v in stds]
     mean, std = _channel_values("mean", mean, in_chans), _channel_values("std", std, in_chans)
@@ -255,19 +265,22 @@ def _on_device(arrays: list[np.ndarray], device: torch.device, name: str) -> lis
     try:
         return [torch.from_numpy(a).to(device) for a in arrays]
     except torch.OutOfMemoryError as error:
-        needed = f"{sum(a.nbytes for a in arrays) / 2**30:.1f} GiB free on {device} for {name}"
-        raise ValueError(f"data: device must have {needed} (on_device=False needs none), got: {error}") from error
+        size = f"{sum(a.nbytes for a in arrays) / 2**30:.1f} GiB"
+        raise ValueError(
+            f"data: out of memory: {name} needs {size} on {device} (on_device=False keeps it in host memory): {error}"
+        ) from error
 
 
 def _from_files(files: Files, config: DataConfig, rgb: tuple[Sequence[float], Sequence[float]] | None) -> Data:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
-    size, (default_mean, default_std) = config.img_size, rgb or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    size, (default_mean, default_std) = config.size, rgb or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     mean = _channel_values("mean", config.mean or default_mean, 3)
     std = _channel_values("std", config.std or default_std, 3)
-    common = dict(input_size=(3, *size), interpolation="bicubic", mean=mean, std=std, crop_pct=config.crop_pct)
+    common: dict[str, Any] = dict(input_size=(3, *size), interpolation="bicubic", mean=mean, std=std)
+    common["crop_pct"] = config.crop_pct
     flip = files.flip if config.flip is None else config.flip
-    moves: dict[str, Any] = {
+    augmentations: dict[str, dict[str, Any]] = {
         "none": {},
         "light": dict(color_jitter=None, scale=(0.35, 1.0)),
         "strong": dict(
@@ -276,19 +289,23 @@ def _from_files(files: Files, config: DataConfig, rgb: tuple[Sequence[float], Se
             re_prob=config.re_prob,
             re_mode="pixel",
         ),
-    }[config.augment]
-    moves = moves and moves | dict(is_training=True, hflip=0.5 if flip else 0.0)
+    }
+    moves = augmentations[config.augment]
+    if moves:
+        moves |= dict(is_training=True, hflip=0.5 if flip else 0.0)
     try:
         transforms = [create_transform(**moves, **common), create_transform(**common)]
-    except AssertionError as error:  # timm's way to refuse a policy
-        wanted = f"a policy that timm knows (rand-..., augmix-..., 3a, original, ...), got {config.auto_augment!r}"
-        raise ValueError(f"data: auto_augment must be {wanted}") from error
+    except AssertionError as error:  # timm raises it for an unknown policy
+        known = "a policy that timm knows (rand-..., augmix-..., 3a, original, ...)"
+        raise ValueError(f"data: auto_augment must be {known}, got {config.auto_augment!r}") from error
     _fix_posterize(transforms[0])
-    names, loaders = files.class_names, []
+    names = files.class_names
+    loaders: list[Loader] = []
     for part, reader in enumerate((files.train, files.val)):
         options: dict[str, Any] = dict(batch_size=config.batch_size, workers=config.workers, train=part == 0)
-        options |= dict(seed=config.seed, pin=config.device.type == "cuda")
-        if isinstance(reader, torch.utils.data.IterableDataset):
+        options |= dict(seed=config.seed, pin=config.torch_device.type == "cuda")
+        stream = isinstance(reader, torch.utils.data.IterableDataset)
+        if stream:
             if config.repeats > 1:
                 raise ValueError(f"data: repeats must be 1 for the stream {files.name!r}, got {config.repeats}")
             reader.transform = transforms[part]
@@ -303,7 +320,7 @@ def _from_files(files: Files, config: DataConfig, rgb: tuple[Sequence[float], Se
 
 
 def _fix_posterize(transform: Any) -> None:
-    """Keeps one bit where a policy of timm's asks for none, in one image of hundreds: Pillow 13 refuses that."""
+    """Replaces timm's Posterize by one that keeps at least one bit: timm may ask for 0, an error in Pillow 13."""
     for step in transform.transforms:
         ops = [*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))]
         for op in ops:

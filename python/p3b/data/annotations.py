@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Sets whose labels stand in list files beside the images: iNaturalist's competitions and iFood, as they unpack.
+"""Data sets with annotation files beside the images: iNaturalist's competitions and iFood, as unpacked.
 
-iNaturalist 2017 to 2021: `train2018.json` and `val2018.json` (COCO's form: images, annotations, categories) with paths
+iNaturalist 2017 to 2021: `train2018.json` and `val2018.json` (COCO format: images, annotations, categories) with paths
 such as `train_val2018/Plantae/7477/NAME.jpg`, relative to the folder of the json files.
 iFood-251 and others: `train_labels.csv` and `val_labels.csv` (or `..._info.csv`, or `train.csv` and `val.csv`) with
 rows of image name and label, images in `train_set/` and `val_set/` (or `train/` and `val/`, or the folder itself), and
 the names of the classes in `class_list.txt` where there is one (rows of number and name).
 
-Without a list for validation there is one part only; `create_data` then sets a share of each class aside.
+Without an annotation file for validation there is one part only; `create_data` then splits it by class.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ CSV_IMAGES = ("{}_set", "{}", ".")
 
 
 def find_lists(folder: str) -> tuple[list[Samples], tuple[str, ...]] | None:
-    """The parts of a set with list files (training, and validation where it has a list) and its class names.
+    """The parts of a data set with annotation files (training, and validation where annotated) and its class names.
 
-    None where the folder has no list of training images. ValueError for a list that cannot be read or does not fit.
+    None where the folder has no annotation file for training. Raises ValueError for a file that cannot be read or that
+    does not match the images.
     """
     root = Path(folder)
-    found = sorted(root.glob("train*.json"))
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"data: {folder} must hold the lists of one set, got {names}; move the others away")
-    if found:
-        validation = found[0].with_name(found[0].name.replace("train", "val", 1))
-        return _from_json(root, [path for path in (found[0], validation) if path.is_file()])
+    lists = sorted(root.glob("train*.json"))
+    if len(lists) > 1:
+        names = ", ".join(path.name for path in lists)
+        raise ValueError(f"data: {folder} has annotation files of several data sets ({names}); move all but one away")
+    if lists:
+        validation = lists[0].with_name(lists[0].name.replace("train", "val", 1))
+        return _from_json(root, [path for path in (lists[0], validation) if path.is_file()])
     for form in CSV_NAMES:
         paths = [root / form.format(part) for part in ("train", "val")]
         if paths[0].is_file():
@@ -44,7 +45,8 @@ def find_lists(folder: str) -> tuple[list[Samples], tuple[str, ...]] | None:
 
 
 def _from_json(root: Path, paths: list[Path]) -> tuple[list[Samples], tuple[str, ...]]:
-    parts, categories = [], {}
+    parts: list[list[tuple[str, Any]]] = []
+    categories: dict[Any, str] = {}
     for path in paths:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -52,8 +54,8 @@ def _from_json(root: Path, paths: list[Path]) -> tuple[list[Samples], tuple[str,
             parts.append([(file_of[note["image_id"]], note["category_id"]) for note in content["annotations"]])
             categories |= {category["id"]: str(category["name"]) for category in content["categories"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            wanted = "a list with images, annotations and categories"
-            raise ValueError(f"data: {path} must be {wanted}, got {type(error).__name__}: {error}") from error
+            form = "COCO annotations (images, annotations, categories)"
+            raise ValueError(f"data: {path} cannot be read as {form}: {type(error).__name__}: {error}") from error
     numbers = sorted(categories)
     names = [categories[number] for number in numbers]
     if len(set(names)) < len(names):
@@ -91,19 +93,19 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [(row[0].strip(), row[1].strip()) for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error, IndexError) as error:
-        raise ValueError(f"data: {path} must have rows of image name and label, got: {error}") from error
-    if rows and not os.path.splitext(rows[0][0])[1]:  # the headings
+        raise ValueError(f"data: {path} cannot be read as rows of image name and label: {error}") from error
+    if rows and not os.path.splitext(rows[0][0])[1]:  # column names
         del rows[0]
     if not rows:
-        raise ValueError(f"data: {path} must have rows of image name and label, got none")
+        raise ValueError(f"data: {path} has no rows of image name and label")
     return rows
 
 
 def _samples(path: Path, place: Path, rows: list[tuple[str, Any]], label_of: dict[Any, int]) -> Samples:
     unknown = next((label for _, label in rows if label not in label_of), None)
     if unknown is not None:
-        raise ValueError(f"data: labels of {path} must be among its categories, got {unknown!r}")
+        raise ValueError(f"data: {path} has the label {unknown!r}, which is not among its categories")
     if not rows or not (place / rows[0][0]).is_file():
-        got = f"no file {place / rows[0][0]}" if rows else "no images"
-        raise ValueError(f"data: {path} must list images of {place}, got {got}")
+        problem = f"{place / rows[0][0]}, which does not exist" if rows else "no images"
+        raise ValueError(f"data: {path} lists {problem}")
     return [(os.path.join(place, name), label_of[label]) for name, label in rows]

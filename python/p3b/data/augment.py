@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Augmentation of a whole batch on the device it lies on: a few tensor operations for all images at once.
+"""Augmentation of whole batches on their device, with a few tensor operations for all images.
 
-Every function takes its random numbers as an argument, so that they can be drawn once an epoch on the CPU and a GPU run
-sees the same images; `draws` are uniform in [0, 1).
+Every function takes its random numbers as an argument, so that they are drawn once per epoch on the CPU and are the
+same for a run on a GPU; `draws` are uniform in [0, 1).
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROTATION = 15.0  # degrees either way
-SHEAR = 0.15  # of the width either way
-ZOOM = 1.25  # largest magnification, and its inverse
-ERASED_AREA = (0.02, 1 / 3)  # and the ratio of height to width below: the ranges of timm's RandomErasing
-ERASED_RATIO = 3.3
-DRAWS = {"colour": 3, "warp": 3, "erase": 5}  # random numbers that each function takes for an image
+ROTATION = 15.0  # largest angle in degrees
+SHEAR = 0.15  # largest shear, as a share of the width
+ZOOM = 1.25  # largest magnification; the smallest is its inverse
+ERASED_AREA = (0.02, 1 / 3)  # share of the image; this and the next are the ranges of timm's RandomErasing
+ERASED_RATIO = 3.3  # largest ratio of height to width; the smallest is its inverse
+DRAWS = {"colour": 3, "warp": 3, "erase": 5}  # random numbers of each function for one image
 
 
 def shift_and_flip(x: Tensor, offset: Tensor, mirrored: Tensor) -> Tensor:
-    """Move image b by offset[b] = (rows, columns) pixels, edges repeat, then mirror it where mirrored[b].
+    """Shifts image b by offset[b] = (rows, columns) pixels, edges replicated, and flips it where mirrored[b].
 
     x [B, C, H, W], offset int64 [B, 2], mirrored bool [B]; one gather for the whole batch.
     """
     b, _, h, w = x.shape
-    rows = (torch.arange(h, device=x.device) + offset[:, :1]).clamp_(0, h - 1)  # [B, H]
-    cols = (torch.arange(w, device=x.device) + offset[:, 1:]).clamp_(0, w - 1)  # [B, W]
+    rows = (torch.arange(h, device=x.device, dtype=torch.int64) + offset[:, :1]).clamp_(0, h - 1)  # [B, H]
+    cols = (torch.arange(w, device=x.device, dtype=torch.int64) + offset[:, 1:]).clamp_(0, w - 1)  # [B, W]
     cols = torch.where(mirrored[:, None], cols.flip(1), cols)
-    image = torch.arange(b, device=x.device).view(b, 1, 1)
+    image = torch.arange(b, device=x.device, dtype=torch.int64).view(b, 1, 1)
     return x.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
@@ -44,7 +44,7 @@ def colour(x: Tensor, draws: Tensor, strength: float) -> Tensor:
     if x.shape[1] == 3:
         grey = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
         mean = grey.mean((2, 3), keepdim=True)
-        # Both at once: grey pixels move from the mean by `contrast`, colours from grey by `saturation` on top.
+        # In one step: grey values are scaled about the mean by `contrast`, colours about grey also by `saturation`.
         x = mean + contrast * (grey - mean) + contrast * saturation * (x - grey)
     else:
         mean = x.mean((1, 2, 3), keepdim=True)
@@ -53,26 +53,29 @@ def colour(x: Tensor, draws: Tensor, strength: float) -> Tensor:
 
 
 def warp(x: Tensor, draws: Tensor) -> Tensor:
-    """Rotate, shear and zoom every image about its centre, bilinear, edges repeat. x [B, C, H, W], draws [B, 3]."""
+    """Rotates, shears and zooms every image about its centre, bilinear, edges replicated.
+
+    x [B, C, H, W], draws [B, 3].
+    """
     b, _, h, w = x.shape
     angle, shear, zoom = (2 * draws - 1).unbind(1)
     cos, sin = (angle * math.radians(ROTATION)).cos(), (angle * math.radians(ROTATION)).sin()
     scale = (zoom * math.log(ZOOM)).exp()
     shear = shear * SHEAR
     # Output pixel -> input pixel, in units of half the width and half the height.
-    nought = torch.zeros_like(cos)
-    rows = (scale * cos, scale * (shear * cos - sin) * (h / w), nought)
-    cols = (scale * sin * (w / h), scale * (shear * sin + cos), nought)
+    zero = torch.zeros_like(cos)
+    rows = (scale * cos, scale * (shear * cos - sin) * (h / w), zero)
+    cols = (scale * sin * (w / h), scale * (shear * sin + cos), zero)
     theta = torch.stack([torch.stack(rows, 1), torch.stack(cols, 1)], 1)
     grid = F.affine_grid(theta, [b, 1, h, w], align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def erase(x: Tensor, draws: Tensor, probability: float) -> Tensor:
-    """Fill a random box of a random share of the images with 0, the mean colour of a normalised image.
+    """Sets a random box to 0, the mean of a normalised image, in a random share of the images.
 
     x [B, C, H, W], draws [B, 5]. Random erasing (Zhong et al. 2020) with area 2 % to 33 % and ratio 0.3 to 3.3; a box
-    that is higher or wider than the image is cut to it.
+    larger than the image is clipped.
     """
     _, _, h, w = x.shape
     low, high = ERASED_AREA
@@ -82,7 +85,7 @@ def erase(x: Tensor, draws: Tensor, probability: float) -> Tensor:
     for edge, size, place in ((h, (area * ratio).sqrt(), draws[:, 3]), (w, (area / ratio).sqrt(), draws[:, 4])):
         size = size.round().clamp(1, edge)
         start = (place * (edge - size + 1)).floor()[:, None]
-        at = torch.arange(edge, device=x.device)
-        boxes.append((at >= start) & (at < start + size[:, None]))  # [B, edge]
+        position = torch.arange(edge, device=x.device, dtype=torch.int64)
+        boxes.append((position >= start) & (position < start + size[:, None]))  # [B, edge]
     box = boxes[0][:, :, None] & boxes[1][:, None, :] & (draws[:, 0] < probability)[:, None, None]
     return x.masked_fill(box[:, None], 0)

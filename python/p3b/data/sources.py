@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Where images come from: arrays (the digits, .npz files, torchvision's small sets), folders and lists of image files,
-and what timm's `create_dataset` reads."""
+"""Sources of images: arrays (the digits, .npz files, torchvision's small data sets), folders and annotation files, and
+the data sets of timm's `create_dataset`."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .annotations import find_lists
 if TYPE_CHECKING:
     from . import DataConfig
 
-# What create_data knows without a path: torch/ names one by one, and timm's other reader prefixes.
+# Sources without a path: the names after torch/, and timm's other reader prefixes.
 TORCHVISION_NAMES = (
     *("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "qmnist"),
     *("inaturalist", "places365", "imagenet"),
 )
 READER_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
 TRAIN_FOLDERS = ("train", "training")
-VAL_SPLITS = ("validation", "val", "test")  # where timm is not told which part validates
+VAL_SPLITS = ("validation", "val", "test")  # tried in this order unless `reader` has val_split
 VAL_FOLDERS = ("val", "valid", "validation", "test")
-SPLIT_SEED = 0  # the split of a set without one is part of the set: it does not change with the run's seed
+SPLIT_SEED = 0  # of splits by class, which do not depend on the run's seed
 
 
 @dataclass
 class Arrays:
-    """A small set in memory."""
+    """A small data set in memory."""
 
     x_train: np.ndarray  # uint8 [n, H, W] or [n, H, W, C]
     y_train: np.ndarray
@@ -47,16 +47,14 @@ class Arrays:
     class_names: tuple[str, ...] = ()
 
     def files(self) -> Files:
-        """The same set for the loader of image files."""
-        readers = [
-            _ArrayReader(self.x_train, self.y_train, self.name),
-            _ArrayReader(self.x_test, self.y_test, self.name),
-        ]
-        return Files(*readers, (len(self.y_train), len(self.y_test)), self.class_names, self.name, self.flip)
+        """The same data set for the loader of image files."""
+        train = _ArrayReader(self.x_train, self.y_train, self.name)
+        val = _ArrayReader(self.x_test, self.y_test, self.name)
+        return Files(train, val, (len(self.y_train), len(self.y_test)), self.class_names, self.name, self.flip)
 
 
 def array_source(config: DataConfig) -> Arrays | None:
-    """The arrays of a small set, or None where the source is not one."""
+    """The arrays of a small data set; None for any other source."""
     source = config.source
     if source == "digits":
         return _digits(config.val_share)
@@ -81,22 +79,23 @@ def _digits(val_share: float) -> Arrays:
 
 
 def _npz(path: str) -> Arrays:
-    wanted = ("x_train", "y_train", "x_test", "y_test")
+    names = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in wanted if name not in archive.files]
+            missing = [name for name in names if name not in archive.files]
             if missing:
-                raise ValueError(f"arrays {', '.join(archive.files) or 'none'}, not {', '.join(missing)}")
-            parts = {name: archive[name] for name in wanted}
-    except Exception as error:  # numpy raises anything from zipfile.BadZipFile to EOFError for a damaged file
-        raise ValueError(f"data: {path} must be a readable .npz file, got {error}") from error
+                present = ", ".join(archive.files) or "no arrays"
+                raise ValueError(f"it has {present}, but no {', '.join(missing)}")
+            parts: dict[str, np.ndarray] = {name: archive[name] for name in names}
+    except Exception as error:  # numpy raises different errors for a damaged file, as zipfile.BadZipFile and EOFError
+        raise ValueError(f"data: {path} cannot be read as a data set: {error}") from error
     for part in ("train", "test"):
         x, y = parts[f"x_{part}"], parts[f"y_{part}"]
         if x.dtype != np.uint8 or x.ndim not in (3, 4):
-            wanted = "uint8 [n, H, W] or [n, H, W, C]"
-            raise ValueError(f"data: x_{part} of {path} must be {wanted}, got {x.dtype} {list(x.shape)}")
+            form = "uint8 [n, H, W] or [n, H, W, C]"
+            raise ValueError(f"data: x_{part} of {path} must be {form}, got {x.dtype} {list(x.shape)}")
         if 0 in x.shape[1:]:
-            raise ValueError(f"data: x_{part} of {path} must hold pixels, got {list(x.shape)}")
+            raise ValueError(f"data: x_{part} of {path} has no pixels: its shape is {list(x.shape)}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
             got = f"{y.dtype} {list(y.shape)}"
             raise ValueError(f"data: y_{part} of {path} must be {len(x)} integers, got {got}")
@@ -107,12 +106,13 @@ def _npz(path: str) -> Arrays:
         shapes = " and ".join(str(list(parts[name].shape)) for name in ("x_train", "x_test"))
         raise ValueError(f"data: x_train and x_test of {path} must have the same channels, got {shapes}")
     grey = parts["x_train"].ndim == 3 or parts["x_train"].shape[3] == 1
-    # Colour arrays are photographs as a rule; grey ones are often characters, which must not be mirrored.
-    return Arrays(*(parts[name] for name in wanted), Path(path).name, 2, not grey)
+    # Colour arrays are usually photographs; grey ones are often characters, which must not be flipped.
+    x_train, y_train, x_test, y_test = (parts[name] for name in names)
+    return Arrays(x_train, y_train, x_test, y_test, Path(path).name, 2, not grey)
 
 
 def _torchvision_arrays(config: DataConfig) -> Arrays | None:
-    """CIFAR and MNIST sets keep their images in one array: take it, rather than decode them one by one."""
+    """The arrays of torchvision's CIFAR and MNIST data sets; None for a data set that is not in memory."""
     train, val = _timm_datasets(config)
     if not all(hasattr(part, "data") and hasattr(part, "targets") for part in (train, val)):
         return None
@@ -123,19 +123,18 @@ def _torchvision_arrays(config: DataConfig) -> Arrays | None:
 
 
 def select_images(arrays: Arrays, config: DataConfig) -> Arrays:
-    """The images that a config asks for, with a name for each class."""
+    """The images that a config selects, with a name for each class."""
     classes, train_images, num_classes = config.classes, config.train_images, config.num_classes
     count = int(max(arrays.y_train.max(), arrays.y_test.max())) + 1
     images = len(arrays.y_train) + len(arrays.y_test)
     if count > max(images, len(arrays.class_names)):
-        most = f"numbered from 0 on, at most as many as the {images:,} images"
-        raise ValueError(f"data: labels of {arrays.name} must be {most}, got {count - 1}")
+        limit = f"0, 1, ... and below the number of images, {images:,}"
+        raise ValueError(f"data: labels of {arrays.name} must be {limit}, got {count - 1}")
     if num_classes is not None and num_classes < (count if classes is None else len(classes)):
-        most = f"one of the {num_classes} labels below num_classes"
-        raise ValueError(f"data: labels of {arrays.name} must be {most}, got labels up to {count - 1}")
+        raise ValueError(f"data: labels of {arrays.name} must be below num_classes = {num_classes}, got {count - 1}")
     missing = sorted(set(arrays.y_test.tolist()) - set(arrays.y_train.tolist()))
     if missing:
-        raise ValueError(f"data: labels of {arrays.name} must occur in training, got also {missing[:5]} in validation")
+        raise ValueError(f"data: {arrays.name} has validation images, but no training images, of labels {missing[:5]}")
     names = arrays.class_names or tuple(str(i) for i in range(count))
     x, y = [arrays.x_train, arrays.x_test], [arrays.y_train, arrays.y_test]
     if classes is not None:
@@ -143,29 +142,28 @@ def select_images(arrays: Arrays, config: DataConfig) -> Arrays:
             raise ValueError(f"data: classes must be whole numbers, got {list(classes)}")
         classes = [int(c) for c in classes]
         if len(set(classes)) != len(classes) or len(classes) < 2 or not set(classes) <= set(range(count)):
-            wanted = f"two or more different labels below {count}"
-            raise ValueError(f"data: classes must be {wanted}, got {classes}")
+            raise ValueError(f"data: classes must be two or more different labels below {count}, got {classes}")
         for part in range(2):
             chosen = np.isin(y[part], classes)
-            place = np.searchsorted(sorted(classes), y[part][chosen])
-            x[part], y[part] = x[part][chosen], np.argsort(classes)[place]
+            position = np.searchsorted(sorted(classes), y[part][chosen])
+            x[part], y[part] = x[part][chosen], np.argsort(classes)[position]
         names = tuple(names[c] for c in classes)
         if not all(len(labels) for labels in y):
             counts = f"{len(y[0])} training and {len(y[1])} validation images"
-            raise ValueError(f"data: classes must be labels that occur in both parts, got {classes} with {counts}")
+            raise ValueError(f"data: classes must be labels of both parts, got {classes} with {counts}")
     if train_images is not None:
         if not 1 <= train_images <= len(y[0]):
-            raise ValueError(f"data: train_images must be 1 to {len(y[0])}, the images there are, got {train_images}")
+            raise ValueError(f"data: train_images must be 1 to {len(y[0])}, the number of images, got {train_images}")
         x[0], y[0] = x[0][:train_images], y[0][:train_images]
     names += tuple(str(i) for i in range(len(names), num_classes or 0))
     if len(names) < 2:
-        raise ValueError(f"data: {arrays.name} must hold images of two or more classes, got only {names[0]!r}")
+        raise ValueError(f"data: {arrays.name} has images of one class only, {names[0]!r}")
     return dataclasses.replace(arrays, x_train=x[0], y_train=y[0], x_test=x[1], y_test=y[1], class_names=names)
 
 
 @dataclass
 class Files:
-    """A set whose images are decoded when they are read."""
+    """A data set whose images are decoded when they are read."""
 
     train: Any  # callable index -> (PIL image, label), or a stream
     val: Any
@@ -176,7 +174,7 @@ class Files:
 
 
 class _ArrayReader:
-    """Images of an array set as the transforms for image files take them."""
+    """PIL images and labels of an array data set, by index."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, name: str) -> None:
         self.images, self.labels, self.name = images, labels, name
@@ -193,7 +191,7 @@ class _ArrayReader:
 
 
 class FolderReader:
-    """Image files, decoded by index."""
+    """PIL images and labels of image files, by index."""
 
     def __init__(self, samples: list[tuple[str, int]]) -> None:
         self.samples = samples
@@ -210,7 +208,7 @@ class FolderReader:
 
 
 class _DatasetReader:
-    """Images of a data set that timm made: its own, with a reader of files inside, or torchvision's."""
+    """PIL images and labels, by index, of a data set that timm made: its own, with a file reader, or torchvision's."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.name = dataset, name
@@ -222,7 +220,7 @@ class _DatasetReader:
         if inner is None:
             image, label = self.dataset[index]
             return image.convert("RGB"), label
-        file, label = inner[index]  # not through timm's data set, which takes the next image for one it cannot read
+        file, label = inner[index]  # timm's data set itself would return the next image for one that it cannot read
         with file, Image.open(file) as image:
             return image.convert("RGB"), label
 
@@ -230,7 +228,7 @@ class _DatasetReader:
         place = f"image {index} of {self.name}"
         try:
             return f"{self.dataset.reader.filename(index)} ({place})"
-        except Exception:  # readers without file names raise what they like
+        except Exception:  # readers without file names raise different errors
             return place
 
 
@@ -239,19 +237,21 @@ def file_source(config: DataConfig) -> Files:
     source, num_classes = config.source, config.num_classes
     if os.path.isdir(source):
         files = _image_folder(source, config.val_share)
-        have = len(files.class_names)
-        if num_classes is not None and num_classes < have:
-            raise ValueError(f"data: num_classes must be the {have} of {source} or more, got {num_classes}")
-        more = tuple(str(i) for i in range(have, num_classes or 0))
-        return dataclasses.replace(files, class_names=files.class_names + more)
+        count = len(files.class_names)
+        if num_classes is not None and num_classes < count:
+            raise ValueError(f"data: num_classes must be the {count} of {source} or more, got {num_classes}")
+        unused = tuple(str(i) for i in range(count, num_classes or 0))
+        return dataclasses.replace(files, class_names=files.class_names + unused)
     if source.startswith(READER_PREFIXES) or source.startswith("torch/"):
         train, val = _timm_datasets(config)
         names = _class_names(train, num_classes)
         if not names:
-            raise ValueError(f"data: num_classes must be given for {source!r}, which does not say it itself")
+            raise ValueError(f"data: {source!r} does not define its number of classes; give num_classes")
         streams = isinstance(train, torch.utils.data.IterableDataset)
-        readers = (train, val) if streams else (_DatasetReader(train, source), _DatasetReader(val, source))
-        return Files(*readers, (len(train), len(val)), names, source)
+        counts = len(train), len(val)
+        if not streams:
+            train, val = _DatasetReader(train, source), _DatasetReader(val, source)
+        return Files(train, val, counts, names, source)
     raise ValueError(_unknown_source(source))
 
 
@@ -261,8 +261,8 @@ def _unknown_source(source: str) -> str:
     near += [f"torch/{n}" for n in difflib.get_close_matches(source, TORCHVISION_NAMES, n=3)]
     folder = Path(source).parent
     if os.path.isdir(folder) and str(folder) != ".":
-        beside = difflib.get_close_matches(Path(source).name, sorted(os.listdir(folder)), n=2)
-        near += [str(folder / name) for name in beside]
+        entries = difflib.get_close_matches(Path(source).name, sorted(os.listdir(folder)), n=2)
+        near += [str(folder / name) for name in entries]
     hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     names = ", ".join(["'digits'", "torch/NAME", *(f"{prefix}NAME" for prefix in READER_PREFIXES)])
     return f"data: source must be an existing folder or .npz file, or one of {names}, got {source!r}{hint}"
@@ -276,7 +276,7 @@ def _image_folder(folder: str, val_share: float) -> Files:
     else:
         samples, names = _class_folders(folder, train_folder or folder)
     if len(names) < 2:
-        raise ValueError(f"data: {folder} must hold images of two or more classes, got only {names[0]!r}")
+        raise ValueError(f"data: {folder} has images of one class only, {names[0]!r}")
     if len(samples) == 1:
         split = _split_per_class(np.array([label for _, label in samples[0]]), val_share, names)
         samples = [[samples[0][i] for i in index] for index in split]
@@ -285,13 +285,13 @@ def _image_folder(folder: str, val_share: float) -> Files:
 
 
 def _class_folders(folder: str, train_folder: str) -> tuple[list[list[tuple[str, int]]], tuple[str, ...]]:
-    """(path, label) of the training images and, where there is such a folder, of the validation images; class names."""
+    """(path, label) of the training and, where there is a folder, of the validation images; class names."""
     val_folder = _sub_folder(folder, VAL_FOLDERS) if train_folder != folder else None
     parts = [_class_images(part) for part in (train_folder, val_folder) if part]
     label_of = {name: label for label, name in enumerate(parts[0])}
     unknown = ", ".join(sorted(set(parts[-1]) - set(label_of))[:5])
     if unknown:
-        raise ValueError(f"data: {val_folder} must have the classes of {train_folder}, got also {unknown}")
+        raise ValueError(f"data: {val_folder} has classes that {train_folder} does not have: {unknown}")
     return [[(path, label_of[name]) for name in part for path in part[name]] for part in parts], tuple(label_of)
 
 
@@ -304,38 +304,38 @@ def _sub_folder(folder: str, names: Sequence[str]) -> str | None:
 
 
 def _class_images(folder: str) -> dict[str, list[str]]:
-    """Class name -> image paths; a class is a folder that holds images, named by its path below `folder`."""
+    """Class name -> image paths; a class is a folder with images, named by its path below `folder`."""
     from timm.data.readers.img_extensions import get_img_extensions
 
     extensions = get_img_extensions(as_set=True)
     classes: dict[str, list[str]] = {}
-    loose, empty = 0, []
+    outside, empty = 0, []
 
-    def unreadable(error: OSError) -> None:  # os.walk would pass over the folder, and a class be missing
-        raise ValueError(f"data: {error.filename} must be a readable folder, got: {error.strerror}") from error
+    def unreadable(error: OSError) -> None:  # os.walk would skip the folder, and a class would be missing
+        raise ValueError(f"data: the folder {error.filename} cannot be read: {error.strerror}") from error
 
     for path, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # .git, __MACOSX, ...
         images = sorted(os.path.join(path, f) for f in files if os.path.splitext(f)[1].lower() in extensions)
         if path == folder:
-            loose = len(images)
+            outside = len(images)
         elif images:
             classes[Path(path).relative_to(folder).as_posix()] = images
         elif not folders:
             empty.append(path)
     if not classes:
-        wanted = "train/CLASS/image.jpg and val/CLASS/image.jpg, or CLASS/image.jpg"
-        found = f"{loose} images outside any class folder" if loose else "no images"
-        raise ValueError(f"data: {folder} must hold one folder per class ({wanted}), got {found}")
+        layout = "train/CLASS/image.jpg and val/CLASS/image.jpg, or CLASS/image.jpg"
+        problem = f"{outside} images outside class folders only" if outside else "no images"
+        raise ValueError(f"data: {folder} has {problem}; it needs one folder per class ({layout})")
     if empty:
-        raise ValueError(f"data: {empty[0]} must hold images, as every class folder, got none; fill it or remove it")
+        raise ValueError(f"data: the class folder {empty[0]} has no images; fill it or remove it")
     return dict(sorted(classes.items()))
 
 
 def _timm_datasets(config: DataConfig) -> tuple[Any, Any]:
     from timm.data import create_dataset
 
-    source, where = config.source, f"in {config.root or 'the current folder'}"
+    source = config.source
     if source.startswith("torch/") and source.removeprefix("torch/") not in TORCHVISION_NAMES:
         raise ValueError(_unknown_source(source))
     options = dict(config.reader)
@@ -350,16 +350,17 @@ def _timm_datasets(config: DataConfig) -> tuple[Any, Any]:
             with contextlib.suppress(Exception):
                 return train, create_dataset(source, split=split, **options)
         return train, create_dataset(source, split=val_splits[-1], **options)
-    except Exception as error:  # each reader raises its own kind, for a missing download, package or split
-        remedy = "data_root sets it, download fetches the set, reader names its parts"
-        message = f"data: {source!r} must be readable by timm's create_dataset {where} ({remedy}), got: {error}"
+    except Exception as error:  # each reader raises different errors for a missing download, package or split
+        root = config.root or "the current folder"
+        remedy = "data_root is the folder, download downloads the data set, reader names its splits"
+        message = f"data: timm's create_dataset cannot read {source!r} in {root} ({remedy}): {error}"
         raise ValueError(" ".join(message.split())) from error
 
 
 def _class_names(dataset: Any, num_classes: int | None) -> tuple[str, ...]:
     if num_classes:
         return tuple(str(i) for i in range(num_classes))
-    # torchvision's name for them, and that of its INaturalist
+    # the attribute of torchvision's data sets, and that of its INaturalist
     classes = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", None)
     if classes:
         return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in classes)
@@ -368,14 +369,14 @@ def _class_names(dataset: Any, num_classes: int | None) -> tuple[str, ...]:
 
 
 def _split_per_class(labels: np.ndarray, val_share: float, names: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of train and val: of each class a fixed random share, at least one image on each side."""
+    """Indices of training and validation images: a fixed random share of each class, one image or more in each."""
     generator = np.random.default_rng(SPLIT_SEED)
     train, val = [], []
     for label in np.unique(labels):
         index = generator.permutation(np.flatnonzero(labels == label))
         if len(index) < 2:
             name = names[label] if names else label
-            raise ValueError(f"data: every class must have two or more images to split, got one of {name}")
+            raise ValueError(f"data: the class {name} has one image only; a split needs two or more of each class")
         cut = min(max(round(len(index) * val_share), 1), len(index) - 1)
         val.append(index[:cut])
         train.append(index[cut:])

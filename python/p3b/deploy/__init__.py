@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What leaves this software: exported models."""
+"""Export of models to other runtimes."""

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""One file that runs a model without this software: ONNX, or PyTorch's own `.pt2` (torch.export).
+"""Export of a model to one file that runs without this software: ONNX, or PyTorch's `.pt2` (torch.export).
 
-The graph is traced from the reference ops, so it holds standard operators only, also where tokens are pruned or merged
-on the way. Class names and preprocessing lie inside the file, and so does what the file was checked against: the
-PyTorch model's logits, beside those of torch.export, onnxruntime and OpenVINO, where these are installed.
+The graph is traced with the reference ops, so that it consists of standard operators only, with token reduction too.
+The file's metadata has class names, preprocessing and the results of the checks: differences of the logits between the
+PyTorch model and torch.export, onnxruntime and OpenVINO, where these are installed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import importlib.util
 import io
 import itertools
@@ -32,14 +31,15 @@ import p3b_ext
 
 from ..files import write_atomically
 from ..metrics.cost import Deployed, count_macs, count_params
+from ..models.token_reduction import settings_of
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-METADATA = "p3b.json"  # among the extra files of a .pt2; an .onnx has the same keys in its own metadata
+METADATA = "p3b.json"  # extra file of a .pt2; an .onnx file has the same keys in its metadata
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
-LARGEST_ONNX = 2**31 - 1  # bytes of one protobuf message
-# Of the logits, relative to the largest: half of the images must be closer. A token that rounding sends another way
-# may cost a single image more.
+LARGEST_ONNX = 2**31 - 1  # largest protobuf message in bytes
+# Largest difference of a logit, relative to the largest logit, for the median image. Rounding may change which tokens
+# are merged or pruned, and then a single image differs more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 CHECK_IMAGES, MAX_CHECK_IMAGES = 8, 256
 
@@ -55,17 +55,17 @@ def export(
     meta: Mapping[str, Any] | None = None,
     step: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Write a model, whole or pruned, with or without a token reduction, as one file; returns its metadata.
+    """Exports a model, pruned or not, with or without a token reduction, to one file; returns its metadata.
 
-    The file takes images [B, C, H, W] of `dtype`, normalised as `meta` says, and gives logits [B, classes]. It is
-    written whole or not at all.
+    The input are images [B, C, H, W] of `dtype`, normalised with the mean and std in `meta`, the output logits
+    [B, classes]. The file is written completely or not at all.
 
-    path: a new file. format: "onnx" or "pt2"; None: by the ending of the path. batch: the one number of images that the
-    file takes; None: any. images: batches to compare logits on, besides random ones. meta: plain JSON values to be kept
-    in the file. step: called with what is being done.
+    path: a new file. format: "onnx" or "pt2"; None: by the ending of the path. batch: fixed batch size; None: any
+    batch size. images: batches to check the logits on, besides random ones. meta: plain JSON values for the file's
+    metadata. step: called with a short text before each stage.
 
-    Raises ValueError for a file that exists, a batch that is no positive number, logits that another runtime does not
-    reproduce, and packages that are missing.
+    Raises ValueError for a file that exists, an invalid batch, a runtime whose logits differ, and a package that is not
+    installed.
     """
     path = Path(path).expanduser()
     format = _format(path, format)
@@ -77,13 +77,13 @@ def export(
         raise ValueError(f"output: file must be new, got {path}, which exists; choose another name or remove it")
     if format == "onnx":
         require("onnx", "onnxscript")
-    say = step or (lambda text: None)
+    report = step or (lambda text: None)
     model = copy.deepcopy(model).to("cpu", dtype).eval()
-    say("trace the model")
+    report("trace the model")
     program = trace(model, batch)
     described = describe(model, batch, dtype, meta or {})
     if format == "onnx":
-        say("translate to ONNX")
+        report("convert to ONNX")
         exported = to_onnx(program)
     else:
         exported = program
@@ -91,7 +91,7 @@ def export(
 
     def write(temporary: Path) -> None:
         _write(exported, temporary, described)
-        described["checks"] = check(model, temporary, format, batch, images, say)
+        described["checks"] = check(model, temporary, format, batch, images, report)
         _write(exported, temporary, described)
 
     write_atomically(path, write)
@@ -99,9 +99,9 @@ def export(
 
 
 def trace(model: VisionTransformer, batch: int | None = None) -> torch.export.ExportedProgram:
-    """torch.export of a model on the CPU in eval mode, through the reference ops; batch None: any number of images.
+    """torch.export of a model on the CPU in eval mode, with the reference ops; batch None: any batch size.
 
-    Raises ValueError where an operator is left that PyTorch alone cannot run.
+    Raises ValueError where the graph has operators that are not PyTorch's own.
     """
     image = _random_images(model, batch or 2)
     shapes = None if batch else ({0: torch.export.Dim(BATCH, min=1)},)
@@ -110,21 +110,21 @@ def trace(model: VisionTransformer, batch: int | None = None) -> torch.export.Ex
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+        node.meta.pop("stack_trace", None)  # has paths of this machine
     foreign = sorted(name for name in operators(program) if not name.startswith("aten."))
     if foreign:
-        raise ValueError(f"export: operators must be PyTorch's own, got {', '.join(foreign)}")
+        raise ValueError(f"export: the graph has operators that are not PyTorch's own: {', '.join(foreign)}")
     return program
 
 
 def operators(program: torch.export.ExportedProgram) -> set[str]:
-    """Names of a program's operators, as "aten.linear.default"; Python's own functions on shapes are left out."""
+    """Names of a program's operators, as "aten.linear.default", without Python's functions on shapes."""
     calls = (node.target for node in program.graph.nodes if node.op == "call_function")
     return {str(target) for target in calls if isinstance(target, torch._ops.OpOverload)}
 
 
 def to_onnx(program: torch.export.ExportedProgram) -> Any:
-    """The onnx.ModelProto of a program, in ONNX's standard operators."""
+    """The onnx.ModelProto of a program, with ONNX's standard operators only."""
     require("onnx", "onnxscript")
     import onnx
 
@@ -141,12 +141,12 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
             )
         except torch.onnx.OnnxExporterError as error:
             reason = " ".join(str(error.__cause__ or error).split())[:300]
-            raise ValueError(f"export: operators must be known to torch.onnx, got {reason}; .pt2 may do") from error
+            raise ValueError(f"export: torch.onnx cannot convert the model ({reason}); try --format pt2") from error
     proto = exported.model_proto
     foreign = {node.domain for node in proto.graph.node} - {"", "ai.onnx"}
     if foreign or proto.functions:
-        raise ValueError(f"export: operators must be ONNX's own, got some of {', '.join(sorted(foreign))}")
-    # Traces of this machine's source files, and shapes that every reader infers anew.
+        raise ValueError(f"export: the graph has operators that are not ONNX's own: {', '.join(sorted(foreign))}")
+    # Metadata with paths of this machine, and shapes, which every runtime infers itself.
     for message in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
         del message.metadata_props[:]
     for node in proto.graph.node:
@@ -159,7 +159,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
                 axis.dim_param = BATCH
     if proto.ByteSize() > LARGEST_ONNX:
         raise ValueError(
-            f"export: ONNX file must be below 2 GiB, got {proto.ByteSize():,} bytes; "
+            f"export: the ONNX file has {proto.ByteSize():,} bytes, above the limit of 2 GiB; "
             "--dtype float16 halves it, --format pt2 has no limit"
         )
     onnx.checker.check_model(proto)
@@ -169,8 +169,8 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 def _stable_sort() -> Callable[..., Any]:
     """ONNX for torch.sort(stable=True) along the last axis, which torch.onnx lacks.
 
-    ONNX promises that TopK puts the lower index first among equals, but OpenVINO sorts otherwise; so ties are settled
-    by integer keys that differ.
+    ONNX defines that TopK puts the lower index first among equal values, but OpenVINO does not; so ties are broken with
+    unique integer keys.
     """
     from onnxscript import opset18 as op
 
@@ -194,7 +194,7 @@ def _stable_sort() -> Callable[..., Any]:
         changes = op.Cast(op.Not(op.Equal(before, after)), to=int64)
         ends = [0] * len(self.shape)
         changes = op.Pad(changes, op.Constant(value_ints=[*ends[:-1], 1, *ends]))
-        group = op.CumSum(changes, op.Constant(value_int=-1))  # equals have the same
+        group = op.CumSum(changes, op.Constant(value_int=-1))  # one number for equal values
         key, _ = op.TopK(op.Add(op.Mul(group, factor), index), count, axis=-1, largest=0, sorted=1)
         return values, op.Mod(key, factor)
 
@@ -204,22 +204,22 @@ def _stable_sort() -> Callable[..., Any]:
 def describe(
     model: VisionTransformer, batch: int | None, dtype: torch.dtype, meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the file says about itself, as plain JSON values."""
+    """The metadata of the file, as plain JSON values."""
     reduction = p3b_ext.current_reduction(model)
     size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    any_or = batch or BATCH
-    shape = f"[{any_or}, {', '.join(map(str, size))}]"
+    batch_size = batch or BATCH
+    shape = f"[{batch_size}, {', '.join(map(str, size))}]"
     described = {
         "made_by": f"p3b {p3b_ext.__version__}, torch {torch.__version__}, timm {timm.__version__}",
         "input": f"{INPUT} {shape}, {str(dtype)[6:]}: (pixel / 255 - mean) / std",
-        "output": f"{OUTPUT} [{any_or}, {model.num_classes}], before the softmax",
+        "output": f"{OUTPUT} [{batch_size}, {model.num_classes}], before the softmax",
         "size": list(size),
         "params": count_params(model),
         "macs": count_macs(model, size),
         **meta,
     }
     if reduction is not None:
-        described["reduction"] = {"name": type(reduction).__name__, **dataclasses.asdict(reduction)}
+        described["reduction"] = {"name": type(reduction).__name__, **settings_of(reduction)}
         described["tokens_after_block"] = [after for _, after in p3b_ext.token_counts(model)]
     try:
         return json.loads(json.dumps(described, allow_nan=False))
@@ -228,7 +228,7 @@ def describe(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `export` wrote about the model into a file: class names, mean, std, size, reduction, checks, ..."""
+    """The metadata of an exported file: class names, mean, std, size, reduction, checks, ..."""
     path = Path(path)
     if _format(path, None) == "onnx":
         require("onnx")
@@ -249,45 +249,47 @@ def check(
     images: Iterable[Tensor] | None = None,
     step: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Compare a file with the model that it was made from, in every runtime that can read it.
+    """Compares a file with the model that it was exported from, in every runtime for its format.
 
-    Random images, in two batch sizes where any will do, and up to 256 of `images`. Returns for each runtime the largest
-    difference of a logit, absolute and relative to the largest logit, and the share of images with the same first
-    class; or, under "not_checked", why it did not run. Raises ValueError where half of the images differ.
+    Uses random images, in two batch sizes where any is allowed, and up to 256 of `images`. Returns for each runtime the
+    largest difference of a logit, absolute and relative to the largest logit, and the share of images with the same
+    top-1 class; or, under "not_checked", why it did not run. Raises ValueError where the median image differs by more
+    than TOLERANCE.
     """
     parameter = next(model.parameters())
     sets = {"random": list(_random_images(model, batch or CHECK_IMAGES).split(batch or 5))}
     if images is not None:
         size = batch or CHECK_IMAGES
-        some = itertools.islice(_batches(images, size), max(1, MAX_CHECK_IMAGES // size))
-        sets["data"] = [each.to(parameter.dtype) for each in some]
+        batches_of_data = itertools.islice(_batches(images, size), max(1, MAX_CHECK_IMAGES // size))
+        sets["data"] = [each.to(parameter.dtype) for each in batches_of_data]
         if not sets["data"]:
-            raise ValueError(f"export: images must fill a batch of {size}, got fewer")
+            raise ValueError(f"export: images has fewer than one batch of {size}")
     expected = {}
     with torch.inference_mode():
         for name, batches in sets.items():
             expected[name] = torch.cat([model(each) for each in batches]).float()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for runtime, load in READERS[format].items():
         if step is not None:
             step(f"check with {runtime}")
         if runtime != "torch.export" and importlib.util.find_spec(runtime) is None:
-            found[runtime] = {"not_checked": "not installed"}
+            results[runtime] = {"not_checked": "not installed"}
             continue
         try:
             run = load(path, torch.get_num_threads(), parameter.dtype)
             logits = {name: torch.cat([run(each) for each in batches]).float() for name, batches in sets.items()}
-        except Exception as error:  # each runtime raises kinds of its own
-            found[runtime] = {"not_checked": " ".join(str(error).split())[:300]}
+        except Exception as error:  # each runtime raises different errors
+            results[runtime] = {"not_checked": " ".join(str(error).split())[:300]}
             continue
-        found[runtime] = {name: _difference(logits[name], expected[name]) for name in sets}
-        for name, difference in found[runtime].items():
+        results[runtime] = {name: _difference(logits[name], expected[name]) for name in sets}
+        for name, difference in results[runtime].items():
             if not difference["relative_of_median_image"] <= TOLERANCE[parameter.dtype]:
                 raise ValueError(
-                    f"export: {runtime} must give the model's logits within {TOLERANCE[parameter.dtype]:g} of the "
-                    f"largest on {name} images, got {difference['relative_of_median_image']:.2g}"
+                    f"export: the logits of {runtime} differ from the model's by "
+                    f"{difference['relative_of_median_image']:.2g} of the largest on {name} images, more than "
+                    f"{TOLERANCE[parameter.dtype]:g}"
                 )
-    return found
+    return results
 
 
 def _difference(logits: Tensor, expected: Tensor) -> dict[str, float]:
@@ -309,7 +311,8 @@ Run = Callable[[Tensor], Tensor]
 
 def pt2_run(path: str | os.PathLike[str], threads: int, dtype: torch.dtype = torch.float32) -> Run:
     """A .pt2 file as a function of images, in PyTorch."""
-    module = torch.export.load(io.BytesIO(Path(path).read_bytes())).module()  # under any name
+    buffer = io.BytesIO(Path(path).read_bytes())  # torch.export.load checks the ending of a path
+    module = torch.export.load(buffer).module()
 
     def run(images: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -328,22 +331,22 @@ def onnxruntime_run(path: str | os.PathLike[str], threads: int, dtype: torch.dty
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Its idle threads would otherwise spin while others are timed.
+    # Its idle threads would otherwise spin while other runtimes are timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 
 def openvino_run(path: str | os.PathLike[str], threads: int, dtype: torch.dtype = torch.float32) -> Run:
-    """An .onnx file as a function of images, in OpenVINO on the CPU; computes in bfloat16 where dtype asks for it.
+    """An .onnx file as a function of images, in OpenVINO on the CPU; dtype bfloat16: computes in bfloat16.
 
-    NotImplementedError where the CPU has no instructions for bfloat16.
+    Raises NotImplementedError for bfloat16 on a CPU without instructions for it.
     """
     require("openvino")
     import openvino
 
     if dtype == torch.bfloat16 and not _openvino_has_bfloat16():
-        raise NotImplementedError("openvino: CPU must have bfloat16 instructions for bfloat16, got one without")
+        raise NotImplementedError("openvino: this CPU has no bfloat16 instructions")
     core = openvino.Core()
     precision = "bf16" if dtype == torch.bfloat16 else "f32"
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
@@ -363,13 +366,13 @@ def _openvino_has_bfloat16() -> bool:
 
 
 def compiled_run(model: nn.Module, images: Tensor) -> Run:
-    """torch.compile of a model for one shape of input, with its weights frozen into the code."""
+    """torch.compile of a model for one input shape, with its weights as constants."""
     import torch._inductor.config as config
 
     function = torch.compile(model, dynamic=False)
 
     def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():  # always, or it would compile twice
+        with torch.inference_mode():  # in every call, or it would be compiled twice
             return function(images)
 
     with config.patch(freezing=True), _quiet():
@@ -378,18 +381,18 @@ def compiled_run(model: nn.Module, images: Tensor) -> Run:
 
 
 def deploy(model: VisionTransformer, runtimes: Iterable[str], images: Tensor) -> dict[str, Deployed]:
-    """A model as each of `runtimes` ("onnxruntime", "openvino", "compile") runs it, called like the model.
+    """A model in each of `runtimes` ("onnxruntime", "openvino", "compile"), called like the model itself.
 
-    The model is put in eval mode. images [B, C, H, W]: the batch that the others are made for, in the model's dtype.
-    They get as many threads as PyTorch has. bfloat16: openvino computes in it, from a float32 file.
+    The model is put in eval mode. images [B, C, H, W]: a batch of the size to compile for, in the model's dtype. The
+    runtimes use PyTorch's number of threads. For bfloat16 openvino computes in bfloat16 from a float32 file.
 
-    Raises ValueError for an unknown name, a runtime that is not installed, a dtype that it cannot run, and logits that
-    are not the model's.
+    Raises ValueError for an unknown name, a runtime that is not installed, a dtype that it does not support, and logits
+    that differ from the model's.
     """
     runtimes, dtype = list(runtimes), images.dtype
     model.eval()
     check_runtimes(runtimes, images.device, dtype)
-    found: dict[str, Deployed] = {}
+    deployed: dict[str, Deployed] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         for name in runtimes:
@@ -400,18 +403,19 @@ def deploy(model: VisionTransformer, runtimes: Iterable[str], images: Tensor) ->
                     program = trace(copy.deepcopy(model).float().eval(), len(images))
                     path.write_bytes(to_onnx(program).SerializeToString())
                 run = READERS["onnx"][name](path, torch.get_num_threads(), dtype)
-            found[name] = Deployed(model, run, len(images))
+            deployed[name] = Deployed(model, run, len(images))
     with torch.inference_mode():
         expected = model(images).float()
-        for name, deployed in found.items():
-            error = _difference(deployed(images).float(), expected)["relative_of_median_image"]
+        for name, other in deployed.items():
+            error = _difference(other(images).float(), expected)["relative_of_median_image"]
             if not error <= TOLERANCE[dtype]:
-                raise ValueError(f"runtimes: {name} must give the model's logits, got an error of {error:.2g}")
-    return found
+                difference = f"by {error:.2g} of the largest"
+                raise ValueError(f"runtimes: the logits of {name} differ from the model's {difference}")
+    return deployed
 
 
 def check_runtimes(runtimes: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError unless all of these can be had here."""
+    """Raises ValueError unless all of these runtimes are installed and support the device and dtype."""
     for name in runtimes:
         if name not in RUNTIMES:
             raise ValueError(f"runtimes: names must be of {', '.join(RUNTIMES)}, got {name!r}")
@@ -427,13 +431,13 @@ def check_runtimes(runtimes: Iterable[str], device: torch.device, dtype: torch.d
             raise ValueError("runtimes: dtype must be float32 for openvino on a CPU without bfloat16, got bfloat16")
 
 
-# What `deploy` knows, and the dtypes that it computes in there.
+# Runtimes of `deploy`, and the dtypes that they support.
 RUNTIMES = {
     "onnxruntime": (torch.float32,),
     "openvino": (torch.float32, torch.bfloat16),
     "compile": tuple(TOLERANCE),
 }
-# Who can read what.
+# Runtimes that `check` uses for each format.
 READERS: dict[str, dict[str, Callable[..., Run]]] = {
     "pt2": {"torch.export": pt2_run},
     "onnx": {"onnxruntime": onnxruntime_run, "openvino": openvino_run},
@@ -441,7 +445,7 @@ READERS: dict[str, dict[str, Callable[..., Run]]] = {
 
 
 def require(*packages: str) -> None:
-    """ValueError that says how to install the first of these packages that is missing."""
+    """Raises ValueError, with the pip command, for the first of these packages that is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             extra = "openvino" if package == "openvino" else "export"
@@ -449,17 +453,17 @@ def require(*packages: str) -> None:
 
 
 def summary(path: Path, described: Mapping[str, Any]) -> str:
-    """What was written and how it compared, in a few lines."""
+    """The exported file and the results of its checks, in a few lines."""
     lines = [f"{described['input']}", f"{described['output']}"]
     lines.append(f"{described['params'] / 1e6:.3f} M parameters, {described['macs'] / 1e9:.4f} GMACs an image")
-    for runtime, found in described["checks"].items():
-        if "not_checked" in found:
-            lines.append(f"{runtime}: not checked ({found['not_checked']})")
+    for runtime, result in described["checks"].items():
+        if "not_checked" in result:
+            lines.append(f"{runtime}: not checked ({result['not_checked']})")
             continue
-        for kind, each in found.items():
+        for kind, each in result.items():
             lines.append(
                 f"{runtime}: largest difference of a logit {each['largest_difference']:.1e} "
-                f"({each['relative']:.1e} of the largest logit), same first class {100 * each['same_top1']:.1f} % "
+                f"({each['relative']:.1e} of the largest logit), same top-1 class {100 * each['same_top1']:.1f} % "
                 f"({each['images']} {kind} images)"
             )
     return "\n".join([*lines, f"\nwritten to {path} ({path.stat().st_size / 1e6:.1f} MB)"])
@@ -470,17 +474,17 @@ def _format(path: Path, format: str | None) -> str:
     if format is None:
         format = known.get(path.suffix)
         if format is None:
-            raise ValueError(f"output: file must end in {' or '.join(known)}, or --format be given, got {path}")
+            raise ValueError(f"output: file must end in {' or '.join(known)}, got {path}; or give --format")
     if format not in FORMATS:
         raise ValueError(f"format: name must be one of {', '.join(FORMATS)}, got {format!r}")
-    if path.suffix != FORMATS[format]:  # torch.export and the readers of others go by it
+    if path.suffix != FORMATS[format]:  # torch.export and other runtimes depend on the ending
         raise ValueError(f"output: file must end in {FORMATS[format]} for format {format}, got {path}")
     return format
 
 
 def _write(exported: Any, path: Path, described: Mapping[str, Any]) -> None:
     if isinstance(exported, torch.export.ExportedProgram):
-        # Through a buffer: PyTorch warns about any other ending, and the temporary file has one.
+        # To a buffer, since PyTorch warns about the ending of the temporary file.
         buffer = io.BytesIO()
         torch.export.save(exported, buffer, extra_files={METADATA: json.dumps(described, indent=1)})
         path.write_bytes(buffer.getbuffer())
@@ -493,12 +497,12 @@ def _write(exported: Any, path: Path, described: Mapping[str, Any]) -> None:
 
 def _random_images(model: VisionTransformer, count: int) -> Tensor:
     size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     return images.to(next(model.parameters()).dtype)
 
 
 def _batches(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """Whole batches of one size; what is left over at the end is dropped."""
+    """Batches of one size; an incomplete last one is dropped."""
     kept: list[Tensor] = []
     for each in images:
         kept.extend(each.cpu())
@@ -509,7 +513,7 @@ def _batches(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No notes of torch.export and torch.onnx to the user about their insides."""
+    """Suppresses warnings and log messages of torch.export and torch.onnx."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

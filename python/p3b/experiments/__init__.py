@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Benchmarks and comparisons."""
+"""Benchmarks, token scores and comparisons of pruning methods."""

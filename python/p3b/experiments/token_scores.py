@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`p3b scores`: which token score, and whether to prune, to merge or to let PPT choose, on one trained model.
+"""`p3b scores`: token scores, and pruning, merging and PPT by each of them, on one trained model.
 
-Source: Kulboboev's thesis (baseline, diversity and average score), PPT and ToMe. All settings of one r cost the same:
-they lose as many tokens in the same blocks.
+Source: Kulboboev's thesis (baseline, diversity and average score), PPT and ToMe. All settings with the same r have the
+same cost: they remove the same number of tokens in the same blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from p3b_ext import count_macs, score_spreads
 from ..files import write_json, write_text
 from ..metrics.accuracy import evaluate
 from ..metrics.table import format_table
-from ..models.token_reduction import PPT_R, create_reduction
+from ..models.token_reduction import PATCHES, PPT_R, quarters
 from ..report.figures import new_figure, save_figure
 
 RESULT, PAGE, PLOT = "scores.json", "scores.md", "scores.png"
@@ -30,32 +30,38 @@ MODES = ("prune", "merge", "ppt")
 SCORES = ("cls_value", "entropy_value", "cls")
 NAMES = {"cls_value": "class attention x value norm", "entropy_value": "entropy x value norm", "cls": "class attention"}
 NAMES |= {"to_cls": "attention to the class token", "received": "attention received"}
-STYLES = {"cls_value": ("#d85a30", "o"), "entropy_value": ("#185fa5", "s"), "cls": ("#1d9e75", "^")}
-STYLES |= {"to_cls": ("#ba7517", "v"), "received": ("#7a1fa2", "D"), None: ("#5f5e5a", "x")}
+STYLES: dict[str | None, tuple[str, str]] = {
+    "cls_value": ("#d85a30", "o"),
+    "entropy_value": ("#185fa5", "s"),
+    "cls": ("#1d9e75", "^"),
+    "to_cls": ("#ba7517", "v"),
+    "received": ("#7a1fa2", "D"),
+    None: ("#5f5e5a", "x"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One setting and what it gave."""
+    """One setting and its results."""
 
     mode: str
-    """"prune": every image drops its lowest scores; "merge": every image merges; "ppt": by its scores."""
+    """"prune": remove the tokens with the lowest scores; "merge": merge similar tokens; "ppt": either, by image."""
     score: str | None
-    """Of p3b_ext.token_scores; None where no score decides."""
+    """Method of p3b_ext.token_scores; None for "merge"."""
     r: int
-    """Tokens that every reducing block was asked to lose."""
+    """Tokens that each block with token reduction removes."""
     top1: float
     """Percent."""
     macs: int
     """Multiply-accumulates of one image."""
     tokens: int
-    """Tokens that are left behind the last block, prefix included."""
+    """Tokens after the last block, prefix included."""
     threshold: float | None = None
-    """PPT's, on the squared coefficient of variation of the scores."""
+    """PPT's threshold on the squared coefficient of variation of the scores."""
     pruned: dict[int, float] = dataclasses.field(default_factory=dict)
-    """Block -> share of the images that are pruned there, where PPT chooses."""
+    """Block -> share of the images that PPT prunes in it."""
     spread: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    """Block -> mean and standard deviation over the images of that squared coefficient of variation."""
+    """Block -> mean and standard deviation, over the images, of the squared coefficient of variation."""
 
 
 def sweep(
@@ -70,44 +76,46 @@ def sweep(
     calibration: Iterable[Tensor],
     step: Callable[[str, int], None] | None = None,
 ) -> list[Case]:
-    """Accuracy of the model, unreduced (r = 0) and with every mode, score and r.
+    """Accuracy of the model without token reduction (r = 0) and with every mode, score and r.
 
-    scores: default: SCORES, or those of them and "received" that a model without class token has. rs: tokens per
-    reducing block; default: the published 50 of 196 in proportion, and a third and two thirds of it.
-    blocks: where tokens go; default: at a quarter, a half and three quarters of the depth. prune_share: of the
-    (image, block) pairs that PPT prunes; its threshold is found for each score and r on `calibration`, batches of
-    images. Spread and shares are those of the loader's images. The model is left patched with the last setting.
+    scores: default: SCORES, or for a model without class token "entropy_value" and "received". rs: tokens to remove per
+    block; default: the published 50 of 196 in proportion, and a third and two thirds of it. blocks: that reduce tokens;
+    default: at a quarter, a half and three quarters of the depth. prune_share: share of the (image, block) pairs that
+    PPT prunes; its threshold is calibrated for each score and r on `calibration`, batches of images. Spread and shares
+    are those of the loader's images. The model stays patched with the last setting.
 
     Raises ValueError for an unknown mode or score, an r below 1, a share outside [0, 1].
     """
     if scores is None:
         scores = SCORES if model.has_class_token else ("entropy_value", "received")
-    for what, given, known in (("modes", modes, MODES), ("scores", scores, NAMES)):
-        wrong = [name for name in given if name not in known]
-        if wrong or not given:
-            raise ValueError(f"scores: {what} must be of {', '.join(known)}, got {', '.join(wrong) or 'none'}")
-    full = max(1, round(PPT_R * model.patch_embed.num_patches / 196))
+    for argument, names, known in (("modes", modes, MODES), ("scores", scores, NAMES)):
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise ValueError(f"scores: {argument} must be of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+    full = max(1, round(PPT_R * model.patch_embed.num_patches / PATCHES))
     rs = sorted(set(rs)) or sorted({max(1, round(full * third / 3)) for third in (1, 2, 3)})
     if rs[0] < 1:
         raise ValueError(f"scores: r must be 1 or more, got {rs[0]}")
-    wanted = [(mode, score, r) for r in rs for mode in modes for score in (scores if mode != "merge" else (None,))]
-    report = (lambda text: None) if step is None else lambda text: step(text, 1 + len(wanted))
+    by_mode: dict[str, Sequence[str | None]] = {mode: scores if mode != "merge" else (None,) for mode in modes}
+    settings = [(mode, score, r) for r in rs for mode in modes for score in by_mode[mode]]
+    report = (lambda text: None) if step is None else lambda text: step(text, 1 + len(settings))
     report("unreduced")
     p3b_ext.patch(model)
-    found = [_case("none", None, 0, model, loader)]
-    for mode, score, r in wanted:
+    cases = [_case("none", None, 0, model, loader)]
+    for mode, score, r in settings:
         report(f"{mode} {score or ''} r={r}")
         threshold = {"prune": -math.inf, "merge": math.inf, "ppt": 0.0}[mode]
-        ppt = create_reduction("ppt", model, r=r, blocks=blocks, score=score or scores[0], threshold=threshold)
-        ppt = dataclasses.replace(ppt, criterion="cv2")
+        ppt = p3b_ext.PPT(
+            r=r, blocks=blocks or quarters(model), threshold=threshold, score=score or scores[0], criterion="cv2"
+        )
         p3b_ext.patch(model, ppt)
         if mode != "ppt":
-            found.append(_case(mode, score, r, model, loader))
+            cases.append(_case(mode, score, r, model, loader))
             continue
         threshold = p3b_ext.calibrate(model, calibration, prune_share)
         ppt = dataclasses.replace(ppt, threshold=threshold)
         spreads = score_spreads(model, loader, ppt)
-        found.append(
+        cases.append(
             dataclasses.replace(
                 _case(mode, score, r, model, loader),
                 threshold=threshold,
@@ -115,39 +123,42 @@ def sweep(
                 spread={block: (float(each.mean()), float(each.std())) for block, each in spreads.items()},
             )
         )
-    return found
+    return cases
 
 
-def _case(mode: str, score: str | None, r: int, model: VisionTransformer, loader: Iterable) -> Case:
+def _case(
+    mode: str, score: str | None, r: int, model: VisionTransformer, loader: Iterable[tuple[Tensor, Tensor]]
+) -> Case:
     tokens = p3b_ext.token_counts(model)[-1][1]
     return Case(mode, score, r, evaluate(model, loader)["top1"], count_macs(model), tokens)
 
 
 def tables(cases: Sequence[Case], *, markdown: bool = False) -> str:
-    """Accuracy of every setting, and below it the score spreads and pruned shares of PPT in each block."""
-    dense, rows = cases[0], []
-    headings = ("mode", "score", "r", "tokens left", "MACs", "top-1 %", "against unreduced")
+    """A table of the accuracy of every setting, and one of PPT's score spreads and pruned shares in each block."""
+    dense = cases[0]
+    rows: list[tuple[str, ...]] = []
+    headings: tuple[str, ...] = ("mode", "score", "r", "tokens left", "MACs", "top-1 %", "against unreduced")
     for case in cases:
         change = "" if case is dense else f"{case.top1 - dense.top1:+.2f}"
         score = NAMES[case.score] if case.score else "–"
         share = f"{100 * case.macs / dense.macs:.0f} %"
         rows.append((case.mode, score, str(case.r or "–"), str(case.tokens), share, f"{case.top1:.2f}", change))
     text = format_table(headings, rows, markdown=markdown)
-    chosen = [case for case in cases if case.pruned]
-    if chosen:
+    with_ppt = [case for case in cases if case.pruned]
+    if with_ppt:
         headings, rows = ("score", "r", "threshold", "block", "spread of scores", "images pruned"), []
-        for case in chosen:
-            for block, share in case.pruned.items():
+        for case in with_ppt:
+            for block, pruned in case.pruned.items():
                 mean, deviation = case.spread[block]
                 limit = f"{case.threshold:.3f}"
-                numbers = (str(block), f"{mean:.3f} ± {deviation:.3f}", f"{100 * share:.0f} %")
-                rows.append((NAMES[case.score], str(case.r), limit, *numbers))
+                numbers = (str(block), f"{mean:.3f} ± {deviation:.3f}", f"{100 * pruned:.0f} %")
+                rows.append((NAMES[case.score or ""], str(case.r), limit, *numbers))
         text += "\n\n" + format_table(headings, rows, markdown=markdown)
     return text
 
 
 def draw(cases: Sequence[Case]) -> Any:
-    """Accuracy over the multiplications, a panel for each mode."""
+    """Plot of accuracy against MACs, one panel per mode."""
     dense, modes = cases[0], [mode for mode in MODES if any(case.mode == mode for case in cases)]
     figure, axes = new_figure(1.0 + 3.0 * len(modes), 3.2, len(modes))
     low = min(case.top1 for case in cases)
@@ -171,7 +182,7 @@ def draw(cases: Sequence[Case]) -> Any:
 
 
 def write(folder: Path, cases: Sequence[Case], *, title: str, conditions: str, command: str) -> None:
-    """scores.json, scores.md and scores.png in a folder."""
+    """Writes scores.json, scores.md and scores.png into a folder."""
     record: Mapping[str, Any] = dict(
         title=title, conditions=conditions, command=command, cases=[dataclasses.asdict(case) for case in cases]
     )

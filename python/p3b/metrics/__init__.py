@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""How good a model is and what it costs."""
+"""Accuracy and costs of models."""

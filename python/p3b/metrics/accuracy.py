@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How accurate a model is: the one evaluator, of training, the commands and the benchmarks."""
+"""Evaluation of classifiers, for training, the commands and the benchmarks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def evaluate(
     The model is put in eval mode and returned to the mode it was in; batches are moved to its device and dtype. top5 is
     100 for five classes or fewer. loader: (images [B, C, H, W], labels int64 [B] or soft targets [B, K], whose largest
     is the label). autocast: the context of the forward passes. reduce: adds tensors over all processes, in place.
-    "non_finite" is the number of images with logits that are not finite, where there are any.
+    The result has the key "non_finite", the number of images with logits that are not finite, only where there are any.
 
     Counts are read from the device once, at the end. Raises ValueError for a loader without images.
     """
@@ -40,17 +40,17 @@ def evaluate(
                 logits = model(images.to(device, parameter.dtype)).float()
             labels = labels.to(device)
             labels = labels.argmax(1) if labels.ndim == 2 else labels
-            first = logits.argmax(1) == labels
-            five = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
+            top1 = logits.argmax(1) == labels
+            top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            broken = (~logits.isfinite()).any(1)
-            images_here = torch.full_like(loss, len(labels))
-            counts += torch.stack((first.sum(), (first | five).sum(), loss, broken.sum(), images_here))
+            non_finite = (~logits.isfinite()).any(1)
+            count = torch.full_like(loss, len(labels))
+            counts += torch.stack((top1.sum(), (top1 | top5).sum(), loss, non_finite.sum(), count))
         if reduce is not None:
             reduce([counts])
     model.train(training)
-    hits1, hits5, loss, broken, seen = counts.tolist()
-    if seen == 0:
-        raise ValueError("evaluate: loader must give at least one image, got none")
-    found = {"top1": 100 * hits1 / seen, "top5": 100 * hits5 / seen, "loss": loss / seen, "images": int(seen)}
-    return found | ({"non_finite": int(broken)} if broken else {})
+    correct1, correct5, total_loss, failed, total = counts.tolist()
+    if total == 0:
+        raise ValueError("evaluate: the loader has no images")
+    result = {"top1": 100 * correct1 / total, "top5": 100 * correct5 / total, "loss": total_loss / total}
+    return result | {"images": int(total)} | ({"non_finite": int(failed)} if failed else {})

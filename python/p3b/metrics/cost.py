@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a model costs: parameters, multiply-accumulates, images per second, peak memory."""
+"""Costs of a model: parameters, multiply-accumulates, images per second, peak memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ import p3b_ext
 
 
 class Deployed(nn.Module):
-    """A model in another runtime, called like the model; its parameters and MACs are the model's.
+    """A model that another runtime computes, called like the model itself; its parameters and MACs are the model's.
 
-    run: from images [B, C, H, W] of exactly `batch` images to logits. Smaller batches are padded, larger ones split.
+    run: computes the logits of images [B, C, H, W], exactly `batch` of them. Smaller batches are padded, larger ones
+    split.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[Tensor], Tensor], batch: int) -> None:
@@ -47,14 +48,14 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
     """Multiply-accumulates of one image: the papers' "FLOPs", half of what FlopCounterMode reports.
 
     input_size: (C, H, W) of one image. A CPU copy of the model runs once, in eval mode, on random numbers
-    of that size, and every matrix product, convolution and attention is counted with the shapes it really
-    has: pruned widths and reduced tokens count as they are. Softmax, norms, activations and the choice of
-    tokens are left out, as in the usual formula N0 3 P^2 D + sum over blocks (3 n D^2 + 2 n^2 D + n D^2 + 2
+    of that size, and every matrix product, convolution and attention is counted with its actual shapes, hence
+    with pruned widths and reduced tokens. Softmax, norms, activations and token selection are not counted, as
+    in the usual formula N0 3 P^2 D + sum over blocks (3 n D^2 + 2 n^2 D + n D^2 + 2
     h n D^2) + D K (DeiT-S at 224: 4.599 G).
     """
     counted = model.model if isinstance(model, Deployed) else model
     copied = copy.deepcopy(counted).to("cpu", torch.float32).eval().requires_grad_(False)
-    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     with torch.no_grad(), _compiled_ops(), FlopCounterMode(display=False) as counter:
         copied(image)
     return counter.get_total_flops() // 2
@@ -70,9 +71,9 @@ def throughput(
 ) -> Any:
     """Images per second of a forward pass: the median over `repeats`, after `warmup` passes.
 
-    Given several models by name, their repeats are interleaved (a, b, a, b, ...), so that a machine that
-    slows down or is shared does so for all of them, and the answer is a dict. images [B, C, H, W] on the
-    models' device. `step` is called with what is being done, before each of the repeats + warmup rounds.
+    For several models by name the repeats are interleaved (a, b, a, b, ...), so that changes in the machine's
+    speed affect all of them, and the result is a dict. images [B, C, H, W] on the models' device. step: called
+    with a short text before each of the repeats + warmup rounds.
     """
     models = model if isinstance(model, Mapping) else {"": model}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -95,27 +96,27 @@ def throughput(
 
 
 def peak_memory(model: nn.Module, images: Tensor) -> int:
-    """Bytes of tensors alive at the worst moment of one forward pass, the weights and the images included.
+    """Peak bytes of tensors in one forward pass, including the weights and the images.
 
     images [B, C, H, W] on the model's device. On CUDA: torch.cuda.max_memory_allocated. On the CPU: the
-    running sum of PyTorch's own allocation events (its profiler), exact for tensors, blind to what a
-    library such as oneDNN keeps in a pool of its own.
+    running sum of the profiler's allocation events, exact for tensors; memory pools inside libraries such as
+    oneDNN are not counted.
     """
     kept = _bytes(model.parameters()) + _bytes(model.buffers()) + _bytes([images])
     with _eval_mode(model), torch.inference_mode():
-        model(images)  # caches of the first call are not this model's cost
+        model(images)  # the first call fills caches, which do not count
         return kept + allocated_peak(lambda: model(images), images.device)
 
 
 def allocated_peak(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors that a call makes and that are alive at its worst moment, as `peak_memory` counts them."""
+    """Peak bytes of the tensors that a call allocates, measured as in `peak_memory`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    # Kineto greets and complains about missing GPUs on stderr unless told not to before its first use.
+    # Without this, set before its first use, Kineto writes to stderr, about missing GPUs for example.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
@@ -139,7 +140,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _compiled_ops() -> contextlib.AbstractContextManager[None]:
-    """p3b_ext's compiled CPU ops where they exist, whose FLOP formulas count attention but not the choice of tokens."""
+    """p3b_ext's compiled CPU ops where they exist, whose FLOP formulas count attention but not token selection."""
     ready = p3b_ext.build_info()["backends"]["cpu"] == "ready"
     return p3b_ext.backend("cpu" if ready else "reference")
 

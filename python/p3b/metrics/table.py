@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The table of models: accuracy and costs of each, figures against the first; and how any table is written."""
+"""The table of models (accuracy and costs, and relative figures against the first), and tables as text."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from .accuracy import evaluate
 from .cost import Deployed, count_macs, count_params, peak_memory, throughput
 
 HEADINGS = ("model", "top-1 %", "params M", "GMACs", "peak MiB", "images/s")
-RELATIVE_HEADINGS = ("against {}", "accuracy improvement", "parameter reduction", "FLOPs reduction")
-RELATIVE_HEADINGS += ("throughput improvement",)
+RELATIVE_HEADINGS = (
+    *("against {}", "accuracy improvement", "parameter reduction", "FLOPs reduction"),
+    "throughput improvement",
+)
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Row:
     macs: int
     """Multiply-accumulates of one image."""
     peak_memory: int | None
-    """Peak bytes of one forward pass of the timed batch (costs.peak_memory); None where PyTorch does not see them."""
+    """Peak bytes of one forward pass of the timed batch (cost.peak_memory); None for other runtimes."""
     images_per_second: float
-    """Median throughput of the timed batch (costs.throughput)."""
+    """Median throughput of the timed batch (cost.throughput)."""
 
 
 def measure(
@@ -47,8 +49,8 @@ def measure(
 ) -> list[Row]:
     """A Row for each model: accuracy on the loader (not for the names in `unscored`), costs on its first images.
 
-    The models are timed interleaved, on one batch of `batch_size` images. `step` is called with what is being done,
-    before each of the 3 + repeats timed rounds and for each model.
+    The models are timed interleaved, on one batch of `batch_size` images. step: called with a short text before each of
+    the 3 + repeats timed rounds and for each model.
     """
     images = first_images(loader, batch_size, next(iter(models.values())))
     rates = throughput(models, images, repeats=repeats, step=step)
@@ -64,14 +66,15 @@ def measure(
 
 
 def relative(base: Row, row: Row) -> dict[str, float | None]:
-    """The thesis's four figures of a model against its base.
+    """Four figures of a model relative to a base model, as in Kulboboev's thesis.
 
     accuracy_improvement in points of top-1 (pruned - base); parameter_reduction, flops_reduction and
     throughput_improvement in percent of the base: 100 (1 - new / old) for the reductions, 100 (new / old -
-    1) for the throughput. accuracy_improvement is None where one of the two has no accuracy.
+    1) for the throughput. accuracy_improvement is None unless both have an accuracy.
     """
+    points = None if row.top1 is None or base.top1 is None else row.top1 - base.top1
     return {
-        "accuracy_improvement": None if None in (row.top1, base.top1) else row.top1 - base.top1,
+        "accuracy_improvement": points,
         "parameter_reduction": 100 * (1 - row.params / base.params),
         "flops_reduction": 100 * (1 - row.macs / base.macs),
         "throughput_improvement": 100 * (row.images_per_second / base.images_per_second - 1),
@@ -128,16 +131,16 @@ def format_table(headings: Sequence[str], lines: Sequence[Sequence[str]], *, mar
 
 
 def first_images(loader: Iterable[tuple[Tensor, Tensor]], count: int, model: nn.Module) -> Tensor:
-    """`count` images of the loader on the model's device, repeated where it has fewer."""
+    """The first `count` images of the loader, on the model's device; repeated where the loader has fewer."""
     parameter = next(model.parameters())
-    batches, have = [], 0
+    batches, read = [], 0
     for images, _ in loader:
         batches.append(images)
-        have += len(images)
-        if have >= count:
+        read += len(images)
+        if read >= count:
             break
-    if have == 0:
-        raise ValueError("measure: loader must give at least one image, got none")
+    if read == 0:
+        raise ValueError("measure: the loader has no images")
     images = torch.cat(batches)
     images = images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
     return images.to(parameter.device, parameter.dtype)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Models: by name, in words, and the token reductions that fit them."""
+"""Models by name, descriptions of models as JSON, and token reductions by name."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models by name: timm's ViTs and DeiTs, with pretrained weights, those of a file, or random ones."""
+"""Models by name: timm's ViTs and DeiTs, with pretrained weights, weights from a file, or random ones."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ HEADS = ("head.", "head_dist.")
 
 
 def check_model_name(name: str) -> None:
-    """ValueError with near matches unless timm knows the model as a ViT or DeiT."""
+    """Raises ValueError, with similar names, unless the name is that of a ViT or DeiT in timm."""
     if timm.is_model(name):
         if is_model_in_modules(name.split(".")[0], MODULES):
             try:
                 timm.get_pretrained_cfg(name)
             except RuntimeError:
                 tags = ", ".join(timm.list_pretrained(name.split(".")[0] + ".*")) or "none"
-                raise ValueError(f"model: weights must be some that timm knows ({tags}), got {name!r}") from None
+                raise ValueError(f"model: timm has no pretrained weights {name!r}; it has {tags}") from None
             return
         raise ValueError(f"model: name must be one of timm's plain ViTs or DeiTs, got {name!r}")
     known = [model for module in MODULES for model in timm.list_models(module=module)]
@@ -45,34 +45,41 @@ def create_model(
     checkpoint: str = "",
     arguments: dict[str, Any] | None = None,
 ) -> VisionTransformer:
-    """A timm ViT with a head of so many classes, with p3b_ext's attention.
+    """A timm ViT with a head for `num_classes` classes and p3b_ext's attention.
 
-    pretrained: timm's pretrained weights, downloaded once; checkpoint: those of this .safetensors or PyTorch file
-    instead, except for a head of another size. arguments: more for the model's constructor.
+    pretrained: load timm's pretrained weights, downloaded once. checkpoint: load this .safetensors or PyTorch file
+    instead; a head of another size is not loaded. arguments: further arguments of the model's constructor.
 
-    Raises ValueError for a model that is no ViT or has no weights, and for a checkpoint that does not fit.
+    Raises ValueError for a model that is not a ViT or has no weights, and for a checkpoint that does not fit.
     """
     arguments = dict(arguments or {}) | dict(num_classes=num_classes, in_chans=in_chans)
-    fetch = pretrained and not checkpoint
+    download = pretrained and not checkpoint
     try:
-        model = timm.create_model(name, pretrained=fetch, img_size=img_size, **arguments)
+        created = timm.create_model(name, pretrained=download, img_size=img_size, **arguments)
     except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError, AttributeError, AssertionError) as error:
-        remedy = "; --checkpoint FILE or --no-pretrained needs no download" if fetch else ""
+        remedy = "; --checkpoint FILE or --no-pretrained needs no download" if download else ""
         raise ValueError(f"model: {name} cannot be built: {error}{remedy}") from error
+    model = as_vit(name, created)
+    if 0 in model.patch_embed.grid_size:
+        patch = " x ".join(str(edge) for edge in model.patch_embed.patch_size)
+        size = " x ".join(str(edge) for edge in model.patch_embed.img_size)
+        raise ValueError(f"img_size: images must be one patch ({patch}) or more, got {size}")
+    if checkpoint:
+        load_weights(model, checkpoint)
+    p3b_ext.patch(model)
+    return model
+
+
+def as_vit(name: str, model: nn.Module) -> VisionTransformer:
+    """The model of a name, as timm made it. Raises ValueError unless it is a VisionTransformer."""
     if not isinstance(model, VisionTransformer):
         kind = type(model).__name__
         raise ValueError(f"model: {name} must be one of timm's VisionTransformers (ViT, DeiT), got a {kind}")
-    if 0 in model.patch_embed.grid_size:
-        patch = " x ".join(str(edge) for edge in model.patch_embed.patch_size)
-        got = " x ".join(str(edge) for edge in model.patch_embed.img_size)
-        raise ValueError(f"img_size: images must be one patch ({patch}) or more, got {got}")
-    if checkpoint:
-        load_weights(model, checkpoint)
-    return p3b_ext.patch(model)
+    return model
 
 
 def new_head(model: VisionTransformer, num_classes: int, seed: int) -> None:
-    """Gives a model, whole or pruned, a classifier with fresh weights for other classes, in place."""
+    """Replaces the classifier of a model, pruned or not, by a newly initialised one, in place."""
     torch.manual_seed(seed)
     model.reset_classifier(num_classes)
     description = getattr(model, "p3b_description", None)
@@ -81,10 +88,10 @@ def new_head(model: VisionTransformer, num_classes: int, seed: int) -> None:
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Loads a weights file into a timm ViT, except for a head of another size. ValueError for one that does not fit."""
+    """Loads a weights file into a timm ViT, without a head of another size. ValueError for a file that does not fit."""
     try:
         weights = checkpoint_filter_fn(load_state_dict(path, weights_only=True), model)
-    except Exception as error:  # safetensors, zipfile and torch raise kinds of their own for a damaged file
+    except Exception as error:  # safetensors, zipfile and torch raise different errors for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"checkpoint: {path} cannot be read: {reason}") from error
     own = model.state_dict()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A timm ViT in words: constructor arguments read off a model, so that it can be built again without a
-registry or a pickle."""
+"""Description of a timm ViT as plain JSON: class and constructor arguments, from which it can be built without timm's
+registry and without pickle."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ MLPS = {
 }
 
 
-def describe(model: VisionTransformer) -> dict[str, Any]:
-    """Class name and constructor arguments of a whole (not yet pruned) timm ViT, as plain JSON.
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Class name and constructor arguments of a timm ViT that is not pruned, as plain JSON.
 
-    Raises NotImplementedError, which names the part, for a model that these cannot rebuild.
+    Raises NotImplementedError, with the name of the part, for a model that cannot be rebuilt from them.
     """
     cls = next(
         c for c in type(model).__mro__ if not c.__module__.startswith("p3b_ext")
@@ -59,7 +59,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     norm_layer, eps = _norm(block.norm1)
     embed_norm = None if isinstance(model.patch_embed.norm, nn.Identity) else _norm(model.patch_embed.norm)
     hidden = sum(linear.out_features for linear in mlps.readers(block.mlp))
-    hidden //= 2 if mlp_layer == "SwiGLU" else 1  # of which timm asks for one of its two
+    hidden //= 2 if mlp_layer == "SwiGLU" else 1  # timm's argument is the width of one of its two layers
     has_norm, has_fc_norm = (
         not isinstance(model.norm, nn.Identity),
         not isinstance(model.fc_norm, nn.Identity),
@@ -109,7 +109,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
 
 
 def build(description: dict[str, Any]) -> VisionTransformer:
-    """The whole ViT that `describe` described, with fresh weights."""
+    """The model of a description made by `describe`, newly initialised."""
     arguments = dict(description["arguments"])
     for size in ("img_size", "patch_size"):
         arguments[size] = tuple(arguments[size]) or None
@@ -133,21 +133,22 @@ def _packed(mlp: nn.Module) -> bool:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio of which timm makes `hidden` channels: `int(width * ratio)`."""
+    """The mlp_ratio for which timm's `int(width * ratio)` is `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _norm(norm: nn.Module) -> tuple[str, float | None]:
-    return _key(NORMS, norm, "norm"), norm.eps
+    eps: Any = norm.eps
+    return _key(NORMS, norm, "norm"), eps
 
 
 def _key(known: dict[str, type], module: nn.Module, part: str) -> str:
-    name = next((key for key, cls in known.items() if type(module) is cls), None)
-    _expect(name is not None, part, f"one of {', '.join(known)}", module)
+    name = next((key for key, cls in known.items() if type(module) is cls), "")
+    _expect(name != "", part, f"one of {', '.join(known)}", module)
     return name
 
 
-def _expect(good: bool, part: str, expected: str, got: object) -> None:
-    if not good:
-        raise NotImplementedError(f"{part} must be {expected}, got {type(got).__name__}")
+def _expect(valid: bool, part: str, expected: str, actual: object) -> None:
+    if not valid:
+        raise NotImplementedError(f"{part} must be {expected}, got {type(actual).__name__}")

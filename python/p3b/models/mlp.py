@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The MLPs that timm's blocks have, seen alike: layers that read, hidden channels, one layer that writes.
+"""A common view of the MLPs in timm's blocks: input layers, hidden channels, one output layer.
 
-A gated MLP (GluMlp, SwiGLU) makes a hidden channel from two rows of what reads: a value and its gate.
+A gated MLP (GluMlp, SwiGLU) computes a hidden channel from two rows of the input layers: a value and its gate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ KNOWN = (Mlp, GluMlp, SwiGLU)
 
 
 def readers(mlp: nn.Module) -> list[nn.Linear]:
-    """The layers that read the norm's output."""
+    """The input layers, which read the norm's output."""
     return [getattr(mlp, name) for name in reader_names(mlp)]
 
 
@@ -23,7 +23,7 @@ def reader_names(mlp: nn.Module) -> tuple[str, ...]:
 
 
 def rows_per_channel(mlp: nn.Module) -> int:
-    """Rows of `readers`, taken together, that make one hidden channel: channel j has the rows j, j + hidden, ..."""
+    """Rows of the input layers, concatenated, for one hidden channel: channel j has the rows j, j + hidden, ..."""
     return 2 if isinstance(mlp, (GluMlp, SwiGLU)) else 1
 
 

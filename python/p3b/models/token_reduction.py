@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Token reductions by name, with the published settings scaled to a model."""
+"""Token reductions by name, with their published settings scaled to a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -14,19 +15,26 @@ from torch import Tensor
 
 import p3b_ext
 
+Reduction = p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK
+
 NAMES = ("tome", "ppt", "evit", "topk")
-KINDS = {"tome": p3b_ext.ToMe, "ppt": p3b_ext.PPT, "evit": p3b_ext.EViT, "topk": p3b_ext.TopK}
-# Which of the settings below each of them has.
+KINDS: dict[str, type[Reduction]] = {
+    "tome": p3b_ext.ToMe,
+    "ppt": p3b_ext.PPT,
+    "evit": p3b_ext.EViT,
+    "topk": p3b_ext.TopK,
+}
+# Settings of each reduction.
 SETTINGS = {
     "tome": ("r", "blocks"),
     "ppt": ("r", "blocks", "score", "threshold"),
     "evit": ("keep_rate", "blocks"),
     "topk": ("keep_rate", "blocks", "score"),
 }
-# The published settings belong to 196 patches and 12 blocks; other models get the same shares.
+# The published settings are for 196 patches and 12 blocks; other models get values in proportion.
 PATCHES, DEPTH = 196, 12
 TOME_R, PPT_R, KEEP_RATE = 13, 50, 0.7
-# Smallest keep ratio of an attention whose scores or keys a reduction reads: every gate of it keeps a channel.
+# Smallest keep ratio of an attention whose scores or keys a token reduction reads: every gate keeps a channel.
 LEAST_ATTENTION = 0.05
 # PPT's published threshold on the variance of the scores, 7e-5, as squared coefficient of variation: the mean is 1 / N.
 PPT_CV2 = 7e-5 * PATCHES**2
@@ -41,58 +49,58 @@ def create_reduction(
     blocks: Sequence[int] | None = None,
     score: str | None = None,
     threshold: float | None = None,
-) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK:
-    """A token reduction for a model: the published settings scaled to its patches and depth, and what is given.
+) -> Reduction:
+    """A token reduction for a model: the published settings scaled to its patches and depth, or those given here.
 
-    name: "tome", "ppt", "evit" or "topk". r (ToMe, PPT), keep_rate (EViT, TopK), blocks (where tokens go), score (PPT,
-    TopK) and threshold (PPT, on the variance of the scores) as in p3b_ext. Models without class token get the score
-    "received"; PPT then has no threshold until `p3b_ext.calibrate` finds one.
+    name: "tome", "ppt", "evit" or "topk". r (ToMe, PPT), keep_rate (EViT, TopK), blocks (that reduce tokens), score
+    (PPT, TopK) and threshold (PPT, on the variance of the scores) as in p3b_ext. The default score of a model without
+    class token is "received", for which PPT has no threshold until `p3b_ext.calibrate` sets one.
 
     Raises ValueError for an unknown name and for settings that the reduction does not have.
     """
-    given = dict(r=r, keep_rate=keep_rate, blocks=blocks, score=score, threshold=threshold)
-    given = {key: value for key, value in given.items() if value is not None}
+    arguments: dict[str, Any] = dict(r=r, keep_rate=keep_rate, blocks=blocks, score=score, threshold=threshold)
+    settings = {key: value for key, value in arguments.items() if value is not None}
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"reduction: name must be one of {', '.join(NAMES)}, got {name!r}{hint}")
-    for key, value in given.items():
+    for key, value in settings.items():
         if key not in SETTINGS[name]:
-            have = ", ".join(SETTINGS[name])
-            raise ValueError(f"reduction: {key} must be left out for {name} (it has {have}), got {value!r}")
+            known = ", ".join(SETTINGS[name])
+            raise ValueError(f"reduction: {key} must be left out for {name} (it has {known}), got {value!r}")
     depth, share = len(model.blocks), model.patch_embed.num_patches / PATCHES
     if name == "tome":
-        every = r if r is not None else max(1, round(TOME_R * share * DEPTH / depth))
+        per_block = r if r is not None else max(1, round(TOME_R * share * DEPTH / depth))
         if blocks is None:
-            return p3b_ext.ToMe(every)
+            return p3b_ext.ToMe(per_block)
         _check_blocks(blocks, depth)
-        return p3b_ext.ToMe([every if block in blocks else 0 for block in range(depth)])
-    given.setdefault("blocks", _quarters(model))
+        return p3b_ext.ToMe([per_block if block in blocks else 0 for block in range(depth)])
+    settings.setdefault("blocks", quarters(model))
     if "r" in SETTINGS[name]:
-        given.setdefault("r", max(1, round(PPT_R * share)))
+        settings.setdefault("r", max(1, round(PPT_R * share)))
     else:
-        given.setdefault("keep_rate", KEEP_RATE)
+        settings.setdefault("keep_rate", KEEP_RATE)
     if "score" in SETTINGS[name]:
-        given.setdefault("score", "cls_value" if model.has_class_token else "received")
+        settings.setdefault("score", "cls_value" if model.has_class_token else "received")
     if name == "ppt" and threshold is None:
-        given["criterion"] = "cv2"
-        if given["score"] == "cls_value":
-            given["threshold"] = PPT_CV2
-    return KINDS[name](**given)
+        settings["criterion"] = "cv2"
+        if settings["score"] == "cls_value":
+            settings["threshold"] = PPT_CV2
+    return KINDS[name](**settings)
 
 
 def apply(
     model: VisionTransformer,
-    reduction: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK,
-    images: Iterable,
+    reduction: Reduction,
+    images: Iterable[Any],
     *,
     prune_share: float | None = None,
     trace: bool = False,
-) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK:
-    """Patch a model with a reduction, in place; returns the reduction with every setting known.
+) -> Reduction:
+    """Patches a model with a reduction, in place; returns the reduction, including its threshold.
 
-    images: batches [B, C, H, W] on which a PPT finds its threshold, for the share `prune_share`, or 1/2 where the
-    reduction has no threshold.
+    images: batches [B, C, H, W] on which the threshold of a PPT is calibrated, for the share `prune_share`, or 1/2
+    where the reduction has no threshold.
     """
     p3b_ext.patch(model, reduction, trace=trace)
     if not isinstance(reduction, p3b_ext.PPT) or (prune_share is None and reduction.threshold is not None):
@@ -111,26 +119,24 @@ def floors(model: VisionTransformer, floor: float) -> float | Tensor:
     if reduction is None:
         return floor
     depth = len(model.blocks)
-    least = torch.full((depth, 2), floor, dtype=torch.float64)
+    least = torch.full((depth, 2), floor, dtype=torch.float64, device="cpu")
     least[[i for i in range(depth) if reduction.reduces(i, depth)], 0] = max(floor, LEAST_ATTENTION)
     return least.flatten()
 
 
-def remap_blocks(
-    reduction: p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK | None, model: VisionTransformer
-) -> p3b_ext.ToMe | p3b_ext.PPT | p3b_ext.EViT | p3b_ext.TopK | None:
-    """The reduction for a pruned model: a block whose attention has been pruned entirely is replaced by the nearest
-    block with one that is not in use (the later of two), with a warning; without such a block it is left out.
+def remap_blocks(reduction: Reduction | None, model: VisionTransformer) -> Reduction | None:
+    """The reduction for a pruned model: a block whose attention is pruned entirely is replaced, with a warning, by the
+    nearest block that has attention and does not reduce tokens yet (the later of two); without one it is dropped.
 
     ToMe skips such blocks itself.
     """
     if not hasattr(reduction, "blocks"):
         return reduction
-    able = [i for i, block in enumerate(model.blocks) if getattr(block, "attn", None) is not None]
-    free = [i for i in able if i not in reduction.blocks]
+    with_attention = [i for i, block in enumerate(model.blocks) if getattr(block, "attn", None) is not None]
+    free = [i for i in with_attention if i not in reduction.blocks]
     places: list[int | None] = list(reduction.blocks)
     for place, block in enumerate(reduction.blocks):
-        if block in able:
+        if block in with_attention:
             continue
         places[place] = min(free, key=lambda i, block=block: (abs(i - block), -i), default=None)
         if places[place] is not None:
@@ -141,18 +147,23 @@ def remap_blocks(
         )
     if places == list(reduction.blocks):
         return reduction
-    stay = [place for place, block in enumerate(places) if block is not None]
-    if not stay:
+    kept = [place for place, block in enumerate(places) if block is not None]
+    if not kept:
         return None
-    change = {"blocks": [places[place] for place in stay]}
+    change: dict[str, Any] = {"blocks": [places[place] for place in kept]}
     for name in ("r", "keep_rate", "threshold"):
         value = getattr(reduction, name, None)
         if isinstance(value, tuple):
-            change[name] = [value[place] for place in stay]
+            change[name] = [value[place] for place in kept]
     return dataclasses.replace(reduction, **change)
 
 
-def label(reduction: object) -> str:
+def settings_of(reduction: object) -> dict[str, Any]:
+    """The settings of a reduction by name."""
+    return dict(vars(reduction))
+
+
+def label(reduction: Any) -> str:
     """A short label of a reduction: "ToMe r=13", "EViT 0.70"."""
     kind = type(reduction).__name__
     if hasattr(reduction, "keep_rate"):
@@ -160,14 +171,14 @@ def label(reduction: object) -> str:
     return f"{kind} r={reduction.r}"
 
 
-def _quarters(model: VisionTransformer) -> list[int]:
-    """Blocks at a quarter, a half and three quarters of the depth (3, 6, 9 of 12) that still have an attention."""
+def quarters(model: VisionTransformer) -> list[int]:
+    """Blocks at a quarter, a half and three quarters of the depth (3, 6, 9 of 12), among those with attention."""
     depth = len(model.blocks)
-    usable = [i for i, block in enumerate(model.blocks) if getattr(block, "attn", block) is not None]
-    if not usable:
-        raise ValueError("reduction: model must have a block with attention, got none")
-    wanted = (depth * quarter // 4 for quarter in (1, 2, 3))
-    return sorted({min(usable, key=lambda i, block=block: abs(i - block)) for block in wanted})
+    with_attention = [i for i, block in enumerate(model.blocks) if getattr(block, "attn", block) is not None]
+    if not with_attention:
+        raise ValueError("reduction: the attention of all blocks is pruned")
+    at_quarters = (depth * quarter // 4 for quarter in (1, 2, 3))
+    return sorted({min(with_attention, key=lambda i, block=block: abs(i - block)) for block in at_quarters})
 
 
 def _check_blocks(blocks: Sequence[int], depth: int) -> None:

@@ -29,7 +29,35 @@ from .gates import Gates, detach
 TAKES_CAUSAL = "is_causal" in inspect.signature(timm.layers.Attention.forward).parameters
 
 
-class GatherLayerNorm(nn.LayerNorm):
+class KeptChannels(nn.Module):
+    """A module whose buffers named `...index` list its kept channels.
+
+    They are in the state dict, and weights are loaded only into a module that keeps the same channels: others would fit
+    by shape and compute nonsense. Weights saved before the lists were in the state dict load as they are.
+    """
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        for name, index in self._buffers.items():
+            if not name.endswith("index"):
+                continue
+            key = prefix + name
+            given = state_dict.get(key)
+            if given is None:
+                if index is not None:
+                    state_dict = {**state_dict, key: index}
+            elif (
+                index is None
+                or given.shape != index.shape
+                or not (index.is_meta or torch.equal(given.to(index), index))
+            ):
+                errors.append(
+                    f"{key}: these weights are of a pruned model that keeps other channels; p3b.load builds it"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+
+
+class GatherLayerNorm(KeptChannels, nn.LayerNorm):
     """LayerNorm with statistics over all channels, and output and affine weights of the kept ones."""
 
     index: Tensor
@@ -46,7 +74,7 @@ class GatherLayerNorm(nn.LayerNorm):
         return f"{self.width} -> {len(self.index)}, eps={self.eps}"
 
 
-class GatherRmsNorm(nn.Module):
+class GatherRmsNorm(KeptChannels):
     """The same for RMS norms."""
 
     index: Tensor
@@ -60,7 +88,7 @@ class GatherRmsNorm(nn.Module):
         return f"{self.width} -> {len(self.index)}, eps={self.eps}"
 
 
-class PrunedBlock(Block):
+class PrunedBlock(KeptChannels, Block):
     """timm's Block after the shrink: each half writes to its kept output channels, or a constant vector, or nothing.
 
     `attn` (or `mlp`) is None where it has no input channels left; `attn_constant` is then what it adds to every token,
@@ -231,7 +259,7 @@ def _cut_half(
     branch = getattr(block, half)
     if half == "attn":  # places of what stays among the attention's own channels
         columns = _head_columns(inner, branch.head_dim) if heads else _tiled(inner, branch.head_dim, branch.num_heads)
-    block.register_buffer(f"{half}_index", writes if len(writes) < width else None, persistent=False)
+    block.register_buffer(f"{half}_index", writes if len(writes) < width else None)
     block.register_parameter(f"{half}_constant", None)
     layer_scale = getattr(block, scale)
     if isinstance(layer_scale, LayerScale):
@@ -317,7 +345,7 @@ def _cut_norm_plain(norm: nn.Module, index: Tensor) -> None:
 def _cut_norm(norm: nn.Module, index: Tensor, width: int) -> None:
     _cut_norm_plain(norm, index)
     norm.__class__ = GatherLayerNorm if isinstance(norm, nn.LayerNorm) else GatherRmsNorm
-    norm.register_buffer("index", index, persistent=False)
+    norm.register_buffer("index", index)
     norm.width = width
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Pages and pictures of a run."""
+"""Reports and figures of a run."""

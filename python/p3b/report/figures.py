@@ -11,7 +11,7 @@ from typing import Any
 from ..files import write_atomically
 
 PHASE_TINTS = {"dense": "#ffffff", "prune": "#f1efe8", "finetune": "#ffffff"}
-SNAPSHOTS = 5  # as many curves as a reader can tell apart by shade
+SNAPSHOTS = 5  # curves that can be distinguished by shade
 ATTENTION, MLP, ACCENT = "#185fa5", "#d85a30", "#1d9e75"
 
 
@@ -21,7 +21,7 @@ def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
 
 
 def draw(history: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Draws what the history has data for into `folder`; returns file name -> caption."""
+    """Draws the figures that the history has data for into `folder`; returns file name -> caption."""
     pictures: dict[str, tuple[Callable[[Mapping[str, Any]], Any], str]] = {
         "benefit.png": (
             _draw_benefit,
@@ -53,7 +53,7 @@ def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tupl
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, and nothing of pyplot's global state
+    FigureCanvasAgg(figure)  # without a display and without pyplot's global state
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -83,7 +83,7 @@ def _draw_benefit(history: Mapping[str, Any]) -> Any:
             names = families(history["blocks"])[family]
             for i, update in enumerate(chosen):
                 values = [update["benefit"][kind].get(name, float("nan")) for name in names]
-                shade = 0.2 + 0.8 * ((i + 1) / count)  # 0.8 * 3 / 3 is above 0.8
+                shade = 0.2 + 0.8 * ((i + 1) / count)  # in this order: 0.8 * 3 / 3 is above 0.8
                 label = f"{family}, epoch {_epoch(update):.1f}" if i in (0, count - 1) else None
                 depth = range(1, len(names) + 1)
                 axis.plot(depth, values, color=color, alpha=shade, marker=marker, ms=4, lw=1.3, label=label)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""report.md: a run folder as one page with pictures, from history.json and metrics.json alone."""
+"""report.md: a page with tables and figures of a run, from its history.json and metrics.json."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ REPORT = "report.md"
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
-    """Draws the pictures of a run folder and writes its report.md; returns the path of the page.
+    """Draws the figures of a run folder and writes its report.md; returns the path of the page.
 
-    Reads history.json (what `p3b.prune` recorded) and metrics.json (the table). Every file is written atomically.
-    Raises ValueError in one line where one of the two is missing or damaged.
+    Reads history.json (the records of training) and metrics.json (the table). Every file is written atomically.
+    Raises a one-line ValueError where one of the two is missing or damaged.
     """
     folder = Path(folder)
     history, metrics = read_json(folder / HISTORY), read_json(folder / METRICS)
@@ -41,7 +41,7 @@ def _page(history: Mapping[str, Any], metrics: Mapping[str, Any], pictures: Mapp
     parts += [f"{metrics['conditions']}", ""]
     for name, caption in pictures.items():
         parts += [f"![{Path(name).stem}]({name})", "", caption, ""]
-    if "updates" in history:  # fine-tuning alone has none
+    if "updates" in history:  # a run without pruning has none
         parts += ["## Sub-blocks", "", _sub_blocks(history), ""]
     parts += ["## Made by", "", f"    {metrics['command']}", ""]
     return "\n".join(parts)
@@ -52,7 +52,7 @@ def _sub_blocks(history: Mapping[str, Any]) -> str:
     if not history["updates"]:
         return "The run ended before its first mask update."
     last = history["updates"][-1]
-    benefit = last.get("benefit", {})  # P3B alone measures it
+    benefit = last.get("benefit", {})  # only P3B measures it
     reactivated = {n: sum(u["reactivated"].get(n, 0) for u in history["updates"]) for n in history["blocks"]}
     headings = ("sub-block", "benefit, class token", "benefit, patches", "keep ratio", "reactivated in all")
     lines = []

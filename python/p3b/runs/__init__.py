@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Runs: settings, folders, saved models."""
+"""Training runs: settings, folders, saved models."""

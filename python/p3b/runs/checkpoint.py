@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""A pruned model on disk: `model.safetensors` (weights) and `model.json` (how to build what they belong to).
-No pickle.
+"""Saving and loading models: `model.safetensors` (weights) and `model.json` (a description of the model). No pickle.
 
-`model.json` describes the whole ViT by its constructor's arguments and lists the kept channels of every gate,
-so a folder can be read without the run that made it and without timm's registry of names.
+`model.json` has the constructor arguments of the dense ViT and the kept channels of every gate, so that a model can be
+loaded without the run that made it and without timm's registry of names.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import p3b_ext
 
 from ..files import write_atomically
 from ..models.description import build, describe
+from ..models.token_reduction import KINDS, Reduction, settings_of
 from ..pruning.surgery import cut
 from ..training.prune import Result
 
@@ -30,19 +30,18 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 FORMAT, VERSION = "p3b", 1
 
 
-def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | None = None) -> Path:
-    """Writes a pruned (or whole) model into a folder, which it makes; returns the folder.
+def save(result: Result | nn.Module, folder: str | os.PathLike[str], meta: dict[str, Any] | None = None) -> Path:
+    """Writes a model, pruned or not, into a folder, which is created; returns the folder.
 
-    result: what `p3b.prune` returned, or a model. meta: anything JSON-able (preprocessing, data set,
-    accuracy), given back by
-    `read_meta`. Both files are written under other names and then renamed, the description last: a folder
-    that has one is complete. Raises ValueError when the folder already holds a model, and before anything is
-    written when the model could not be read back.
+    result: the Result of `p3b.prune`, or a model. meta: plain JSON values (preprocessing, data set, accuracy), which
+    `read_meta` returns. Both files are written under temporary names and then renamed, the description last: a folder
+    with a description is complete. Raises ValueError for a folder that has a model already, ValueError or
+    NotImplementedError, before anything is written, for a model that could not be loaded again.
     """
     model = result.model if isinstance(result, Result) else result
     folder = Path(folder)
     if (folder / DESCRIPTION).exists() or (folder / WEIGHTS).exists():
-        raise ValueError(f"save: folder must not hold a model yet, got {folder}; choose another name or remove it")
+        raise ValueError(f"save: {folder} already has a model; choose another folder or remove it")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save: folder must be a folder, got the file {folder}")
     description = {"format": FORMAT, "version": VERSION, **check(model), "meta": meta or {}}
@@ -53,59 +52,57 @@ def save(result: Result | nn.Module, folder: str | Path, meta: dict[str, Any] | 
     folder.mkdir(parents=True, exist_ok=True)
     try:
         write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
-    except SafetensorError as error:  # a full disk is no OSError here
-        raise OSError(f"save: {folder / WEIGHTS} must be writable, got {error}") from None
+    except SafetensorError as error:  # safetensors' error for a full disk
+        raise OSError(f"save: {folder / WEIGHTS} cannot be written: {error}") from None
     write_atomically(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return folder
 
 
 def check(model: nn.Module) -> dict[str, Any]:
-    """How `save` will describe the model: constructor arguments and kept channels, as plain JSON.
+    """The description that `save` writes: constructor arguments and kept channels, as plain JSON.
 
-    Raises what `save` would raise, so that a model which could not be read back is refused before it is trained.
+    Raises the errors of `save`, so that a model that could not be loaded again is rejected before it is trained.
     """
     try:
-        whole = getattr(model, "p3b_description", None) or describe(model)
+        dense = getattr(model, "p3b_description", None) or describe(model)
     except NotImplementedError as error:
-        whole = {"unsupported": str(error)}
-    if "unsupported" in whole:
-        raise NotImplementedError(f"save: {whole['unsupported']}")
-    description = {"model": whole, "kept": getattr(model, "p3b_kept", None), "reduction": describe_reduction(model)}
+        dense = {"unsupported": str(error)}
+    if "unsupported" in dense:
+        raise NotImplementedError(f"save: {dense['unsupported']}")
+    description = {"model": dense, "kept": getattr(model, "p3b_kept", None), "reduction": describe_reduction(model)}
     with torch.device("meta"):
         weights = {name: weight.to("meta") for name, weight in model.state_dict().items()}
         _load_weights(_skeleton(json.loads(json.dumps(description))), weights, "save")
     return description
 
 
-def update_meta(folder: str | Path, **changes: Any) -> None:
-    """Replaces entries of what was given to `save` as `meta`; the weights stay as they are."""
+def update_meta(folder: str | os.PathLike[str], **changes: Any) -> None:
+    """Replaces entries of the `meta` of a saved model."""
     folder = Path(folder)
     description = _read(folder)
     text = _text(description | {"meta": (description.get("meta") or {}) | changes})
     write_atomically(folder / DESCRIPTION, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
-def load(folder: str | Path) -> VisionTransformer:
-    """Reads a model back from its folder, in eval mode on the CPU, with p3b_ext's attention and the token reduction
-    that it was trained under, if any (`p3b_ext.unpatch` gives timm's back).
+def load(folder: str | os.PathLike[str]) -> VisionTransformer:
+    """Loads a model from its folder, in eval mode on the CPU, with p3b_ext's attention and the token reduction that it
+    was trained with, if any (`p3b_ext.unpatch` restores timm's).
 
-    Raises ValueError, in one line, for a folder without a model and for files that are cut short or do not
-    belong together.
+    Raises a one-line ValueError for a folder without a model, and for files that are incomplete or do not match.
     """
     folder = Path(folder)
     description = _read(folder)
     try:
         weights = load_file(folder / WEIGHTS)
     except FileNotFoundError:
-        raise ValueError(f"load: folder must hold {WEIGHTS}, got {folder} without it") from None
+        raise ValueError(f"load: {folder} has no {WEIGHTS}") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"load: {folder / WEIGHTS} must be a whole safetensors file, got a broken one ({error})"
-        ) from None
-    with torch.random.fork_rng([]):  # building draws fresh weights; the caller's generator stays where it was
+        raise ValueError(f"load: {folder / WEIGHTS} cannot be read: {error}") from None
+    with torch.random.fork_rng([]):  # initialising the weights must not advance the caller's generator
         model = _skeleton(description)
     _load_weights(model, weights, "load")
-    return p3b_ext.patch(model.eval(), _reduction(description.get("reduction")))
+    p3b_ext.patch(model.eval(), _reduction(description.get("reduction")))
+    return model
 
 
 def describe_reduction(model: nn.Module) -> dict[str, Any] | None:
@@ -113,34 +110,34 @@ def describe_reduction(model: nn.Module) -> dict[str, Any] | None:
     reduction = p3b_ext.current_reduction(model)
     if reduction is None:
         return None
-    # JSON has no tuples, and ToMe's (r, inflection) is one where a list is something else
+    # JSON has no tuples, and ToMe's r means (r, inflection) as a tuple and one r per block as a list.
     values = {
         key: {"tuple": list(value)} if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(reduction).items()
+        for key, value in settings_of(reduction).items()
     }
     return {"name": type(reduction).__name__, **values}
 
 
-def _reduction(description: dict[str, Any] | None) -> Any:
+def _reduction(description: dict[str, Any] | None) -> Reduction | None:
     if description is None:
         return None
-    kinds = {kind.__name__: kind for kind in (p3b_ext.ToMe, p3b_ext.PPT, p3b_ext.EViT, p3b_ext.TopK)}
+    kinds = {kind.__name__: kind for kind in KINDS.values()}
     try:
-        values = {
+        values: dict[str, Any] = {
             key: tuple(value["tuple"]) if isinstance(value, dict) else value
             for key, value in description.items()
             if key != "name"
         }
-        if "unit" in values:  # PPT's name for its criterion in models saved before it was called that
+        if "unit" in values:  # the former name of criterion, in models saved by earlier versions
             values["criterion"] = values.pop("unit")
         return kinds[description["name"]](**values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"load: {DESCRIPTION} must describe a token reduction, got {problem}") from None
+        raise ValueError(f"load: the token reduction in {DESCRIPTION} is invalid: {problem}") from None
 
 
-def read_meta(folder: str | Path) -> dict[str, Any]:
-    """What was given to `save` as `meta`."""
+def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `meta` of a saved model."""
     return _read(Path(folder)).get("meta") or {}
 
 
@@ -156,13 +153,13 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"load: folder must hold {DESCRIPTION}, got {folder} without it") from None
+        raise ValueError(f"load: {folder} has no {DESCRIPTION}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"load: {path} must be whole JSON, got a broken file ({error})") from None
+        raise ValueError(f"load: {path} cannot be read as JSON: {error}") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ValueError(f"load: {path} must describe a p3b model, got something else")
+        raise ValueError(f"load: {path} is not the description of a p3b model")
     if description.get("version") != VERSION:
-        raise ValueError(f"load: {path} must have version {VERSION}, got {description.get('version')!r}")
+        raise ValueError(f"load: {path} has version {description.get('version')!r}; this p3b reads version {VERSION}")
     return description
 
 
@@ -173,7 +170,8 @@ def _skeleton(description: dict[str, Any]) -> VisionTransformer:
             cut(model, description["kept"])
         model.p3b_description = description["model"]
     except (KeyError, TypeError, ValueError, AssertionError, IndexError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"load: {DESCRIPTION} must describe a timm ViT, got {type(error).__name__}: {error}") from None
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"load: the model in {DESCRIPTION} is not a valid timm ViT: {problem}") from None
     return model
 
 
@@ -182,4 +180,4 @@ def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], op: str) -
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
-        raise ValueError(f"{op}: weights must fit the described model, got {detail}") from None
+        raise ValueError(f"{op}: the weights do not fit the described model: {detail}") from None

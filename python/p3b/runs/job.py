@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""From settings to everything that a run needs: model, data, token reduction, teacher, result. The one place, for
-`p3b prune` and `finetune`, the workers of `p3b compare`, and the commands that read a run again."""
+"""Model, data, token reduction and teacher of a run from its settings, and training with them: for `p3b prune` and
+`finetune`, the workers of `p3b compare`, and the commands that load a run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import p3b_ext
@@ -27,74 +29,82 @@ from ..training.progress import Progress
 from ..training.prune import Result, prune
 from .folder import load_run
 
+KINDS: dict[str, type | tuple[type, ...]] = {  # of a field, by its annotation
+    "str": str,
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "dict": dict,
+    "list": list,
+}
+
 
 @dataclass
 class Job:
-    """What is trained on what, and where the result goes."""
+    """Model, data, output and token reduction of a run."""
 
     model: str = ""
-    """timm's name of a ViT or DeiT (deit_small_patch16_224), or the folder of an earlier run, whose model is trained
+    """timm's name of a ViT or DeiT (deit_small_patch16_224), or the folder of an earlier run, to train its model
     further."""
     data: str = ""
     """Image folder (train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg), .npz file (x_train, y_train, x_test,
-    y_test), "digits", or a name that timm reads (torch/cifar100, hfds/user/name)."""
+    y_test), "digits", or a name for timm's create_dataset (torch/cifar100, hfds/user/name)."""
     output: str = ""
-    """New folder for the result; one that holds files already is refused, never overwritten."""
+    """New folder for the result; an existing folder with files is never overwritten."""
     pretrained: bool = True
     """Start from timm's pretrained weights (downloaded once)."""
     checkpoint: str = ""
-    """Start from this .safetensors or PyTorch weights file instead; a head of another size is left out."""
+    """Start from this .safetensors or PyTorch weights file instead; a head of another size is not loaded."""
     model_kwargs: dict = dataclasses.field(default_factory=dict)
     """Constructor arguments of the model, as JSON: {"depth": 6, "embed_dim": 96}."""
     img_size: int = 0
-    """Edge of the images in pixels; 0 takes what the model was trained with."""
+    """Edge of the images in pixels; 0: that of the model's training."""
     batch_size: int = 64
     """Images per training step."""
     workers: int = -1
-    """Processes that decode image files; 0: training does it itself; -1: one for each core but one beside a GPU, none
-    on a CPU."""
+    """Processes that decode image files; 0: the training process decodes them; -1: the number of cores minus one for
+    training on a GPU, 0 on a CPU."""
     augment: str = "light"
     """Augmentation of training images: none, light (crop or shift, flip) or strong (RandAugment, random erasing)."""
     auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """Policy of strong augmentation, by timm's name; an empty string leaves it out."""
+    """AutoAugment policy of strong augmentation, by its name in timm; an empty string: none."""
     color_jitter: float = 0.4
     """Strength of colour jitter in strong augmentation (timm jitters only where auto_augment is empty)."""
     re_prob: float = 0.25
     """Probability of random erasing in strong augmentation."""
     repeats: int = 1
-    """Repeated augmentation: how often each image of an epoch is drawn in a row; the epoch keeps its length."""
+    """Repeated augmentation: number of times each image is drawn in a row; the length of an epoch does not change."""
     on_device: bool = True
-    """Keep an array set on the device and augment there in batches; no: timm's transforms and workers, as for files."""
+    """Keep an array data set on the device and augment batches there; no: timm's transforms, as for image files."""
     crop_pct: float = 0.875
-    """Share of the resized image file that validation reads (a centre crop, as 224 of 256 pixels)."""
+    """Share of the resized image that the centre crop for validation keeps (224 of 256 pixels; image files)."""
     classes: list = dataclasses.field(default_factory=list)
-    """Keep only these labels of an array set, as JSON: [5, 6, 7, 8, 9]."""
+    """Use only the images of an array data set with these labels, as JSON: [5, 6, 7, 8, 9]."""
     val_share: float = 0.2
-    """Share of each class set aside for validation where the data has no such part."""
+    """Share of each class used for validation where the data has no validation part."""
     data_root: str = ""
-    """Folder of the data sets that timm reads by name."""
+    """Folder of the data sets of timm's create_dataset."""
     download: bool = False
-    """Fetch a data set that timm reads by name."""
+    """Download a data set of timm's create_dataset."""
     reader: dict = dataclasses.field(default_factory=dict)
-    """More for timm's create_dataset, as JSON: {"target_key": "fine_label", "val_split": "test"}."""
+    """Further arguments of timm's create_dataset, as JSON: {"target_key": "fine_label", "val_split": "test"}."""
     num_classes: int = 0
-    """Number of classes, for sets that do not say it; 0 takes it from the data."""
+    """Number of classes, for data sets that do not define it; 0: that of the data."""
     reduction: str = ""
-    """Token reduction that the model is pruned under and keeps: tome, ppt, evit or topk; by default none."""
+    """Token reduction during pruning and in the result: tome, ppt, evit or topk; by default none."""
     reduction_settings: dict = dataclasses.field(default_factory=dict)
-    """Its settings in place of the published ones (r, keep_rate, blocks counted from 0, score, threshold, prune_share),
-    as JSON: {"r": 8, "blocks": [3, 6, 9], "prune_share": 0.5}."""
+    """Settings of the token reduction in place of the published ones (r, keep_rate, blocks counted from 0, score,
+    threshold, prune_share), as JSON: {"r": 8, "blocks": [3, 6, 9], "prune_share": 0.5}."""
     teacher: str = ""
-    """Folder of a run whose model is the teacher of fine-tuning, with the weight --distill; by default prune uses its
+    """Folder of a run whose model is the teacher in fine-tuning, with the weight --distill; by default prune uses its
     own dense model."""
     tensorboard: bool = False
-    """Write TensorBoard's records into the folder of the run."""
+    """Write TensorBoard event files into the folder of the run."""
 
     def __post_init__(self) -> None:
-        kinds = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict": dict, "list": list}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, kinds[field.type]) or (isinstance(value, bool) and field.type != "bool"):
+            if not isinstance(value, KINDS[str(field.type)]) or (isinstance(value, bool) and field.type != "bool"):
                 raise TypeError(f"config: {field.name} must be {field.type}, got {value!r}")
         if self.workers < -1:
             raise ValueError(f"config: workers must be 0 or more, or -1, got {self.workers}")
@@ -102,13 +112,13 @@ class Job:
             raise ValueError(f"config: augment must be one of {', '.join(AUGMENTS)}, got {self.augment!r}")
 
     def require(self, *names: str) -> None:
-        """ValueError for the first of these settings that is empty."""
+        """Raises ValueError for the first of these settings that is empty."""
         for name in names:
             if not getattr(self, name):
                 raise ValueError(f"config: {name} is missing; give --{name}, or {name} in the config file")
 
     def data_config(self, config: Config, **changes: Any) -> DataConfig:
-        """How the images of the job are read; `changes` replace fields of the DataConfig."""
+        """The DataConfig of the job; `changes` replace its fields."""
         device = resolve_device(config.device)
         values: dict[str, Any] = dict(
             source=self.data,
@@ -136,19 +146,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Start:
-    """What training starts from."""
+    """Model and data at the start of training."""
 
-    model: nn.Module
+    model: VisionTransformer
     data: Data
     knows_classes: bool
-    """Whether the model's head already knows the classes (that of an earlier run on these images does)."""
+    """Whether the model's head was trained on these classes, in an earlier run."""
 
 
 def start(job: Job, config: Config, *, fresh_head: bool = False, **data: Any) -> Start:
     """The model of a job, on its device, and its data.
 
-    fresh_head: a run's model gets a new head even where its classes are the same. data: fields of the DataConfig that
-    the job has not. Raises ValueError for a model or data that cannot be had, or that do not fit each other.
+    fresh_head: initialise the head of a run's model even for the same classes. data: fields of the DataConfig that a
+    Job does not have. Raises ValueError for a model or data that cannot be loaded, or that do not match.
     """
     device = resolve_device(config.device)
     if os.path.isdir(job.model):
@@ -163,7 +173,7 @@ def start(job: Job, config: Config, *, fresh_head: bool = False, **data: Any) ->
         known = not fresh_head and list(images.class_names) == meta["class_names"]
         if not known:
             new_head(model, images.num_classes, config.seed)
-        # classes 0, 1, ... of other images are other classes, as far as anybody knows
+        # classes named 0, 1, ... of another data set are taken for other classes
         numbered = list(images.class_names) == [str(i) for i in range(images.num_classes)]
         same = not numbered or images.config.source == before["source"]
         return Start(model.to(device), images, known and same)
@@ -172,17 +182,18 @@ def start(job: Job, config: Config, *, fresh_head: bool = False, **data: Any) ->
 
 
 def job_data(job: Job, config: Config, **data: Any) -> Data:
-    """The data of a job whose model is timm's, at the model's size and, for pretrained weights, with their
-    normalisation. Raises ValueError for a name that timm does not know, and for data that cannot be read."""
+    """The data of a job with a timm model, at the model's image size and, for pretrained weights, with their mean and
+    std. Raises ValueError for an unknown model and for data that cannot be read."""
     check_model_name(job.model)
     trained = timm.get_pretrained_cfg(job.model)
     data = {"img_size": job.img_size or (trained.input_size[1:] if trained else 224)} | data
-    weights = trained is not None and (job.pretrained or job.checkpoint)
-    return create_data(job.data_config(config, **data), rgb=(trained.mean, trained.std) if weights else None)
+    weights = job.pretrained or job.checkpoint
+    rgb = (trained.mean, trained.std) if trained is not None and weights else None
+    return create_data(job.data_config(config, **data), rgb=rgb)
 
 
-def job_model(job: Job, config: Config, data: Data) -> nn.Module:
-    """timm's model of a job with a head for the data, on its device."""
+def job_model(job: Job, config: Config, data: Data) -> VisionTransformer:
+    """The timm model of a job, with a head for the classes of the data, on its device."""
     torch.manual_seed(config.seed)
     model = create_model(
         job.model,
@@ -196,44 +207,45 @@ def job_model(job: Job, config: Config, data: Data) -> nn.Module:
     return model.to(resolve_device(config.device))
 
 
-def job_reduction(job: Job, model: nn.Module, data: Data) -> Any:
-    """The token reduction that a job is to be trained under, its threshold calibrated; None where it names none.
+def job_reduction(job: Job, model: VisionTransformer, data: Data) -> token_reduction.Reduction | None:
+    """The token reduction of a job, with a calibrated threshold; None where the job has none.
 
-    The model stays as it is.
+    The model is not changed.
     """
     if not job.reduction:
         if job.reduction_settings:
-            raise ValueError("config: reduction_settings need a reduction; give --reduction")
+            raise ValueError("config: reduction_settings are given without a reduction; give --reduction")
         return None
-    given = dict(job.reduction_settings)
-    share = given.pop("prune_share", None)
+    arguments = dict(job.reduction_settings)
+    share = arguments.pop("prune_share", None)
     known = sorted({key for keys in token_reduction.SETTINGS.values() for key in keys})
-    for key in given:
+    for key in arguments:
         if key not in known:
             raise ValueError(f"config: reduction_settings must be of prune_share, {', '.join(known)}, got {key}")
-    reduction = token_reduction.create_reduction(job.reduction, model, **given)
+    reduction = token_reduction.create_reduction(job.reduction, model, **arguments)
     if not isinstance(reduction, p3b_ext.PPT):
         if share is not None:
-            raise ValueError(f"config: prune_share must be left out for {job.reduction} (it is ppt's), got {share}")
+            raise ValueError(f"config: prune_share must be left out for {job.reduction} (only ppt has it), got {share}")
         return reduction
     before = p3b_ext.current_patch(model)
     reduction = token_reduction.apply(model, reduction, data.train, prune_share=share)
-    p3b_ext.patch(model, before.reduction, linear=before.linear)
+    if before is not None:
+        p3b_ext.patch(model, before.reduction, linear=before.linear)
     return reduction
 
 
 def job_teacher(job: Job, config: Config, data: Data) -> nn.Module | None:
-    """The dense model of the distillation loss; ValueError unless it was trained on such images and classes."""
+    """The teacher of a job. Raises ValueError unless it was trained with the same classes, image size, mean and std."""
     if not job.teacher:
         return None
     if not config.distill:
-        raise ValueError("config: a teacher needs distill above 0; give --distill")
+        raise ValueError("config: a teacher is given, but distill is 0; give --distill")
     teacher, meta = load_run(job.teacher)
-    now = data.config.recorded() | {"classes": list(data.class_names)}
+    expected = data.config.recorded() | {"classes": list(data.class_names)}
     for key in ("classes", "img_size", "mean", "std"):
-        was = meta["class_names"] if key == "classes" else meta["data"].get(key)
-        if list(was) != list(now[key]):
-            raise ValueError(f"config: teacher must have been trained with the {key} {now[key]}, got {was}")
+        actual = meta["class_names"] if key == "classes" else meta["data"].get(key)
+        if list(actual) != list(expected[key]):
+            raise ValueError(f"config: teacher must have been trained with the {key} {expected[key]}, got {actual}")
     return teacher
 
 
@@ -242,7 +254,7 @@ def train(
     config: Config,
     command: str,
     *,
-    reduction: Any = None,
+    reduction: token_reduction.Reduction | None = None,
     teacher: nn.Module | None = None,
     epochs: int | None = None,
     rank: int = 0,
@@ -254,16 +266,16 @@ def train(
 ) -> tuple[Result | nn.Module, dict[str, Any]]:
     """Runs "prune" or "finetune" from a start; returns its Result (or the fine-tuned model) and its history.
 
-    validation: a loader in place of the data's own, for the accuracy after every epoch. Other arguments as of
-    `p3b.prune` and `p3b.finetune`.
+    validation: loader for the accuracy after every epoch; default: that of the data. Other arguments as in `p3b.prune`
+    and `p3b.finetune`.
     """
-    mine = begin.data.part(rank, world)
-    validation = mine.val if validation is None else validation
+    part = begin.data.part(rank, world)
+    validation = part.val if validation is None else validation
     keywords: dict[str, Any] = dict(progress=progress, teacher=teacher, state_dir=state_dir, resume=resume)
     if command == "prune":
-        result = prune(begin.model, mine.train, validation, config, reduction=reduction, **keywords)
+        result = prune(begin.model, part.train, validation, config, reduction=reduction, **keywords)
         return result, result.history
-    history = finetune(begin.model, mine.train, validation, config, epochs=epochs, **keywords)
+    history = finetune(begin.model, part.train, validation, config, epochs=epochs, **keywords)
     return begin.model, history
 
 
@@ -276,37 +288,37 @@ def run_data(
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
 ) -> Data:
-    """The data of a run, or others read as the run's were; ValueError unless they have the model's classes.
+    """The data of a run, or of another source with the run's settings. Raises ValueError for other classes.
 
-    meta: of `load_run`. source: other images; None or "run": the run's own. batch_size: of the validation images;
-    None: the run's.
+    meta: from `load_run`. source: another source of images; None or "run": that of the run. batch_size: of the
+    validation images; None: that of the run.
     """
     settings = dict(meta["data"])
     if source and source != "run":
         settings |= dict(source=source, root=root or settings.get("root"))
     data = create_data(DataConfig(**settings, workers=workers, device=device))
     if data.num_classes != len(meta["class_names"]):
-        have = len(meta["class_names"])
-        raise ValueError(f"data: classes must be the model's {have}, got {data.num_classes}")
+        count = len(meta["class_names"])
+        raise ValueError(f"data: classes must be the model's {count}, got {data.num_classes}")
     names = [tuple(meta["class_names"]), data.class_names]
-    numbered = tuple(str(i) for i in range(data.num_classes))  # what arrays without names have
+    numbered = tuple(str(i) for i in range(data.num_classes))  # names of classes in arrays without names
     if names[0] != names[1] and numbered not in names:
-        own, other = (", ".join(some[:5]) + (", ..." if len(some) > 5 else "") for some in names)
-        raise ValueError(f"data: classes must be the model's ({own}), got {other}")
+        expected, actual = (", ".join(part[:5]) + (", ..." if len(part) > 5 else "") for part in names)
+        raise ValueError(f"data: classes must be the model's ({expected}), got {actual}")
     return data.validated_in(batch_size)
 
 
 def model_and_meta(
     name: str, *, pretrained: bool = True, checkpoint: str = "", img_size: int = 0
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a run folder or of timm, and what is known about it: "data" (settings), "class_names", ..."""
+) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The model of a run folder or a timm model, and its `meta`: "data" (settings), "class_names", ..."""
     if os.path.isdir(name):
         for flag, value in (("checkpoint", checkpoint), ("img_size", img_size)):
             if value:
                 raise ValueError(f"{flag}: flag must be left out for the folder of a run, got {value}")
         return load_run(name)
     check_model_name(name)
-    trained = timm.get_pretrained_cfg(name)
+    trained = timm.get_pretrained_cfg(name) or PretrainedCfg()
     size = (img_size, img_size) if img_size else trained.input_size[1:]
     model = create_model(
         name,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Pruning methods compared on one task."""
+"""Comparison of pruning methods on one task."""

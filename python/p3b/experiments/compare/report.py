@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The results of a comparison: table.md, results.json and the plots, from the folders of its jobs."""
+"""Results of a comparison: table.md, results.json and the plots, from the folders of its jobs."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import zlib
@@ -17,7 +18,7 @@ from ...runs.folder import HISTORY, METRICS
 from .task import DENSE, SOURCE, CompareJob, Task
 
 TABLE, RESULTS = "table.md", "results.json"
-# Distinct in hue or lightness and by marker; methods that measure nothing are grey.
+# Distinct in hue or lightness and by marker; methods without a criterion are grey.
 STYLES = {
     "p3b": ("#d85a30", "o"),
     "p3b+": ("#7a1fa2", "D"),
@@ -31,8 +32,10 @@ STYLES = {
     "savit": ("#2c2c2a", "*"),
     "isomorphic": ("#9fcf3a", "h"),
 }
-FIGURES = ("top1", "params", "macs", "images_per_second", "seconds", "processor_seconds", "accuracy_shrunk")
-FIGURES += ("accuracy_improvement", "parameter_reduction", "flops_reduction", "throughput_improvement")
+FIGURES = (
+    *("top1", "params", "macs", "images_per_second", "seconds", "processor_seconds", "accuracy_shrunk"),
+    *("accuracy_improvement", "parameter_reduction", "flops_reduction", "throughput_improvement"),
+)
 
 
 def write(
@@ -45,9 +48,9 @@ def write(
     command: str,
     plots: bool,
 ) -> dict[str, Any]:
-    """Writes table.md and results.json of what is done so far, and the plots where asked; returns the results.
+    """Writes table.md and results.json of the finished jobs, and the plots if asked for; returns the results.
 
-    rates: what was measured on the models (compare.THROUGHPUT), or None before that.
+    rates: measured costs of the models (runner.THROUGHPUT); None before they are measured.
     """
     rows = []
     for job in jobs:
@@ -78,7 +81,7 @@ def write(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The table in plain text for the terminal."""
+    """The tables as plain text."""
     return "\n\n".join(format_table(*part) for part in _tables(results))
 
 
@@ -88,7 +91,7 @@ def _timed(rates: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
 
 
 def _add_relative(rows: Sequence[dict[str, Any]]) -> None:
-    """The thesis's four figures of every job against the dense model of its seed."""
+    """Adds to every job its figures relative to the dense model of the same seed."""
     dense = {row["seed"]: row for row in rows if row["method"] == DENSE and "top1" in row}
     for row in rows:
         base = dense.get(row["seed"])
@@ -102,12 +105,12 @@ def _add_relative(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds of each method and ratio, in the order of the jobs."""
+    """Mean and standard deviation over the seeds for each method and ratio, in the order of the jobs."""
     groups: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["method"] != "source":
             groups.setdefault((row["ratio"], row["method"]), []).append(row)
-    found = []
+    lines = []
     for (ratio, method), members in groups.items():
         line: dict[str, Any] = {"method": method, "ratio": ratio, "seeds": sum("top1" in row for row in members)}
         line["failed"] = sum("error" in row for row in members)
@@ -116,32 +119,32 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if values:
                 spread = statistics.stdev(values) if len(values) > 1 else None
                 line[key] = {"mean": statistics.fmean(values), "spread": spread, "values": values}
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines
 
 
 def _reactivation(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many channels were reactivated, where and when: means over the seeds of each method and ratio."""
+    """Number of reactivated channels by sub-block and epoch, means over the seeds for each method and ratio."""
     groups: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
     for row in rows:
         if row["ratio"] is not None and "top1" in row:
             history = read_json(folder / "jobs" / row["name"] / HISTORY)
             if any("reactivated" in update for update in history.get("updates", ())):
                 groups.setdefault((row["ratio"], row["method"]), []).append(history)
-    found = []
+    records = []
     for (ratio, method), histories in groups.items():
         by_block: dict[str, float] = {}
         by_epoch: dict[float, float] = {}
         removed = 0.0
         for history in histories:
             for update in history["updates"]:
-                back = update.get("reactivated", {})
-                for name, count in back.items():
+                reactivated = update.get("reactivated", {})
+                for name, count in reactivated.items():
                     by_block[name] = by_block.get(name, 0) + count / len(histories)
                 epoch = round(float(update["epoch"]), 3)
-                by_epoch[epoch] = by_epoch.get(epoch, 0) + sum(back.values()) / len(histories)
+                by_epoch[epoch] = by_epoch.get(epoch, 0) + sum(reactivated.values()) / len(histories)
                 removed += sum(update.get("removed", {}).values()) / len(histories)
-        found.append(
+        records.append(
             {
                 "method": method,
                 "ratio": ratio,
@@ -151,12 +154,13 @@ def _reactivation(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[
                 "by_epoch": [[epoch, by_epoch[epoch]] for epoch in sorted(by_epoch)],
             }
         )
-    return found
+    return records
 
 
 def _tables(results: Mapping[str, Any]) -> list[tuple[Sequence[str], list[Sequence[str]]]]:
     """(headings, lines) of the absolute and of the relative figures."""
-    absolute, figures = [], []
+    absolute: list[Sequence[str]] = []
+    figures: list[Sequence[str]] = []
     for line in results["summary"]:
         name = line["method"] if line["ratio"] is None else f"{line['method']} {100 * line['ratio']:g} %"
         ran = str(line["seeds"]) + (f" ({line['failed']} failed)" if line["failed"] else "")
@@ -169,16 +173,16 @@ def _tables(results: Mapping[str, Any]) -> list[tuple[Sequence[str], list[Sequen
             cells += [_cell(line, "flops_reduction", "{:.1f}"), _cell(line, "throughput_improvement", "{:+.1f}")]
             figures.append(cells)
     headings = ("method", "seeds", "top-1 %", "before fine-tuning %", "params M", "GMACs", "images/s", "training s")
-    against = ("against dense", "accuracy, points", "parameters less, %", "FLOPs less, %", "throughput more, %")
-    return [(headings, absolute), (against, figures)]
+    relative_to_dense = ("against dense", "accuracy, points", "parameter reduction, %", "FLOPs reduction, %")
+    return [(headings, absolute), ((*relative_to_dense, "throughput improvement, %"), figures)]
 
 
-def _cell(line: Mapping[str, Any], key: str, form: str, unit: float = 1.0) -> str:
-    """Mean ± standard deviation; the mean alone where that is zero to the figures shown, or there is one seed."""
+def _cell(line: Mapping[str, Any], key: str, format: str, unit: float = 1.0) -> str:
+    """Mean ± standard deviation; the mean only for one seed or a deviation that rounds to zero."""
     if key not in line:
         return "–"
-    text = form.format(line[key]["mean"] / unit)
-    spread = form.replace("+", "").format((line[key]["spread"] or 0.0) / unit)
+    text = format.format(line[key]["mean"] / unit)
+    spread = format.replace("+", "").format((line[key]["spread"] or 0.0) / unit)
     return f"{text} ± {spread}" if float(spread) else text
 
 
@@ -187,14 +191,14 @@ def _page(task: Task, results: Mapping[str, Any], pictures: Mapping[str, str]) -
     source = next((row for row in results["jobs"] if row["method"] == "source"), None)
     parts = [f"# {task.title or 'Comparison'}", "", results["description"] + "."]
     if done < len(results["jobs"]):
-        parts += ["", f"{done} of {len(results['jobs'])} jobs are done; the same command runs the rest."]
+        parts += ["", f"{done} of {len(results['jobs'])} jobs are done; run the same command again for the others."]
     parts += ["", "Mean ± standard deviation over the seeds. Relative figures are against the dense model of the same "
-              "seed, which trains for as many epochs in all."]  # fmt: skip
+              "seed, which is trained for the same total number of epochs."]  # fmt: skip
     if source is not None and "top1" in source:
-        parts[-1] += f" All start from one model with {source['top1']:.2f} % on the test images of {_name(task)}."
+        parts[-1] += f" All start from one model, with {source['top1']:.2f} % on the test images of {_name(task)}."
     if task.images_per_epoch_check:
-        few = f"the first {task.images_per_epoch_check:,} test images, in whole batches"
-        parts[-1] += f" Accuracy before fine-tuning and after each epoch is that of {few}; top-1 is that of all."
+        subset = f"the first {task.images_per_epoch_check:,} test images (whole batches)"
+        parts[-1] += f" Accuracy before fine-tuning and after each epoch is on {subset}; top-1 is on all."
     for headings, lines in _tables(results):
         parts += ["", format_table(headings, lines, markdown=True)]
     parts += ["", results["conditions"]] if results["conditions"] else []
@@ -213,16 +217,16 @@ def _name(task: Task) -> str:
     return Path(task.source.data).name if task.source else ""
 
 
-def _reactivation_table(found: Sequence[Mapping[str, Any]]) -> str:
+def _reactivation_table(records: Sequence[Mapping[str, Any]]) -> str:
     headings = ("method", "reactivated", "removed", "in attention, %", "sub-block with most", "half of them by epoch")
     lines = []
-    for each in found:
+    for each in records:
         total = each["came_back"]
         cells = [f"{each['method']} {100 * each['ratio']:g} %", f"{total:.0f}", f"{each['removed']:.0f}"]
         if total:
             attention = sum(count for name, count in each["by_block"].items() if name.endswith("attn"))
             most = max(each["by_block"], key=each["by_block"].get)
-            half = next(e for e, sofar in _running(each["by_epoch"]) if sofar >= total / 2)
+            half = next(epoch for epoch, count in _cumulative(each["by_epoch"]) if count >= total / 2)
             cells += [f"{100 * attention / total:.0f}", f"{most} ({each['by_block'][most]:.0f})", f"{half:.1f}"]
         else:
             cells += ["–", "–", "–"]
@@ -230,19 +234,19 @@ def _reactivation_table(found: Sequence[Mapping[str, Any]]) -> str:
     return format_table(headings, lines, markdown=True)
 
 
-def _running(pairs: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+def _cumulative(pairs: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     pairs = list(pairs)
     return list(zip((e for e, _ in pairs), itertools.accumulate(count for _, count in pairs), strict=True))
 
 
 def _draw(folder: Path, task: Task, results: Mapping[str, Any]) -> dict[str, str]:
-    """Writes the plots; file name -> caption."""
+    """Draws the plots into the folder; returns file name -> caption."""
     histories: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in results["jobs"]:
         if row["ratio"] is not None and "top1" in row:
             key = row["method"], row["ratio"]
             histories.setdefault(key, []).append(read_json(folder / "jobs" / row["name"] / HISTORY))
-    wanted: dict[str, tuple[Callable[[], Any], str]] = {
+    plots: dict[str, tuple[Callable[[], Any], str]] = {
         "accuracy_ratio.png": (
             lambda: _draw_accuracy(results, "ratio"),
             "Top-1 against the share of parameters pruned; bars: standard deviation over the seeds; grey: dense.",
@@ -254,24 +258,24 @@ def _draw(folder: Path, task: Task, results: Mapping[str, Any]) -> dict[str, str
     }
     for (method, ratio), members in histories.items():
         if any(update.get("benefit") for history in members for update in history.get("updates", ())):
-            wanted[f"benefit-{method}-{ratio:g}.png"] = (
-                lambda members=members: _draw_benefit(members),
+            plots[f"benefit-{method}-{ratio:g}.png"] = (
+                functools.partial(_draw_benefit, members),
                 f"Block benefit over the epochs, {method} at {100 * ratio:g} %, mean over the seeds: how much each "
                 "sub-block lowers the loss of a small classifier that reads the class token or the patches. Darker is "
                 "deeper.",
             )
     for ratio in task.ratios:
-        members = {method: found for (method, r), found in histories.items() if r == ratio}
-        wanted[f"keep_ratio-{ratio:g}.png"] = (
-            lambda members=members: _draw_keep_ratios(members),
+        at_ratio = {method: members for (method, r), members in histories.items() if r == ratio}
+        plots[f"keep_ratio-{ratio:g}.png"] = (
+            functools.partial(_draw_keep_ratios, at_ratio),
             f"Keep ratio of every sub-block over the epochs at {100 * ratio:g} %, mean over the seeds.",
         )
-        wanted[f"reactivation-{ratio:g}.png"] = (
-            lambda members=members: _draw_reactivation(members),
+        plots[f"reactivation-{ratio:g}.png"] = (
+            functools.partial(_draw_reactivation, at_ratio),
             f"Reactivated channels at each mask update at {100 * ratio:g} %, mean over the seeds.",
         )
     drawn = {}
-    for name, (function, caption) in wanted.items():
+    for name, (function, caption) in plots.items():
         figure = function()
         if figure is not None:
             save_figure(figure, folder / name, dpi=110)
@@ -280,7 +284,7 @@ def _draw(folder: Path, task: Task, results: Mapping[str, Any]) -> dict[str, str
 
 
 def _style(method: str) -> tuple[str, str]:
-    """Color and marker; names that a task has given to settings of its own get the same ones in every plot."""
+    """Colour and marker of a method; for a name defined by the task they follow from the name."""
     others = list(STYLES.values())
     return STYLES.get(method) or others[zlib.crc32(method.encode()) % len(others)]
 
@@ -294,25 +298,27 @@ def _draw_accuracy(results: Mapping[str, Any], axis_of: str) -> Any:
     if not lines:
         return None
     figure, (axis,) = new_figure(7.6, 4.4, 1)
-    for number, (method, found) in enumerate(lines.items()):
+    for number, (method, points) in enumerate(lines.items()):
         color, marker = _style(method)
-        if axis_of == "ratio":  # a little beside each other, so that the bars can be told apart
-            x = [100 * line["ratio"] + 0.25 * (number - len(lines) / 2) for line in found]
+        if axis_of == "ratio":  # shifted, so that the error bars do not overlap
+            x = [100 * line["ratio"] + 0.25 * (number - len(lines) / 2) for line in points]
         else:
-            x = [line[axis_of]["mean"] for line in found]
-        y = [line["top1"]["mean"] for line in found]
-        spread = [line["top1"]["spread"] or 0.0 for line in found]
+            x = [line[axis_of]["mean"] for line in points]
+        y = [line["top1"]["mean"] for line in points]
+        spread = [line["top1"]["spread"] or 0.0 for line in points]
         width = 2.0 if method.startswith("p3b") else 1.1
         axis.errorbar(x, y, spread, color=color, marker=marker, ms=6, lw=width, elinewidth=0.9, capsize=2, label=method)
     for line in dense:
-        mean, spread = line["top1"]["mean"], line["top1"]["spread"] or 0.0
+        mean, deviation = line["top1"]["mean"], line["top1"]["spread"] or 0.0
         if axis_of == "ratio":
-            axis.axhspan(mean - spread, mean + spread, color="0.9", zorder=0, lw=0)
+            axis.axhspan(mean - deviation, mean + deviation, color="0.9", zorder=0, lw=0)
             axis.axhline(mean, color="0.5", lw=1.2, ls="--", label=DENSE, zorder=1)
         else:
-            axis.errorbar(line[axis_of]["mean"], mean, spread, color="0.4", marker="*", ms=11, capsize=2, label=DENSE)
+            axis.errorbar(
+                line[axis_of]["mean"], mean, deviation, color="0.4", marker="*", ms=11, capsize=2, label=DENSE
+            )
     if axis_of == "ratio":
-        ratios = sorted({100 * line["ratio"] for found in lines.values() for line in found})
+        ratios = sorted({100 * line["ratio"] for points in lines.values() for line in points})
         axis.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
         axis.set_xlim(ratios[0] - 5, ratios[-1] + 5)
     axis.set_xlabel("parameters pruned (%)" if axis_of == "ratio" else "images per second", fontsize=9)
@@ -331,10 +337,14 @@ def _mean_updates(
     epochs = [float(updates[0][i]["epoch"]) for i in range(count)]
     names = list(histories[0]["blocks"])
     values = {
-        name: [statistics.fmean(key(each[i]).get(name, float("nan")) for each in updates) for i in range(count)]
+        name: [statistics.fmean((key(each[i]) or {}).get(name, float("nan")) for each in updates) for i in range(count)]
         for name in names
     }
     return epochs, values
+
+
+def _benefit(update: Mapping[str, Any], criterion: str) -> Mapping[str, float] | None:
+    return update.get("benefit", {}).get(criterion)
 
 
 def _draw_benefit(histories: Sequence[Mapping[str, Any]]) -> Any:
@@ -343,7 +353,7 @@ def _draw_benefit(histories: Sequence[Mapping[str, Any]]) -> Any:
     criteria = [c for c in ("cls", "patch") if any(u.get("benefit", {}).get(c) for u in histories[0]["updates"])]
     figure, axes = new_figure(9.6, 2.9 * len(criteria), 2, len(criteria))
     for row, criterion in enumerate(criteria):
-        epochs, values = _mean_updates(histories, lambda update, c=criterion: update.get("benefit", {}).get(c))
+        epochs, values = _mean_updates(histories, functools.partial(_benefit, criterion=criterion))
         for column, (kind, names) in enumerate(families(values).items()):
             axis = axes[2 * row + column]
             for depth, name in enumerate(names):
@@ -359,16 +369,16 @@ def _draw_benefit(histories: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _draw_keep_ratios(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    found = {method: _mean_updates(histories, lambda u: u.get("keep_ratio")) for method, histories in methods.items()}
-    found = {method: (epochs, values) for method, (epochs, values) in found.items() if epochs}
-    if not found:
+    means = {method: _mean_updates(histories, lambda u: u.get("keep_ratio")) for method, histories in methods.items()}
+    means = {method: (epochs, values) for method, (epochs, values) in means.items() if epochs}
+    if not means:
         return None
-    columns = 2 * min(2, len(found))
-    rows = -(-2 * len(found) // columns)
-    blocks = max(len(families(values)["MLP"]) for _, values in found.values())
+    columns = 2 * min(2, len(means))
+    rows = -(-2 * len(means) // columns)
+    blocks = max(len(families(values)["MLP"]) for _, values in means.values())
     figure, axes = new_figure(2.9 * columns, (0.8 + 0.13 * blocks) * rows + 0.4, columns, rows)
     image = None
-    for place, (method, (epochs, values)) in enumerate(found.items()):
+    for place, (method, (epochs, values)) in enumerate(means.items()):
         for column, (kind, names) in enumerate(families(values).items()):
             axis = axes[2 * place + column]
             grid = [values[name] for name in names] or [[float("nan")] * len(epochs)]
@@ -378,7 +388,7 @@ def _draw_keep_ratios(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any
             ticks = sorted({0, len(epochs) // 2, len(epochs) - 1})
             axis.set_xticks(ticks, [f"{epochs[i]:.0f}" for i in ticks])
             axis.tick_params(labelsize=7)
-    for axis in axes[2 * len(found) :]:
+    for axis in axes[2 * len(means) :]:
         axis.set_visible(False)
     figure.supylabel("block", fontsize=9)
     figure.supxlabel("epoch", fontsize=9)

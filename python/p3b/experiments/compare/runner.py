@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Runs a comparison: methods x ratios x seeds on one task, each a job of its own.
+"""Runs a comparison: methods x ratios x seeds on one task, one job each.
 
-Every job is a worker process that writes a run folder OUTPUT/jobs/NAME, metrics.json last; a job that has one is done,
-and one that was killed resumes after its last complete epoch, so that the same command continues where it was stopped.
-Throughput is measured when all jobs are done, in one process, the models taking turns.
+Every job is a worker process that writes a run folder OUTPUT/jobs/NAME, with metrics.json last. A job with metrics.json
+is done, and one that was killed is resumed after its last complete epoch, so that the same command continues an
+interrupted comparison. Throughput is measured after all jobs, in one process, interleaved over the models.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from ...runs.folder import METRICS, save_trained
 from ...runs.job import Job, start, train
 from ...training.memory import keep_freed_memory, out_of_memory
 from ...training.progress import Silent
+from ...training.prune import Result
 from ...training.resume import STATE
 from ...training.step import Diverged
 from . import report
@@ -51,8 +52,8 @@ from .task import SOURCE, CompareJob, Task
 
 TASK, JOB, ERROR, LOG, FRACTION = "task.json", "job.json", "error.txt", "log.txt", "fraction"
 THROUGHPUT, LOCK = "throughput.json", ".lock"
-GRACE = 10.0  # seconds that a worker has to end by itself when it is told to
-POLL = 0.2  # seconds between two updates of the progress
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL to a worker
+POLL = 0.2  # seconds between two updates of the progress bar
 
 
 def compare(
@@ -64,12 +65,12 @@ def compare(
     command: str = "",
     say: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """Runs what is not done yet, measures throughput, writes table.md, results.json and plots; returns the results.
+    """Runs the jobs that are not done, measures throughput, writes table.md, results.json and plots.
 
-    output: a new folder, or that of an earlier, unfinished or smaller comparison with the same settings. jobs: workers
-    at a time (0: one for each GPU, else as many as the cores allow). threads: CPU threads of each (0: one on a CPU, an
-    equal share of the cores beside GPUs), and of the timed passes. A job that fails is in the results with its error.
-    Raises ValueError for settings that cannot be run, and where the output holds jobs made with other settings.
+    Returns the results. output: a new folder, or that of an unfinished or smaller comparison with the same settings.
+    jobs: number of concurrent workers (0: one per GPU, else as many as the cores allow). threads: CPU threads of each
+    worker (0: one on a CPU, an equal share of the cores with GPUs), and of the timed passes. A failed job is in the
+    results with its error. Raises ValueError for invalid settings, and where the output has jobs with other settings.
     """
     output = Path(output).expanduser().resolve()
     todo = task.jobs()
@@ -105,14 +106,14 @@ def compare(
 
 @contextlib.contextmanager
 def _owned(output: Path) -> Iterator[Path]:
-    """The output folder, made where it is missing, held by one `p3b compare` at a time."""
-    wanted = "new or of an earlier comparison"
+    """The output folder, created if missing, locked by one `p3b compare` at a time."""
+    expected = "new or of an earlier comparison"
     if output.exists() and not output.is_dir():
-        raise ValueError(f"output: folder must be {wanted}, got the file {output}")
+        raise ValueError(f"output: folder must be {expected}, got the file {output}")
     if output.is_dir() and not (output / TASK).exists() and {path.name for path in output.iterdir()} - {LOCK, "jobs"}:
-        raise ValueError(f"output: folder must be {wanted}, got {output}, which holds other files")
+        raise ValueError(f"output: folder must be {expected}, got {output}, which holds other files")
     (output / "jobs").mkdir(parents=True, exist_ok=True)
-    with open(output / LOCK, "w") as lock:  # the kernel releases it however this process ends
+    with open(output / LOCK, "w") as lock:  # the kernel releases the lock when this process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -121,18 +122,18 @@ def _owned(output: Path) -> Iterator[Path]:
 
 
 def _is_done(folder: Path, job: CompareJob) -> bool:
-    """Whether the job's result is there; ValueError where it was made with other settings."""
+    """Whether the job has a result. Raises ValueError for a result with other settings."""
     path = folder / "jobs" / job.name
     if not (path / METRICS).exists():
         return False
-    before, now = read_json(path / JOB), json.loads(json.dumps(job.spec))
-    if before == now:
+    saved, current = read_json(path / JOB), json.loads(json.dumps(job.spec))
+    if saved == current:
         return True
-    was, wanted = dict(_flat(before)), dict(_flat(now))
-    key = next(key for key in (*wanted, *was) if was.get(key) != wanted.get(key))
+    old, new = dict(_flat(saved)), dict(_flat(current))
+    key = next(key for key in (*new, *old) if old.get(key) != new.get(key))
     raise ValueError(
-        f"compare: settings of {job.name} must be those it was made with, got {key} = {wanted.get(key)!r}, made with "
-        f"{was.get(key)!r}; choose another output or remove {path}"
+        f"compare: {job.name} was run with other settings: {key} was {old.get(key)!r} and is now {new.get(key)!r}; "
+        f"choose another output or remove {path}"
     )
 
 
@@ -145,23 +146,23 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _checked(task: Task) -> tuple[Data, str]:
-    """The target's data and a short description; raises where data or model would fail every job."""
+    """The data of the target stage and a short description. Raises ValueError for unusable data or a wrong model."""
     stages = [(name, stage) for name, stage in ((SOURCE, task.source), ("target", task.target)) if stage is not None]
     common = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-    found = []
+    datasets = []
     for name, stage in stages:
         if not stage.data:
             flag = "--source" if name == SOURCE else "--data"
             raise ValueError(f"compare: [{name}] has no data; give it in the file or with {flag}")
         job, settings = _job_and_data(common | dict(stage=dataclasses.asdict(stage)))
-        found.append(create_data(job.data_config(Config(device="cpu"), **settings)))
-    channels = [data.in_chans for data in found]
+        datasets.append(create_data(job.data_config(Config(device="cpu"), **settings)))
+    channels = [data.in_chans for data in datasets]
     if len(set(channels)) > 1:
         raise ValueError(
-            f"compare: both stages must have images of as many channels, got {channels[0]} and {channels[1]}"
+            f"compare: both stages must have images of the same number of channels, got {channels[0]} and {channels[1]}"
         )
     check_model_name(task.model)
-    target = found[-1]
+    target = datasets[-1]
     model = create_model(
         task.model,
         num_classes=target.num_classes,
@@ -175,7 +176,7 @@ def _checked(task: Task) -> tuple[Data, str]:
 
 
 def _job_and_data(spec: Mapping[str, Any]) -> tuple[Job, dict[str, Any]]:
-    """What `start` takes for a job's spec: the Job, and fields of the DataConfig that a Job does not have."""
+    """Arguments of `start` for a job's spec: the Job, and fields of the DataConfig that a Job does not have."""
     stage = spec["stage"]
     keys = ("model", "model_kwargs", "pretrained", "checkpoint", "img_size", "batch_size", "workers")
     job = Job(
@@ -199,7 +200,7 @@ def _slots(jobs: int, threads: int, device: str) -> tuple[list[int | None], int]
 
 
 class WorkerPool:
-    """Worker processes, one at a time on each device."""
+    """Worker processes, one at a time per device."""
 
     def __init__(self, folder: Path, devices: Sequence[int | None], threads: int, say: Callable[[str], Any]) -> None:
         self.folder, self.devices, self.threads, self.say = folder, list(devices), threads, say
@@ -210,7 +211,7 @@ class WorkerPool:
         self.lock, self.stopped = threading.Lock(), False
 
     def run(self, jobs: Sequence[CompareJob], each: Callable[[], Any]) -> None:
-        """Runs the jobs; `each` is called when one has ended, well or not. All workers have ended when this returns."""
+        """Runs the jobs; `each` is called after each job, also a failed one. Returns when all workers have ended."""
         from tqdm import tqdm
 
         terminal = sys.stderr.isatty()
@@ -243,7 +244,7 @@ class WorkerPool:
                 raise
 
     def _work(self, job: CompareJob) -> str:
-        """Runs one job on a free device; returns its error in one line, or nothing."""
+        """Runs one job on a free device; returns its error in one line, or an empty text."""
         device = self.free.get()
         try:
             with self.lock:
@@ -260,8 +261,8 @@ class WorkerPool:
             return ""
         if (path / ERROR).exists():
             return (path / ERROR).read_text(encoding="utf-8").strip()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"the worker {how}; see {path / LOG}"
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the worker {end}; see {path / LOG}"
 
     def _start(self, job: CompareJob, device: int | None) -> subprocess.Popen:
         path = self.folder / "jobs" / job.name
@@ -281,12 +282,12 @@ class WorkerPool:
 
     def _report(self, job: CompareJob, before: str, left: str, bar: Any) -> None:
         if job.error:
-            what = f"failed: {job.error}"
+            text = f"failed: {job.error}"
         else:
             result = read_json(self.folder / "jobs" / job.name / METRICS)
-            what = f"top-1 {result['top1']:.2f} %" + (f", {result['seconds']:.0f} s" if "seconds" in result else "")
+            text = f"top-1 {result['top1']:.2f} %" + (f", {result['seconds']:.0f} s" if "seconds" in result else "")
         bar.clear()
-        self.say(f"{before}{job.name}: {what}{left}")
+        self.say(f"{before}{job.name}: {text}{left}")
 
     def _fraction(self, name: str) -> float:
         try:
@@ -295,7 +296,7 @@ class WorkerPool:
             return 0.0
 
     def _stop(self) -> None:
-        """Ends what still runs, with all that it started."""
+        """Ends the running workers and their child processes."""
         with self.lock:
             self.stopped = True
         processes = list(self.running.values())
@@ -310,10 +311,10 @@ class WorkerPool:
 
 
 def start_worker(path: Path, source: Path, environment: Mapping[str, str]) -> subprocess.Popen:
-    """Starts the process of the job in `path`; source: the folder of the source stage."""
+    """Starts the worker of the job in `path`; source: the folder of the source stage."""
     with open(path / LOG, "ab") as log:
-        # A session of its own: Ctrl-C goes to this process, which ends the workers. Should this one be killed, the pipe
-        # closes and they end by themselves.
+        # In its own session, since Ctrl-C is for this process, which ends the workers. If this process is killed, the
+        # pipe closes and they end themselves.
         return subprocess.Popen(
             [sys.executable, "-m", __spec__.name, str(path), str(source)],
             stdin=subprocess.PIPE,
@@ -325,13 +326,13 @@ def start_worker(path: Path, source: Path, environment: Mapping[str, str]) -> su
 
 
 def _rates(folder: Path, task: Task, jobs: Sequence[CompareJob], data: Data) -> dict[str, Any]:
-    """Throughput, MACs and peak memory of every finished model: measured, unless the file has them all."""
+    """Throughput, MACs and peak memory of every finished model, from the file if it has all of them."""
     names = [job.name for job in jobs if job.name != SOURCE and (folder / "jobs" / job.name / METRICS).exists()]
     path = folder / THROUGHPUT
     if path.exists():
-        before = read_json(path)
-        if set(names) <= set(before["rows"]):
-            return before
+        saved = read_json(path)
+        if set(names) <= set(saved["rows"]):
+            return saved
     if not names:
         return {"rows": {}, "conditions": ""}
     device = resolve_device(Config.from_dict(task.config(None, None, 0)).device)
@@ -345,7 +346,7 @@ def _rates(folder: Path, task: Task, jobs: Sequence[CompareJob], data: Data) -> 
 
 
 class FirstImages:
-    """The first images of a loader, in whole batches."""
+    """The first batches of a loader, with at least `images` images."""
 
     def __init__(self, loader: Any, images: int) -> None:
         self.loader, self.images = loader, images
@@ -360,7 +361,7 @@ class FirstImages:
 
 
 class WorkerProgress(Silent):
-    """The Progress of a worker: a line of its log for every epoch, and the share that is done in a file."""
+    """The Progress of a worker: writes a line to its log for every epoch, and the completed share to a file."""
 
     def __init__(self, path: Path, epochs: int) -> None:
         self.path, self.epochs, self.done = path, epochs, 0
@@ -389,7 +390,7 @@ def _work(path: Path, source: Path) -> None:
     if spec.get("source") is not None:
         job = dataclasses.replace(job, model=str(source))
     begin = start(job, config, fresh_head=spec.get("source") is not None, **settings)
-    seconds, processor, resumed = time.perf_counter(), time.process_time(), (path / STATE).exists()
+    seconds, processor_seconds, resumed = time.perf_counter(), time.process_time(), (path / STATE).exists()
     prunes = spec["epochs"] is None
     epochs = config.final_epoch + config.finetune_epochs if prunes else spec["epochs"]
     trained, history = train(
@@ -403,22 +404,22 @@ def _work(path: Path, source: Path) -> None:
         state_dir=path,
         resume=resumed,
     )
-    seconds, processor = time.perf_counter() - seconds, time.process_time() - processor
+    seconds, processor_seconds = time.perf_counter() - seconds, time.process_time() - processor_seconds
     save_trained(path, model=trained, data=begin.data, history=history, settings=spec)
-    model = trained.model if prunes else trained
-    result = evaluate(model.to(resolve_device(config.device)), begin.data.val)
+    model = trained.model if isinstance(trained, Result) else trained
+    result: dict[str, Any] = evaluate(model.to(resolve_device(config.device)), begin.data.val)
     checkpoint.update_meta(path, top1=result["top1"])
     figures = ("dense_params", "accuracy_masked", "accuracy_shrunk", "skipped_steps")
     result |= {key: history[key] for key in figures if key in history}
     result["params"] = sum(p.numel() for p in model.parameters())
-    if not resumed:  # the seconds of what a killed worker did are not known
-        result |= dict(seconds=seconds, processor_seconds=processor)
+    if not resumed:  # the time of the killed worker is not known
+        result |= dict(seconds=seconds, processor_seconds=processor_seconds)
     write_json(path / METRICS, result)
     (path / STATE).unlink(missing_ok=True)
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the pipe that `p3b compare` holds on its stdin closes, however that one ended."""
+    """Ends this process when its stdin, a pipe of `p3b compare`, closes because that process has ended."""
     if stat.S_ISFIFO(os.fstat(0).st_mode):
 
         def wait() -> None:
@@ -429,10 +430,10 @@ def _end_with_parent() -> None:
 
 
 def run_worker(path: Path, source: Path) -> int:
-    """A job; returns the exit code. What goes wrong is written to error.txt, in one line."""
+    """Runs a job; returns the exit code. An error is written to error.txt, in one line."""
     try:
         _work(path, source)
-    except Exception as error:  # whatever it is, the other jobs go on and the table says it
+    except Exception as error:  # any error: the other jobs continue, and the table has the message
         traceback.print_exc()
         line = " ".join(str(error).split()) or type(error).__name__
         text = line if isinstance(error, (ValueError, Diverged)) else f"{type(error).__name__}: {line}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A comparison's TOML file: what is compared, on what, with which settings; and the jobs that follow from it."""
+"""The TOML file of a comparison (methods, data, settings), and the jobs that it defines."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from typing import Any
 
 from ...config import METHODS, RECIPES, Config, recipes
 
-SOURCE, DENSE = "source", "dense"  # names of jobs that prune nothing
+SOURCE, DENSE = "source", "dense"  # names of jobs without pruning
 COMPARISONS = RECIPES / "compare"
 TRAINER = [field.name for field in dataclasses.fields(Config)]
 
 
 @dataclass
 class Stage:
-    """The images of one stage and how it differs from the rest of the task."""
+    """Images and settings of one stage."""
 
     data: str = ""
-    """Image folder, .npz file (x_train, y_train, x_test, y_test), "digits" or a name timm reads; on the command line as
-    --source and --data."""
+    """Image folder, .npz file (x_train, y_train, x_test, y_test), "digits" or a name for timm's create_dataset; on the
+    command line --source and --data."""
     train_images: int = 0
-    """Train on the first so many images of an array set; 0 takes all."""
+    """Number of training images of an array data set that are used, the first ones; 0: all."""
     classes: list = field(default_factory=list)
-    """Keep only these labels of an array set."""
+    """Use only the images of an array data set with these labels."""
     shift: int | None = None
-    """Largest shift of a training image in pixels, drawn per image; by default the data says it."""
+    """Largest random shift of training images in pixels; default: that of the data set."""
     flip: bool | None = None
-    """Mirror half of the training images, drawn per image; by default the data says it."""
+    """Flip a random half of the training images; default: that of the data set."""
     augment: str = "light"
     """Augmentation of training images: none, light or strong (image files)."""
     epochs: int = 0
-    """Epochs of the source stage. (The target's follow from the trainer: final_epoch + finetune_epochs.)"""
+    """Epochs of the source stage. (The target stage has final_epoch + finetune_epochs of [trainer].)"""
     trainer: dict = field(default_factory=dict)
-    """[source.trainer]: all settings of p3b.Config for the source stage; [trainer] is not for it."""
+    """[source.trainer]: settings of p3b.Config for the source stage, for which [trainer] is not used."""
 
 
 @dataclass
 class Task:
-    """What is compared, on what, and with which settings: the keys of a comparison's TOML file."""
+    """Methods, data and settings of a comparison: the keys of its TOML file."""
 
     title: str = ""
-    """One line above the table."""
+    """Title of the table."""
     model: str = "vit_tiny_patch16_224"
     """timm's name of a ViT or DeiT."""
     model_kwargs: dict = field(default_factory=dict)
     """Constructor arguments of the model: depth, embed_dim, patch_size, ..."""
     pretrained: bool = False
-    """Start from timm's pre-trained weights. A [source] stage trains them further."""
+    """Start from timm's pretrained weights, also in a [source] stage."""
     checkpoint: str = ""
     """Start from this .safetensors or PyTorch weights file instead."""
     img_size: int = 224
@@ -61,31 +61,31 @@ class Task:
     batch_size: int = 64
     """Images per training step."""
     workers: int = 0
-    """Processes of each job that decode image files."""
+    """Image-decoding processes of each job."""
     mean: list = field(default_factory=list)
-    """Mean of each channel in [0, 1], for both stages; empty: of the first stage's images."""
+    """Normalisation mean of each channel in [0, 1], for both stages; empty: of the images of the first stage."""
     std: list = field(default_factory=list)
-    """Standard deviation of each channel."""
+    """Normalisation standard deviation of each channel."""
     methods: list = field(default_factory=lambda: list(METHODS))
     """Methods to compare."""
     ratios: list = field(default_factory=lambda: [0.5])
     """Prune ratios."""
     seeds: list = field(default_factory=lambda: [0])
-    """Seeds; each has a dense model of its own with as many epochs."""
+    """Seeds; for each a dense model is trained with the same number of epochs."""
     images_per_epoch_check: int = 0
-    """Test images that are read after every epoch, for the curves; 0 reads all. The result always takes all."""
+    """Test images for the accuracy after every epoch; 0: all. The final accuracy is always on all."""
     timed_batch: int = 128
-    """Images of a timed forward pass."""
+    """Batch size of the timed forward passes."""
     source: Stage | None = None
-    """[source]: a first stage, trained once, that all jobs start from."""
+    """[source]: a first stage, trained once, whose model all jobs start from."""
     target: Stage = field(default_factory=Stage)
-    """[target]: the images that models are pruned on."""
+    """[target]: the stage in which models are pruned."""
     trainer: dict = field(default_factory=dict)
     """[trainer]: settings of p3b.Config for all jobs."""
     settings: dict = field(default_factory=dict)
-    """[settings."p3b+"]: settings of p3b.Config for one method, or for "dense". With a `method` among them the name is
-    a new one that `methods` may list: [settings.floored] with method = "p3b" and floor = 0.1. A method with `distill`
-    has the dense model of its seed as teacher."""
+    """[settings."p3b+"]: settings of p3b.Config for one method, or for "dense". With the key `method` they define a new
+    name for `methods`: [settings.floored] with method = "p3b" and floor = 0.1. The teacher of a method with `distill`
+    is the dense model of the same seed."""
 
     def __post_init__(self) -> None:
         for name, stage in (("source", self.source), ("target", self.target)):
@@ -100,21 +100,20 @@ class Task:
                 raise TypeError(f"compare: ratios must be numbers, got {ratio!r}")
         if len({_short(ratio) for ratio in self.ratios}) != len(self.ratios):
             raise ValueError(f"compare: ratios must differ in their first six digits, got {self.ratios!r}")
-        named = [name for name, given in self.settings.items() if "method" in given and name not in (*METHODS, DENSE)]
+        named = [name for name, keys in self.settings.items() if "method" in keys and name not in (*METHODS, DENSE)]
         for name in named:
             if not re.fullmatch(r"[\w+][\w+.-]*", name, re.ASCII) or name == SOURCE:
-                raise ValueError(
-                    f"compare: NAME of [settings.NAME] must be of letters, digits, _ + . - and its own, got {name!r}"
-                )
+                form = f"letters, digits, _ + . - and not {SOURCE!r}"
+                raise ValueError(f"compare: NAME of [settings.NAME] must be of {form}, got {name!r}")
             _known(f"method of [settings.{name}]", self.settings[name]["method"], METHODS)
         for name in self.methods:
             _known("methods", name, [*METHODS, *named])
         for name in self.settings:
             _known("settings", name, [*METHODS, DENSE, *named])
-        for name, given in [("trainer", self.trainer), *self.settings.items()]:
-            fixed = sorted({"method", "prune_ratio", "seed"} & set(given) - ({"method"} if name in named else set()))
+        for name, keys in [("trainer", self.trainer), *self.settings.items()]:
+            fixed = sorted({"method", "prune_ratio", "seed"} & set(keys) - ({"method"} if name in named else set()))
             if fixed:
-                raise ValueError(f"compare: [{name}] must leave out {', '.join(fixed)}, which each job has of its own")
+                raise ValueError(f"compare: [{name}] must leave out {', '.join(fixed)}, which each job sets itself")
         if self.source is not None and self.source.epochs < 1:
             raise ValueError(f"compare: epochs of [source] must be 1 or more, got {self.source.epochs}")
         for name in ("images_per_epoch_check", "timed_batch"):
@@ -153,7 +152,7 @@ class Task:
         ratios: Sequence[float] = (),
         seeds: Sequence[int] = (),
     ) -> Task:
-        """The same task with other images, methods, ratios or seeds where some are given."""
+        """The task with these images, methods, ratios and seeds in place of its own; empty: unchanged."""
         if source and self.source is None:
             raise ValueError(f"compare: source must be left out for a comparison without [source], got {source!r}")
         lists = {"methods": list(methods), "ratios": list(ratios), "seeds": list(seeds)}
@@ -164,12 +163,12 @@ class Task:
         return dataclasses.replace(self, **changes)
 
     def config(self, method: str | None, ratio: float | None, seed: int) -> dict[str, Any]:
-        """What p3b.Config.from_dict takes for a job; method None: the dense model."""
+        """Arguments of p3b.Config.from_dict for a job; method None: the dense model."""
         values = self.trainer | self.settings.get(method or DENSE, {}) | {"seed": seed}
         return values if method is None else {"method": method} | values | {"prune_ratio": ratio}
 
     def jobs(self) -> list[CompareJob]:
-        """The jobs, source first, then seed by seed: the finished ones are a complete comparison with fewer seeds."""
+        """The jobs, source first, then by seed, so that an interrupted comparison is complete for its first seeds."""
         common = dict(model=self.model, model_kwargs=self.model_kwargs, img_size=self.img_size)
         common |= dict(pretrained=self.pretrained, checkpoint=self.checkpoint, batch_size=self.batch_size)
         common |= dict(workers=self.workers, mean=self.mean, std=self.std, check=self.images_per_epoch_check)
@@ -199,12 +198,12 @@ class Task:
 
 
 def _short(ratio: float) -> str:
-    """A ratio as the names of jobs have it."""
+    """A ratio in the name of a job."""
     return f"{ratio:g}"
 
 
 def _resolved(stage: Stage) -> dict[str, Any]:
-    """A stage as plain values; a path in full, so that the working folder does not matter."""
+    """A stage as plain values, with the absolute path of its data."""
     path = Path(stage.data).expanduser()
     return dataclasses.asdict(stage) | {"data": str(path.resolve()) if stage.data and path.exists() else stage.data}
 
@@ -215,13 +214,13 @@ class CompareJob:
 
     name: str
     method: str | None
-    """None: nothing is pruned."""
+    """None: no pruning."""
     ratio: float | None
     seed: int
     spec: dict[str, Any]
-    """All that the worker needs; a finished job with another spec is refused."""
+    """All settings of the worker; the result of a job is only used for the same spec."""
     error: str = ""
-    """One line on why it failed."""
+    """Error of a failed job, in one line."""
 
 
 def comparisons() -> list[str]:
@@ -230,7 +229,7 @@ def comparisons() -> list[str]:
 
 
 def _built(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from plain keys and values; TypeError or ValueError that name the key."""
+    """A dataclass from plain keys and values. Raises TypeError or ValueError with the name of the key."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     kinds = {"str": str, "bool": bool, "int": int, "list": list, "dict": Mapping, "Stage": Mapping}
     for key, value in values.items():
@@ -241,8 +240,8 @@ def _built(cls: type, values: Mapping[str, Any], where: str) -> Any:
     return cls(**values)
 
 
-def _known(what: str, name: str, known: Any) -> None:
+def _known(argument: str, name: str, known: Any) -> None:
     if name not in known:
         near = difflib.get_close_matches(str(name), list(known), n=2)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"compare: {what} must be one of {', '.join(known)}, got {name!r}{hint}")
+        raise ValueError(f"compare: {argument} must be one of {', '.join(known)}, got {name!r}{hint}")
