@@ -15,7 +15,7 @@ demo: setup  ## the main job on real images, minutes on two cores
 test: setup $(VENV)/.oldest  ## everything that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	P3B_OLD_TORCH=$(abspath $(VENV))/torch-$(OLD_TORCH) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --durations=12
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/test_patch.py tests/test_modules.py tests/test_p3b_surgery.py tests/test_p3b_data.py -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/extension/test_patch.py tests/extension/test_modules.py tests/trainer/pruning/test_surgery.py tests/trainer/data -n 2
 	PYTHON=$(abspath $(BIN))/python tests/fuzz/run.sh 3000 1 || [ $$? = 77 ]  # 77: no AddressSanitizer here, as it said
 
 bench: setup  ## kernel microbenchmarks; a page of tables: python tests/bench/table.py build/bench.json. On a busy machine: OMP_NUM_THREADS=1 P3B_BENCH_CLOCK=thread make bench

@@ -30,7 +30,7 @@ REDUCTIONS = {
     "topk": p3b_ext.TopK(0.6, blocks=[0, 1]),
 }
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS.values(), ids=REDUCTIONS.keys())
-# a task this short leaves some updates without a positive benefit; test_p3b_benefit.py tests that warning
+# a task this short leaves some updates without a positive benefit; pruning/test_benefit.py tests that warning
 pytestmark = pytest.mark.filterwarnings("ignore:importance")
 
 

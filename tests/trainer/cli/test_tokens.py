@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from toy import read_data
-from vits import family, vit
+from vits import GOLDEN, family, vit
 
 import p3b_ext
 from p3b.cli import main
@@ -18,7 +18,7 @@ from p3b.models import token_reduction as reductions
 from p3b.report import token_maps
 
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
-BENCH = Path(__file__).parent / "bench"
+BENCH = GOLDEN.parent / "bench"
 ONE_LINE = re.compile(r"p3b \w+: [^\n]+\n")
 
 

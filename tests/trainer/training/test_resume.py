@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_p3b_train import batches, config, vit
+from toy import batches, config, vit
 
 import p3b
 from p3b.training.resume import STATE, load_state, save_state

@@ -1,10 +1,9 @@
 """match_tokens, merge_tokens, unmerge_tokens: recorded and hand-made cases, values, gradients, errors."""
 
-from pathlib import Path
-
 import numpy
 import pytest
 import torch
+import vits
 from cases import acc, assert_within
 
 import p3b_ext
@@ -17,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICE_BACKENDS = [("cpu", "cpu"), ("cpu", "reference")]
 if torch.cuda.is_available():
     DEVICE_BACKENDS += [("cuda", "cuda"), ("cuda", "triton"), ("cuda", "reference")]
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("match_*.npz"))
+GOLDEN = sorted(vits.GOLDEN.glob("match_*.npz"))
 ops = torch.ops.p3b_ext
 
 

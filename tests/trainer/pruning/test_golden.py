@@ -1,11 +1,10 @@
 """The published P3B, recorded: keep ratios, ramps and budgets to 1e-4; masks at least as close to their
 target, in the scores' order."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from vits import GOLDEN
 
 from p3b import budget
 from p3b.pruning.benefit import Importance
@@ -13,7 +12,6 @@ from p3b.pruning.gates import sharpening
 from p3b.pruning.masks import block_mask, scaled_ranks, soft_mask
 from p3b.pruning.sub_blocks import SubBlock
 
-GOLDEN = Path(__file__).parent / "golden"
 SCALES = {"attn": [1.0, 1.5, 1.0], "mlp": [1.0, 1.5, 0.75]}  # in, out, inner
 GATES = {"attn": ("attn_in", "attn_out", "attn_qkv"), "mlp": ("mlp_in", "mlp_out", "mlp_hid")}
 UPDATES = range(8)

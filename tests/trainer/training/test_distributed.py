@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from test_p3b_train import batches, config, vit
+import toy
+from toy import batches, config, vit
 
 import p3b
 from p3b.training.distributed import Processes, processes
@@ -60,8 +61,8 @@ def torchrun(case, path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    here = os.path.dirname(__file__)
-    command = f"import test_p3b_distributed as t; t.worker({case!r}, {str(path)!r})"
+    folders = os.path.dirname(__file__), os.path.dirname(toy.__file__)
+    command = f"import test_distributed as t; t.worker({case!r}, {str(path)!r})"
     started = []
     for rank in range(2):
         environment = os.environ | {
@@ -70,7 +71,7 @@ def torchrun(case, path):
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
         }
         started.append(

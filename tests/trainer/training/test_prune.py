@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-import vits
+from toy import BATCH, CLASSES, STEPS, Recorder, batches, config, prune, vit
 
 import p3b
 from p3b import Config
@@ -15,73 +15,8 @@ from p3b.training.prune import PruningPhase
 from p3b.training.step import Meter, Step, create_optimizer
 from p3b_ext.patch import patch, unpatch
 
-CLASSES, STEPS, BATCH = 4, 6, 16
-# a task this short leaves some updates without a positive benefit; test_p3b_benefit.py tests that warning
+# a task this short leaves some updates without a positive benefit; pruning/test_benefit.py tests that warning
 pytestmark = pytest.mark.filterwarnings("ignore:importance")
-
-
-def vit(name="deit", **options):
-    torch.manual_seed(0)
-    small = {
-        "img_size": 16,
-        "patch_size": 4,
-        "depth": 2,
-        "embed_dim": 24,
-        "num_heads": 2,
-        "num_classes": CLASSES,
-        "weight_init": "reset",
-    }
-    return vits.FAMILIES[name].get("cls", vits.VisionTransformer)(
-        **(small | {k: v for k, v in vits.FAMILIES[name].items() if k != "cls"} | options)
-    )
-
-
-def batches(count=STEPS, seed=0, size=BATCH):
-    """Noise on one of four colours, which is the class."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(count):
-        labels = torch.randint(0, CLASSES, (size,), generator=generator)
-        images = torch.randn(size, 3, 16, 16, generator=generator)
-        colours = torch.cat((torch.eye(3), torch.zeros(1, 3)))
-        images += 2 * colours[labels][:, :, None, None]
-        made.append((images, labels))
-    return made
-
-
-def config(**options):
-    short = {
-        "start_epoch": 1,
-        "sparse_epoch": 3,
-        "final_epoch": 4,
-        "finetune_epochs": 2,
-        "lr": 3e-3,
-        "probe_lr": 5e-3,
-    }
-    return Config(**(short | options))
-
-
-def prune(model=None, **options):
-    train = options.pop("train", None) or batches()
-    return p3b.prune(model or vit(), train, batches(2, 1), config(**options))
-
-
-class Recorder:
-    def __init__(self):
-        self.calls = []
-
-    def phase(self, name, total_epochs):
-        self.calls.append(("phase", name, total_epochs))
-
-    def step(self, *, phase, epoch, step, steps, loss, accuracy, params):
-        assert loss > 0 and 0 <= accuracy <= 100 and params > 0 and step < steps
-        self.calls.append(("step", phase))
-
-    def epoch(self, record):
-        self.calls.append(("epoch", record["phase"], record["epoch"]))
-
-    def close(self):
-        self.calls.append(("close",))
 
 
 def test_prune_from_end_to_end():

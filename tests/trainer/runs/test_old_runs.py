@@ -3,15 +3,15 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
+from vits import GOLDEN
 
 import p3b
 import p3b_ext
 from p3b.cli import main
 
-RUNS = Path(__file__).parent / "golden" / "run_0_1_0"
+RUNS = GOLDEN / "run_0_1_0"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

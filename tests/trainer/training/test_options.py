@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from test_p3b_train import CLASSES, batches, config, prune, vit
+from toy import CLASSES, batches, config, prune, vit
 
 import p3b
 from p3b.cli.train import FINETUNE

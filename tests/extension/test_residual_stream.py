@@ -1,5 +1,5 @@
-"""ResidualStream: errors and threads. What it records is tested where it is used: test_p3b_benefit.py,
-test_p3b_tokens_train.py."""
+"""ResidualStream: errors and threads. What it records is tested where it is used: trainer/pruning/
+test_benefit.py, trainer/training/test_under_reduction.py."""
 
 import threading
 
