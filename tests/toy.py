@@ -7,6 +7,10 @@ import p3b
 from p3b import Config
 from p3b.cli import main
 from p3b.data import Data, DataConfig, create_data
+from p3b.pruning.gates import attach
+from p3b.training.prune import PruningPhase
+from p3b.training.step import Meter
+from p3b_ext import patch
 
 CLASSES, STEPS, BATCH = 4, 6, 16
 
@@ -26,6 +30,42 @@ SETTINGS = {
     "finetune_epochs": 1,
     "device": "cpu",
 }
+
+
+# Families of vits.py and the kinds of gates that they take.
+KINDS_OF_GATES = {
+    "channels": {},
+    "heads": {"granularity": "heads"},
+    "heads-embedding": {"granularity": "heads", "embedding": True},
+    "channels-embedding": {"embedding": True},
+}
+GATED = [name for name in vits.FAMILIES if name not in ("dynamic", "res_post")]
+OWN_WIDTH = ("map", "aimv2")  # an attention pooling, a norm behind the patches: the embedding keeps its width
+GATES = [(name, kind) for name in GATED for kind in KINDS_OF_GATES if "emb" not in kind or name not in OWN_WIDTH]
+GATED_SIZE = (3, 32, 24)
+
+
+def gated_vit(name="deit", **options):
+    """A 3-block ViT of a family on images that are not square, 12 patches of 8 pixels."""
+    return vits.family(name, **({"img_size": GATED_SIZE[1:], "patch_size": 8, "depth": 3, "num_heads": 4} | options))
+
+
+def gated_images():
+    return torch.randn(3, *GATED_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def masked(name="deit", kind="channels", share=0.5, empty=(), seed=0, **options):
+    """A model under random 0/1 masks; `empty` lists (sub-block, gate) to switch off altogether: in, out or inner."""
+    model = gated_vit(name, **options)
+    gates = attach(model, **KINDS_OF_GATES[kind])
+    values = (torch.rand(gates.values.shape, generator=torch.Generator().manual_seed(seed)) < share).float()
+    if kind != "channels":
+        for block in gates.blocks:
+            values[block.slices()[2].start] = 1.0  # a head or two may all be gone by chance
+    for place, gate in empty:
+        values[gates.blocks[place].slices()[("in", "out", "inner").index(gate)]] = 0
+    gates.set(values)
+    return model
 
 
 def vit(name="deit", **options):
@@ -75,6 +115,13 @@ def prune(model=None, **options):
     """That run; `train` may be other batches."""
     train = options.pop("train", None) or batches()
     return p3b.prune(model or vit(), train, batches(2, 1), config(**options))
+
+
+def pruning_phase(model=None, **options):
+    """A run on its way to its first step, and the meter of an epoch."""
+    run = PruningPhase(patch(model or vit()), config(**options), STEPS)
+    run.model.train()
+    return run, Meter(run.device)
 
 
 class Recorder:

@@ -401,43 +401,6 @@ def test_blocks_with_halves_of_their_own():
 # Linear layers through oneDNN ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (2, 3, 4, 7)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_onednn_linear(shape, bias):
-    x, w = torch.randn(shape, requires_grad=True), torch.randn(6, 7, requires_grad=True)
-    b = torch.randn(6, requires_grad=True) if bias else None
-    inputs = [t for t in (x, w, b) if t is not None]
-    ours, theirs = linear(x, w, b), nn.functional.linear(x, w, b)
-    torch.testing.assert_close(ours, theirs)
-    grad = torch.randn_like(ours)
-    for mine, reference in zip(
-        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
-
-    def penalty(f):
-        (g,) = torch.autograd.grad(f(x, w, b).sin().sum(), x, create_graph=True)
-        return torch.autograd.grad(g.square().sum(), [x, w])
-
-    for mine, reference in zip(penalty(linear), penalty(nn.functional.linear), strict=True):
-        torch.testing.assert_close(mine, reference, atol=1e-3, rtol=1e-3)
-
-
-def test_onednn_linear_where_it_cannot_run():
-    w, b = torch.randn(6, 7), torch.randn(6)
-    for x in (torch.randn(7), torch.randn(0, 7)):
-        torch.testing.assert_close(linear(x, w, b), nn.functional.linear(x, w, b))
-    x = torch.randn(3, 7, dtype=torch.float64)
-    assert linear(x, w.double(), b.double()).dtype == torch.float64
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear(torch.randn(3, 7), w, b).dtype == torch.bfloat16
-    mapped = torch.func.vmap(lambda x: linear(x, w, b))(torch.randn(4, 3, 7))
-    assert mapped.shape == (4, 3, 6)
-    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, 7)
-    torch.testing.assert_close(compiled(x, w, b), linear(x, w, b))
-
-
 def test_layers_made_later_are_pytorchs_until_patched_again():
     model = patch(vit(), ToMe(9), linear="onednn")
     model.reset_classifier(7)
@@ -465,13 +428,6 @@ def test_linear_choice(monkeypatch):
         module = importlib.import_module("p3b_ext.patch")
         monkeypatch.setattr(module, "prefer_onednn", lambda prefer=prefer: prefer)
         assert kinds() == (Gated, expected, expected)
-
-
-def test_preference_is_decided_once():
-    first = p3b_ext.linear.prefer_onednn()
-    assert first is p3b_ext.linear.prefer_onednn()
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        assert first is False
 
 
 # What cannot be patched --------------------------------------------------------------------------------------------
@@ -590,10 +546,3 @@ def test_sizes_reach_the_pooling_of_a_model_whose_blocks_are_compiled():
     for block in model.blocks:
         block.compile(backend="eager")
     torch.testing.assert_close(model(x), expected)
-
-
-def test_onednn_linear_keeps_tangents():
-    x, tangent = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    layer = p3b_ext.linear.OneDnnLinear(8, 8).requires_grad_(False)
-    _, found = torch.func.jvp(layer, (x,), (tangent,))
-    torch.testing.assert_close(found, tangent @ layer.weight.T)

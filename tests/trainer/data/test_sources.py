@@ -1,71 +1,13 @@
 """p3b.data: what the loaders give, that it is the same each time, and one line for what cannot be read."""
 
-import gc
 import json
-import math
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy import read_data
-
-from p3b.data import check_files
-from p3b.data.array_loader import ArrayLoader
-from p3b.data.augment import colour, erase, shift_and_flip, warp
-from p3b.data.loaders import FileLoader, SeededImages, batches_of, worker_death
-from p3b.machine import decoding_workers
-
-
-def batches(loader):
-    return [(x.clone(), y.clone()) for x, y in loader]
-
-
-def same(a, b):
-    return len(a) == len(b) and all(
-        torch.equal(p, q) and torch.equal(y, z) for (p, y), (q, z) in zip(a, b, strict=True)
-    )
-
-
-@pytest.fixture
-def npz(tmp_path):
-    rng = np.random.default_rng(0)
-    arrays = {
-        "x_train": rng.integers(0, 256, (30, 6, 5, 3), dtype=np.uint8),
-        "y_train": np.arange(30) % 3,
-        "x_test": rng.integers(0, 256, (8, 6, 5, 3), dtype=np.uint8),
-        "y_test": np.arange(8) % 3,
-    }
-
-    def write(**changes):
-        path = tmp_path / "set.npz"
-        np.savez(path, **{k: v for k, v in (arrays | changes).items() if v is not None})
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Three classes of flat colours: red, green and blue, six images of each."""
-
-    def write(*parts, count=6, classes=("blue", "green", "red")):
-        root = tmp_path / "images"
-        for part in parts or ("",):
-            for i, name in enumerate(classes):
-                (root / part / name).mkdir(parents=True)
-                for j in range(count):
-                    color = [0, 0, 0]
-                    color[2 - i] = 200
-                    Image.new("RGB", (40 + j, 30), tuple(color)).save(root / part / name / f"{j}.png")
-        return root
-
-    return write
+from toy import listed, read_data, same_batches
 
 
 def test_digits_are_split_once_and_normalised():
@@ -88,221 +30,6 @@ def test_digits_by_class_are_renumbered_in_the_order_given():
     assert data.num_classes == 2 and data.class_names == ("7", "3")
     for new, old in enumerate((7, 3)):
         assert torch.equal(data.val.images[data.val.labels == new], whole.val.images[whole.val.labels == old])
-
-
-def test_batches_depend_on_seed_and_epoch_only():
-    def make(seed=0):
-        return read_data("digits", img_size=12, batch_size=200, seed=seed).train
-
-    loader, again = make(), make()
-    first, second = batches(loader), batches(loader)
-    torch.manual_seed(99)
-    assert same(first, batches(again)) and not same(first, second)
-    again.set_epoch(1)
-    assert same(second, batches(again))
-    assert not same(first, batches(make(seed=1)))
-
-
-def test_training_batches_have_one_shape_and_validation_sees_every_image():
-    images, labels = torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10)
-    common = dict(img_size=(4, 4), batch_size=4, mean=[0.5], std=[0.5])
-    train = ArrayLoader(images, labels, train=True, **common)
-    assert [len(y) for _, y in train] == [4, 4] and len(train) == 2
-    val = ArrayLoader(images, labels, train=False, **common)
-    assert torch.equal(torch.cat([y for _, y in val]), labels) and len(val) == 3
-    few = ArrayLoader(images[:3], labels[:3], train=True, **common)
-    assert [len(y) for _, y in few] == [3] and len(few) == 1
-
-
-def test_shift_and_flip_by_hand():
-    x = torch.arange(12.0).view(1, 1, 3, 4).repeat(9, 1, 1, 1)
-    still, mirrored = torch.zeros(9, 2, dtype=torch.int64), torch.arange(9) % 2 == 1
-    flipped = shift_and_flip(x, still, mirrored)
-    assert torch.equal(flipped[::2], x[::2]) and torch.equal(flipped[1::2], x[1::2].flip(3))
-    moves = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2))
-    padded = torch.nn.functional.pad(x[:1], (1, 1, 1, 1), mode="replicate")
-    wanted = torch.stack([padded[0, :, 1 + r : 4 + r, 1 + c : 5 + c] for r, c in moves.tolist()])
-    assert torch.equal(shift_and_flip(x, moves, still[:, 0] == 1), wanted)
-
-
-def test_middle_draws_change_nothing():
-    x = torch.rand(2, 3, 10, 12, generator=torch.Generator().manual_seed(0)) * 255
-    middle = torch.full((2, 3), 0.5)
-    assert torch.allclose(colour(x, middle, 0.4), x, atol=1e-3)
-    assert torch.allclose(warp(x, middle), x, atol=1e-3)
-    assert torch.equal(erase(x, torch.full((2, 5), 0.5), 0.5), x)  # a draw of 0.5 is not below it
-
-
-def test_colour_by_hand():
-    x = torch.tensor([[100.0, 50.0], [30.0, 90.0], [20.0, 40.0]]).view(1, 3, 1, 2)
-    luma = 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]
-    draws = [[1, 0.5, 0.5], [0.5, 1, 0.5], [0.5, 0.5, 0]]
-    brighter, contrast, saturation = (torch.tensor([row]) for row in draws)
-    assert torch.allclose(colour(x, brighter, 0.4), x * 1.4)
-    assert torch.allclose(colour(x, contrast, 0.4), luma.mean() + 1.4 * (x - luma.mean()), atol=1e-4)
-    assert torch.allclose(colour(x, saturation, 1.0), luma.expand(1, 3, 1, 2), atol=1e-4)  # no saturation: grey
-    grey = x[:, :1]
-    assert torch.allclose(colour(grey, contrast, 0.4), grey.mean() + 1.4 * (grey - grey.mean()), atol=1e-4)
-
-
-def test_warp_turns_by_degrees_on_any_shape():
-    x = torch.zeros(2, 1, 61, 121)
-    x[:, :, 29:32, 99:102] = 1  # 40 pixels right of the centre
-    moved = warp(x, torch.tensor([[1.0, 0.5, 0.5], [0.5, 0.5, 0.0]]))
-    rows, cols = torch.arange(61.0) - 30, torch.arange(121.0) - 60
-    weight = moved.sum((1, 2, 3))
-    at = [((moved.sum((1, 3)) * rows).sum(1) / weight), (moved.sum((1, 2)) * cols).sum(1) / weight]
-    angle = math.degrees(math.atan2(float(at[0][0]), float(at[1][0])))
-    assert abs(angle) == pytest.approx(15, abs=0.5) and math.hypot(at[0][0], at[1][0]) == pytest.approx(40, abs=0.5)
-    assert float(at[1][1]) == pytest.approx(40 * 1.25, abs=0.5) and abs(float(at[0][1])) < 0.5
-
-
-def test_erased_boxes_have_the_published_sizes():
-    draws = torch.rand(2000, 5, generator=torch.Generator().manual_seed(0))
-    x = torch.ones(2000, 1, 40, 60)
-    gone = erase(x, draws, 0.25) == 0
-    erased = gone.flatten(1).any(1)
-    assert 430 < int(erased.sum()) < 570
-    height, width = gone.any(3).sum((1, 2))[erased], gone.any(2).sum((1, 2))[erased]
-    assert torch.equal(height * width, gone.sum((1, 2, 3))[erased])  # one box, no holes
-    share = (height * width) / 2400
-    assert share.min() > 0.01 and share.max() < 0.36 and share.std() > 0.05
-    for edge in (gone[:, 0, 0], gone[:, 0, -1], gone[:, 0, :, 0], gone[:, 0, :, -1]):
-        assert edge.any()  # boxes reach every border
-
-
-def test_strong_arrays(npz):
-    def make(**changes):
-        return read_data(npz(), img_size=8, batch_size=10, **{"augment": "strong", "seed": 1} | changes)
-
-    strong, light = batches(make().train), batches(make(augment="light").train)
-    assert same(strong, batches(make().train)) and not same(strong, light)
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(strong, light, strict=True))  # the order is that of the seed
-    still = make(color_jitter=0.0, re_prob=0.0, shift=0, flip=False)
-    assert not same(strong, batches(still.train))
-    assert same(batches(make().val), batches(make(augment="none").val))
-
-
-@pytest.mark.parametrize("kind", ["arrays", "files"])
-def test_repeated_augmentation(npz, folder, kind):
-    """As DeiT samples: copies of an image stand in a row, so that processes, which take turns, get different ones."""
-    source = npz() if kind == "arrays" else folder(count=10)
-    data = read_data(source, img_size=8, batch_size=6, augment="strong", re_prob=1.0, repeats=3)
-    drawn = batches(data.train)
-    once = read_data(source, img_size=8, batch_size=6, augment="none").train
-    assert len(drawn) == len(once)  # an epoch is as long as ever
-    order = torch.cat([y for _, y in batches(once)])
-    assert torch.equal(torch.cat([y for _, y in drawn]), order.repeat_interleave(3)[: len(order)])
-    images = torch.cat([x for x, _ in drawn])
-    assert all(not torch.equal(images[i], images[i + 1]) for i in range(len(images) - 1))
-
-
-def test_arrays_read_as_files(npz):
-    common = dict(img_size=(6, 5), batch_size=8, augment="none", crop_pct=1.0)
-    device, files = (read_data(npz(), on_device=on, mean=[0.5] * 3, std=[0.5] * 3, **common) for on in (True, False))
-    assert isinstance(files.train, FileLoader) and files.class_names == device.class_names
-    for (x, y), (z, w) in zip(device.val, files.val, strict=True):
-        assert torch.allclose(x, z, atol=1e-5) and torch.equal(y, w)
-    again = read_data(**files.config.recorded())
-    assert same(batches(files.val), batches(again.val))
-    black = npz(x_train=np.zeros((30, 6, 5, 1), np.uint8), x_test=np.zeros((8, 6, 5, 1), np.uint8))
-    grey = read_data(black, img_size=6, on_device=False, batch_size=2)
-    assert next(iter(grey.val))[0].shape == (2, 3, 6, 6)
-
-
-def test_policies_of_timm(folder):
-    root = folder()
-    settings = ({}, {"auto_augment": ""}, {"auto_augment": "", "color_jitter": 0.0, "re_prob": 0.0})
-    kept = [read_data(root, img_size=8, batch_size=18, augment="strong", **how).train for how in settings]
-    assert len({float(next(iter(loader))[0].sum()) for loader in kept}) == 3
-    with pytest.raises(ValueError, match=r"auto_augment must be a policy that timm knows .* got 'lots'"):
-        read_data(root, augment="strong", auto_augment="lots")
-
-
-def test_a_device_without_room(npz, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(torch.Tensor, "to", full)
-    with pytest.raises(ValueError, match=r"data: device must have 0.0 GiB free on cpu for set.npz \(on_device=False"):
-        read_data(npz())
-
-
-@pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "original", "v0", "augmix-m10-w3"])
-def test_policies_take_every_image(policy):
-    read = Deadly()
-    read.deadly = False
-    for index in range(2):
-        transform = read_data(
-            "digits", on_device=False, img_size=8, augment="strong", auto_augment=policy
-        ).train.dataset
-        dataset = SeededImages(read, 40, transform.transform, 2, seed=index)
-        assert not [item for item in (dataset[0, i, 0] for i in range(40)) if isinstance(item, str)]
-
-
-def test_an_image_that_the_transforms_refuse():
-    def refuse(image):
-        raise RuntimeError("too small")
-
-    read = Deadly()
-    read.describe = lambda index: f"photo {index}"
-    item = SeededImages(read, 2, refuse, 2, seed=0)[0, 1, 0]
-    assert item == "data: photo 1 must be an image that the transforms take, got: too small"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_batch_on_the_device_waits_for_nothing(npz):
-    data = read_data(npz(), img_size=8, batch_size=6, augment="strong", device="cuda")
-    on_cpu = read_data(npz(), img_size=8, batch_size=6, augment="strong")
-    loader = iter(data.train)
-    next(loader)  # the epoch's tables are copied here
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        rest = list(loader)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for (x, y), (z, w) in zip(rest, batches(on_cpu.train)[1:], strict=True):
-        assert torch.equal(y.cpu(), w) and torch.allclose(x.cpu(), z, atol=2e-2)
-
-
-def test_every_move_is_drawn():
-    loader = read_data("digits", img_size=8, batch_size=400, shift=1, flip=True).train
-    offset, mirrored = loader._draw_moves(1000, torch.Generator().manual_seed(0))
-    counts = torch.unique(offset, dim=0, return_counts=True)[1]
-    assert len(counts) == 9 and counts.min() > 70 and 450 < int(mirrored.sum()) < 550
-
-
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("augment", ["light", "strong"])
-@pytest.mark.parametrize("kind", ["arrays", "files"])
-def test_processes_share_the_batches_of_one(npz, folder, kind, augment, world):
-    source = npz() if kind == "arrays" else folder(count=7)
-    common = dict(img_size=8, batch_size=6, seed=3, augment=augment, repeats=3 if augment == "strong" else 1)
-    whole = read_data(source, **common)
-    parts = [read_data(source, rank=rank, world=world, workers=rank % 2, **common) for rank in range(world)]
-    for epoch in range(2):
-        assert len({len(part.train) for part in parts}) == 1
-        for batch, *mine in zip(whole.train, *(part.train for part in parts), strict=True):
-            for rank, part in enumerate(mine):
-                assert all(torch.equal(a, b[rank::world]) for a, b in zip(part, batch, strict=True)), (epoch, rank)
-    one = batches(whole.val)
-    for rank, part in enumerate(parts):
-        mine = batches(part.val)
-        assert len(mine) == len(part.val)
-        wanted = [(x[rank::world], y[rank::world]) for x, y in one if len(y) > rank]
-        assert same(mine, wanted)  # uneven, nothing padded
-    assert sum(len(y) for part in parts for _, y in part.val) == sum(len(y) for _, y in one)
-    assert same(batches(parts[-1].part(0, 1).val), one)
-
-
-def test_batches_that_processes_cannot_share(npz):
-    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 3, .* \(as 63 or 66\), got 64"):
-        read_data("digits", batch_size=64, rank=0, world=3)
-    with pytest.raises(ValueError, match="rank must be 0 to 1"):
-        read_data("digits", rank=2, world=2)
-    with pytest.raises(ValueError, match="at most the 30 training images where 4 processes share a batch, got 40"):
-        read_data(npz(), batch_size=40, rank=0, world=4)
-    assert [len(y) for _, y in read_data(npz(), batch_size=40, rank=1, world=2, img_size=4).train] == [15]
 
 
 def test_npz(npz):
@@ -352,7 +79,9 @@ def test_settings_make_the_same_data_again(npz, folder):
     for source in (npz(), str(folder()), "digits"):
         data = read_data(source, img_size=8, batch_size=4, seed=3, augment="light", val_share=0.4)
         again = read_data(**data.config.recorded(), seed=3)
-        assert same(batches(data.val), batches(again.val)) and same(batches(data.train), batches(again.train))
+        assert same_batches(listed(data.val), listed(again.val)) and same_batches(
+            listed(data.train), listed(again.train)
+        )
 
 
 def test_image_folder_with_parts(folder):
@@ -372,14 +101,6 @@ def test_image_folder_without_parts_is_split_by_class(folder):
     assert torch.bincount(train).tolist() == [4, 4, 4] and torch.bincount(val).tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("augment", ["light", "strong"])
-def test_augmented_files_do_not_depend_on_workers(folder, augment):
-    root = folder(count=4)
-    loaders = [read_data(root, img_size=8, batch_size=3, workers=w, augment=augment).train for w in (0, 2)]
-    assert same(batches(loaders[0]), batches(loaders[1]))
-    assert not same(batches(loaders[0]), batches(read_data(root, img_size=8, batch_size=3, augment=augment).train))
-
-
 def test_nested_classes_keep_their_path(folder):
     root = folder("train/birds", "train/insects")
     assert read_data(root, img_size=8).class_names[:4] == (
@@ -388,150 +109,6 @@ def test_nested_classes_keep_their_path(folder):
         "birds/red",
         "insects/blue",
     )
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image_is_one_line(folder, workers):
-    root = folder()
-    broken = root / "red" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:40])
-    data = read_data(root, img_size=8, batch_size=2, workers=workers)
-    with pytest.raises(ValueError, match=r"data: .*3\.png must be a readable image") as error:
-        batches(data.train), batches(data.val)
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_vanishes_during_training(folder):
-    root = folder()
-    data = read_data(root, img_size=8, batch_size=6, workers=1)
-    batches(data.train)
-    gone = root / "red" / "1.png"
-    gone.unlink()
-    with pytest.raises(ValueError, match=r"data: .*red/1\.png must be a readable image, got: .*No such file") as error:
-        for _ in range(2):
-            batches(data.train), batches(data.val)
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"red/1\.png must be a readable image"):
-        check_files(data, lambda text: None)
-    Image.new("RGB", (9, 9)).save(gone)
-    assert len(batches(data.train)) == len(data.train)  # the loader works again
-
-
-class Deadly:
-    """Reads like any data set until its process is killed, as the system does when memory runs out."""
-
-    deadly = True
-
-    def __call__(self, index):
-        if index == 3 and self.deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return Image.new("RGB", (8, 8)), 0
-
-
-def test_workers_that_are_not_asked_for(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert [decoding_workers(n, cpu) for n in (-1, 0, 3)] == [0, 0, 3] and [
-        decoding_workers(n, gpu) for n in (-1, 0, 3)
-    ] == [15, 0, 3]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert decoding_workers(-1, gpu) == 3
-
-
-def test_a_killed_worker_is_one_line():
-    def transform(image):
-        return torch.zeros(3, 8, 8)
-
-    read = Deadly()
-    dataset = SeededImages(read, 8, transform, 2, seed=0)
-    loader = FileLoader(dataset, batch_size=2, workers=2, train=False, seed=0, pin=False)
-    with pytest.raises(OSError, match=r"data: a worker process died \(.*--workers 0 .*DataLoader worker") as error:
-        batches(loader)
-    assert "\n" not in str(error.value)
-    del error
-    gc.collect()  # PyTorch waits seconds for the workers of a broken loader that live on beside others
-    read.deadly = False
-    assert len(batches(loader)) == 4  # new workers take over
-
-
-@pytest.mark.parametrize(
-    "report, error, match",
-    [
-        (None, OSError, r"data: a worker process died \(.*: ConnectionResetError while it handed a batch over"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), OSError, r"died \(.*: Bus error"),
-        (RuntimeError("something else"), RuntimeError, "^something else"),
-    ],
-)
-def test_a_death_that_is_seen_before_it_is_reported(monkeypatch, report, error, match):
-    """A broken connection tells of the death first; PyTorch's own report must not strike what handles that."""
-
-    class Loader:
-        num_workers = 1
-
-        def __iter__(self):
-            raise ConnectionResetError
-
-    def sleep(seconds):
-        waits.append(seconds)
-        if report is not None:
-            raise report
-
-    waits = []
-    monkeypatch.setattr("p3b.data.loaders.time.sleep", sleep)
-    with pytest.raises(error, match=match):
-        next(batches_of(Loader()))
-    assert len(waits) == 1 and waits[0] > 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
-def test_a_run_whose_worker_is_killed(folder, tmp_path):
-    """PyTorch raises in whatever the main thread does; the run says what happened and keeps its last epoch."""
-    model = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}
-    command = f"prune --model vit_tiny_patch16_224 --model-kwargs {json.dumps(model, separators=(',', ':'))}"
-    command += f" --no-pretrained --data {folder()} --output {tmp_path / 'run'} --img-size 8 --batch-size 6 --workers 1"
-    command += " --start-epoch 0 --sparse-epoch 1 --final-epoch 100000 --device cpu --threads 1"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "p3b", *command.split()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        state = tmp_path / "run.unfinished" / "state.pt"
-        while not state.exists() and process.poll() is None:
-            time.sleep(0.01)
-        children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
-        os.kill(int(children[0]), signal.SIGKILL)
-        lines = process.communicate(timeout=120)[1].splitlines()
-    finally:
-        process.kill()
-    assert process.returncode == 2 and state.exists(), lines
-    line = "p3b prune: data: a worker process died (fewer --workers"  # a thread of PyTorch's may still print something
-    assert any(text.startswith(line) and "--resume" in text for text in lines), lines
-
-
-def test_a_worker_that_dies_while_something_is_written():
-    """PyTorch's zip writer fails in turn when its file is left unfinished."""
-    death = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    with pytest.raises(RuntimeError) as error:
-        try:
-            raise death
-        finally:
-            raise RuntimeError("unexpected pos 64 vs 0")
-    assert worker_death(error.value) == worker_death(death) != "" == worker_death(RuntimeError("unexpected pos"))
-
-
-def test_workers_stay_from_epoch_to_epoch(folder):
-    train = read_data(folder(), img_size=8, batch_size=3, workers=1).train
-    first = batches(train)
-    workers = [worker.pid for worker in train._loader._iterator._workers]
-    next(iter(train))  # a pass that is given up
-    train.set_epoch(0)
-    assert same(batches(train), first) and [w.pid for w in train._loader._iterator._workers] == workers
-
-
-def test_loading_takes_no_random_number_of_the_run(folder):
-    data = read_data(folder(), img_size=8, batch_size=3)
-    state = torch.get_rng_state()
-    batches(data.train), batches(data.val)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_labels_out_of_range(npz):
@@ -628,7 +205,7 @@ def test_hugging_face_set_on_disk(tmp_path, folder, monkeypatch):
     broken.write_bytes(broken.read_bytes()[:40])
     bad = read_data(f"hfds/{root}", root=str(tmp_path / "again"), img_size=8, batch_size=6)
     with pytest.raises(ValueError, match=r"image 0 of hfds/.* must be a readable image"):
-        batches(bad.val)
+        listed(bad.val)
 
 
 def test_webdataset_shards(tmp_path):
@@ -646,16 +223,16 @@ def test_webdataset_shards(tmp_path):
     (tmp_path / "info.json").write_text(json.dumps(info))
     common = dict(root=str(tmp_path), img_size=8, batch_size=4, augment="none")
     data = read_data("wds/colours", num_classes=3, **common)
-    assert len(batches(data.train)) == len(data.train) == 3
+    assert len(listed(data.train)) == len(data.train) == 3
     assert [len(y) for _, y in data.val] == [4, 1] and len(data.val) == 2
     images, labels = next(iter(data.val))
     assert torch.equal(images[:, :, 4, 4].argmax(1), labels)
-    shared = [batches(data.val.part(rank, 2)) for rank in range(2)]
+    shared = [listed(data.val.part(rank, 2)) for rank in range(2)]
     assert [[y.tolist() for _, y in part] for part in shared] == [[[0, 2], [1]], [[1, 0]]]
     with pytest.raises(ValueError, match=r"world must be torch.distributed's 1 for a stream, got 2"):
         read_data("wds/colours", num_classes=3, rank=0, world=2, **common)
     with pytest.raises(ValueError, match="labels must be 0 to 1"):
-        batches(read_data("wds/colours", num_classes=2, **common).val)
+        listed(read_data("wds/colours", num_classes=2, **common).val)
     with pytest.raises(ValueError, match="num_classes must be given for 'wds/colours'"):
         read_data("wds/colours", **common)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import p3b
 from p3b import budget
 
 PARAMS = torch.tensor([304.0, 568.0, 304.0, 568.0])  # width 8, 2 heads, MLP ratio 4: attention, MLP, attention, MLP
@@ -170,3 +171,11 @@ def test_prune_count_is_the_best_of_all_counts():
             left = [sizes[g] - int((gates[:pruned] == g).sum()) for g in range(3)]
             errors.append(abs(float(cost(left[0], left[2], left[1])) - target))
         assert budget.prune_count(gates, sizes, cost, target) == (errors.index(min(errors)), min(errors))
+
+
+def test_rounded_counts():
+    kept = torch.arange(0, 21)
+    assert p3b.budget.rounded(kept, 20, 1).tolist() == kept.tolist()
+    expected = [0] + [8] * 11 + [16] * 6 + [20] * 3  # 20 is whole, 0 is empty, nothing else becomes either
+    assert p3b.budget.rounded(kept, 20, 8).tolist() == expected
+    assert p3b.budget.rounded(torch.arange(0, 6), 5, 8).tolist() == [0, 5, 5, 5, 5, 5]

@@ -7,21 +7,19 @@ import pytest
 import timm
 import torch
 import vits
+from cases import assert_same_to_rounding, in_float64
 from timm.layers import GatedMlp, RmsNorm
 from torch import nn
+from toy import GATED, GATES, KINDS_OF_GATES, gated_images, gated_vit
 
 from p3b import Config, shrink
 from p3b.models.description import build, describe
 from p3b.pruning import gated_layers
 from p3b.pruning.gates import attach, detach, sharpening
-from p3b.pruning.masks import soft_mask
 from p3b.pruning.sub_blocks import outside_cost, sub_blocks
-from p3b_ext.patch import patch, unpatch
+from p3b_ext import patch
+from p3b_ext.patch import unpatch
 
-FAMILIES = [
-    *("deit", "distilled", "augreg_no_qkv_bias", "gap", "layer_scale", "qk_norm", "qk_norm_scale_norm"),
-    *("reg4_gap", "no_embed_class", "pre_norm", "registers_dinov2", "glu_norm", "aimv2"),
-]
 SCALES = Config().gate_scales
 
 
@@ -33,29 +31,6 @@ def images():
     return vits.images(3, 32)
 
 
-@pytest.mark.parametrize(
-    "tau, expected",
-    [
-        (0.1, [0.0014, 0.0122, 0.1, 0.5, 0.9, 0.9878, 0.9986, 0.9998, 1, 1]),
-        (0.05, [0.0000, 0.0002, 0.0122, 0.5, 0.9878, 0.9998, 1, 1, 1, 1]),
-        (0.0, [0, 0, 0, 0.5, 1, 1, 1, 1, 1, 1]),
-    ],
-)
-def test_soft_mask_of_the_worked_example(tau, expected):
-    mask = soft_mask(torch.arange(1, 11), 4, tau)
-    torch.testing.assert_close(mask, torch.tensor(expected), rtol=0, atol=5.1e-5)
-
-
-def test_soft_mask_with_one_half_added_is_hard_at_tau_zero():
-    assert soft_mask(torch.arange(1, 6), 2.5, 0.0).tolist() == [0, 0, 1, 1, 1]
-    assert soft_mask(torch.arange(1, 6), 0.5, 0.0).tolist() == [1] * 5
-    assert soft_mask(torch.arange(1, 6), 5.5, 0.0).tolist() == [0] * 5
-    with pytest.raises(ValueError, match="tau must be 0 or more, got -1"):
-        soft_mask(torch.arange(3), 1, -1)
-    with pytest.raises(ValueError, match=r"ranks must be of shape \[E\], got \[2, 2\]"):
-        soft_mask(torch.ones(2, 2), 1, 0.1)
-
-
 def test_sharpening():
     assert sharpening(5, 10, 20, 0.1) == 0.1
     assert sharpening(10, 10, 20, 0.1) == 0.1
@@ -64,17 +39,17 @@ def test_sharpening():
     assert sharpening(10, 10, 10, 0.1) == 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_gates_of_one_change_nothing(name):
-    model = vit(name)
-    before, keys = model(images()), list(model.state_dict())
-    attach(model)
-    torch.testing.assert_close(model(images()), before, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("name", "kind"), GATES)
+def test_gates_of_one_change_nothing(name, kind):
+    model, x = gated_vit(name), gated_images()
+    before, truth, keys = model(x), in_float64(model, x), list(model.state_dict())
+    attach(model, **KINDS_OF_GATES[kind])
+    assert_same_to_rounding(model(x), before, truth)
     assert list(model.state_dict()) == keys
     detach(model)
-    assert torch.equal(model(images()), before)
+    assert torch.equal(model(x), before)
     assert not hasattr(model, "p3b_gates")
-    assert {type(m) for m in model.modules()} == {type(m) for m in vit(name).modules()}
+    assert [type(m) for m in model.modules()] == [type(m) for m in gated_vit(name).modules()]
 
 
 class OnActivations:
@@ -158,22 +133,24 @@ def test_gates_fold_into_onednn_linears_too():
     attach(unpatch(twin)).set(gate.values)
     for each in (model, twin):
         each(images()).square().sum().backward()
-    torch.testing.assert_close(model(images()), twin(images()), rtol=1e-4, atol=1e-4)
+    assert_same_to_rounding(model(images()), twin(images()), in_float64(twin, images()))
     scale = float(twin.p3b_gates.grad.abs().max())
     torch.testing.assert_close(gate.grad, twin.p3b_gates.grad, rtol=1e-3, atol=1e-5 * scale)
-    expected = (model.p3b_gates.harden(), model(images()))[1]
-    torch.testing.assert_close(patch(shrink(model))(images()), expected, rtol=1e-4, atol=1e-4)
+    gate.harden()
+    twin.p3b_gates.harden()
+    expected, truth = model(images()), in_float64(twin, images())
+    assert_same_to_rounding(patch(shrink(model))(images()), expected, truth)
 
 
 def test_gradcheck_of_scaled_weights():
     weight, rows, cols = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (5,), (3,)))
-    apply = gated_layers._ScaledWeight.apply
+    apply = gated_layers.ScaledWeight.apply
     assert torch.autograd.gradcheck(apply, (weight, rows, cols))
     assert torch.autograd.gradcheck(lambda w, r: apply(w, r, None), (weight, rows))
     assert torch.autograd.gradcheck(lambda w, c: apply(w, None, c), (weight, cols))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", GATED)
 def test_costs_add_up_to_the_model(name):
     model = vit(name)
     blocks = sub_blocks(model)
@@ -359,3 +336,48 @@ def test_models_of_timm_can_be_gated_and_described(name):
             again = build(describe(model))
         shapes = {key: value.shape for key, value in model.state_dict().items()}
         assert shapes == {key: value.shape for key, value in again.state_dict().items()}
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="granularity must be channels or heads, got 'rows'"):
+        attach(vit(), granularity="rows")
+    with pytest.raises(NotImplementedError, match="global_pool must be token, avg, avgmax, max or none"):
+        attach(vits.family("map"), embedding=True)
+    model = vit()
+    gates = attach(model, embedding=True)
+    with pytest.raises(NotImplementedError, match="update needs gates per sub-block"):
+        gates.update(torch.ones(6), 0.1, scales={})
+
+
+class HeadsOnActivations:
+    """The same inner gates as multiplied activations, by hooks: what folding must reproduce."""
+
+    def __init__(self, model, gates):
+        self.values = gates.values.double().requires_grad_()
+        for block in gates.blocks:
+            layer, inner = model.blocks[block.block], self.values[block.slices()[2]]
+            if block.kind == "attn":
+                spread = inner.repeat_interleave(layer.attn.head_dim)
+                layer.attn.proj.register_forward_pre_hook(lambda _, args, gate=spread: (args[0] * gate,))
+            else:
+                layer.mlp.act.register_forward_hook(lambda _, args, out, gate=inner: out * gate)
+
+
+def test_head_gates_equal_scaled_heads_and_so_do_their_gradients():
+    model = vit().double()
+    plain = copy.deepcopy(model)
+    gates = attach(model, granularity="heads")
+    values = torch.rand(gates.values.shape, generator=torch.Generator().manual_seed(5))
+    for block in gates.blocks:
+        values[block.slices()[0]] = values[block.slices()[1]] = 1.0
+    gates.set(values)
+    meaning = HeadsOnActivations(plain, gates)
+    x = images().double()
+    ours, theirs = model(x), plain(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for block in gates.blocks:
+        inner = block.slices()[2]
+        grad, expected = gates.grad[inner].double(), meaning.values.grad[inner]
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -1,90 +1,59 @@
-"""The shrink is exact: masked and shrunk model agree to 1e-5 in float32, on random weights, at all ratios,
-with empty gates."""
+"""The shrink is exact: masked and shrunk model agree to rounding, on random weights, at all ratios, with empty gates,
+for every kind of gates; it costs what was counted."""
 
 import copy
-import json
-import os
 
 import pytest
 import torch
-import vits
-from safetensors import SafetensorError
-from timm.layers import GatedMlp
-from torch import nn
+from cases import assert_near, assert_same_to_rounding, in_float64
+from toy import GATED, GATED_SIZE, GATES, KINDS_OF_GATES, gated_images, gated_vit, masked
 
 import p3b
+from p3b.metrics.cost import count_macs
 from p3b.pruning.gates import attach
 from p3b.pruning.sub_blocks import outside_cost
-from p3b.runs.checkpoint import read_meta
+from p3b.pruning.surgery import kept_indices
 from p3b_ext import PPT, ToMe, patch, unpatch
 
-FAMILIES = [
-    *("deit", "distilled", "augreg_no_qkv_bias", "gap", "layer_scale", "qk_norm", "qk_norm_scale_norm"),
-    *("reg4_gap", "no_embed_class", "pre_norm", "registers_dinov2", "glu_norm", "aimv2", "map"),
-]
-GATES = {"in": 0, "out": 1, "inner": 2}
-
-
-def vit(name="deit", **options):
-    return vits.family(name, **({"img_size": (32, 24), "patch_size": 8, "depth": 3} | options))
-
-
-def images():
-    return torch.randn(3, 3, 32, 24, generator=torch.Generator().manual_seed(1))
-
-
-def masked(name="deit", share=0.5, empty=(), seed=0, **options):
-    """A model under random 0/1 masks; `empty` lists (sub-block, gate) to switch off altogether."""
-    model = vit(name, **options)
-    gates = attach(model)
-    values = (torch.rand(gates.values.shape, generator=torch.Generator().manual_seed(seed)) < share).float()
-    for place, gate in empty:
-        values[gates.blocks[place].slices()[GATES[gate]]] = 0
-    gates.set(values)
-    return model
-
-
-def same(actual, expected):
-    """Equal to 1e-5 of the logits' size, in float32."""
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
+PLACES = ("in", "out", "inner")
 
 
 def check(model):
     gates = model.p3b_gates
     predicted = int(gates.kept_cost().sum()) + int(outside_cost(model, gates.blocks, "params"))
-    expected = model(images())
+    expected, truth = model(gated_images()), in_float64(model, gated_images())
     small = p3b.shrink(model)
     assert small is model
-    same(small(images()), expected)
+    assert_same_to_rounding(small(gated_images()), expected, truth)
     assert sum(p.numel() for p in small.parameters()) == predicted
     return small
 
 
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.5, 0.2, 0.05])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", GATED)
 def test_shrunk_equals_masked(name, share):
-    check(masked(name, share))
+    check(masked(name, share=share))
 
 
-@pytest.mark.parametrize("gate", list(GATES))
+@pytest.mark.parametrize("gate", PLACES)
 @pytest.mark.parametrize("half", [0, 1], ids=["attn", "mlp"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", GATED)
 def test_shrunk_equals_masked_with_an_empty_gate(name, half, gate):
-    check(masked(name, 0.6, [(2 + half, gate)]))
+    check(masked(name, share=0.6, empty=[(2 + half, gate)]))
 
 
 def test_shrunk_block_asks_an_attention_only_for_what_it_knows():
     """The attention of timm 1.0.23 takes no `is_causal`; an unpatched shrunk model runs it."""
     model = check(masked())
-    expected = model(images())
+    expected, truth = model(gated_images()), in_float64(model, gated_images())
     for block in model.blocks:
         whole = block.attn.forward
         block.attn.forward = lambda x, attn_mask=None, whole=whole: whole(x, attn_mask=attn_mask)
-    same(model(images()), expected)
+    assert_same_to_rounding(model(gated_images()), expected, truth)
 
 
 def test_skipped_halves_do_not_run():
-    everything = [(place, gate) for place in (0, 3) for gate in GATES]
+    everything = [(place, gate) for place in (0, 3) for gate in PLACES]
     small = check(masked(share=0.6, empty=everything))
     first, second = small.blocks[0], small.blocks[1]
     assert first.attn is None and first.attn_constant is None and first.mlp is not None
@@ -96,51 +65,48 @@ def test_skipped_halves_do_not_run():
 
 def test_whole_model_stays_as_it_is():
     small = check(masked(share=1.1))
-    before = sum(p.numel() for p in vit().parameters())
+    before = sum(p.numel() for p in gated_vit().parameters())
     assert sum(p.numel() for p in small.parameters()) == before
-    assert list(small.state_dict()) == list(vit().state_dict())
+    assert list(small.state_dict()) == list(gated_vit().state_dict())
 
 
 def test_soft_masks_are_rounded():
-    model = vit()
+    model = gated_vit()
     gates = attach(model)
     gates.set(torch.rand(gates.values.shape, generator=torch.Generator().manual_seed(3)))
     rounded = copy.deepcopy(model)
     rounded.p3b_gates.harden()
-    same(p3b.shrink(model)(images()), rounded(images()))
+    truth = in_float64(rounded, gated_images())
+    assert_same_to_rounding(p3b.shrink(model)(gated_images()), rounded(gated_images()), truth)
 
 
 def test_float64_agrees_to_rounding():
-    model = masked("qk_norm", 0.5).double()
-    expected = model(images().double())
-    torch.testing.assert_close(p3b.shrink(model)(images().double()), expected, rtol=1e-6, atol=1e-6)
+    model = masked("qk_norm").double()
+    expected = model(gated_images().double())
+    torch.testing.assert_close(p3b.shrink(model)(gated_images().double()), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_agree_too():
     """The kept weights learn the same under the mask and after the shrink (q's rows apart, which carry the
     logit scale)."""
-    model = masked("layer_scale", 0.5)
-    twin = copy.deepcopy(model)
-    small = p3b.shrink(twin)
+    model = masked("layer_scale")
+    exact, small = copy.deepcopy(model).double(), p3b.shrink(copy.deepcopy(model))
     kept = small.p3b_kept["blocks.1.mlp"]
-    model(images()).square().sum().backward()
-    small(images()).square().sum().backward()
-    wide, narrow = model.blocks[1].mlp.fc1.weight.grad, small.blocks[1].mlp.fc1.weight.grad
-    expected = wide[kept["inner"]][:, kept["in"]]
-    torch.testing.assert_close(narrow, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    torch.testing.assert_close(
-        small.patch_embed.proj.weight.grad, model.patch_embed.proj.weight.grad, rtol=1e-3, atol=1e-2
-    )
+    for each, x in ((model, gated_images()), (small, gated_images()), (exact, gated_images().double())):
+        each(x).square().sum().backward()
+    wide, whole = (each.blocks[1].mlp.fc1.weight.grad[kept["inner"]][:, kept["in"]] for each in (model, exact))
+    assert_same_to_rounding(small.blocks[1].mlp.fc1.weight.grad, wide, whole)
+    assert_same_to_rounding(*(each.patch_embed.proj.weight.grad for each in (small, model, exact)))
 
 
 @pytest.mark.parametrize("name", ["deit", "qk_norm", "layer_scale"])
 def test_pruned_model_runs_on_fused_and_stock_attention(name):
-    small = check(masked(name, 0.4, [(2, "inner"), (5, "out")]))
-    expected = small(images())
-    same(patch(small)(images()), expected)
-    same(unpatch(small)(images()), expected)
+    small = check(masked(name, share=0.4, empty=[(2, "inner"), (5, "out")]))
+    expected, truth = small(gated_images()), in_float64(small, gated_images())
+    assert_same_to_rounding(patch(small)(gated_images()), expected, truth)
+    assert_same_to_rounding(unpatch(small)(gated_images()), expected, truth)
     small.blocks[0].attn.fused_attn = False  # timm's own arithmetic instead of PyTorch's kernel
-    same(small(images()), expected)
+    assert_same_to_rounding(small(gated_images()), expected, truth)
 
 
 @pytest.mark.parametrize("name", ["deit", "qk_norm", "gap", "layer_scale"])
@@ -148,11 +114,11 @@ def test_token_reduction_does_the_same_to_the_masked_and_the_shrunk_model(name):
     """Keys, values and class attention of the kept channels decide which tokens go; the cut ones were zero."""
     reductions = [ToMe(r=2)] if name == "gap" else [ToMe(r=2), PPT(r=3, blocks=(1, 2), threshold=1e-3)]
     for reduction in reductions:
-        model = masked(name, 0.6, [(1, "out"), (3, "in")])
-        expected = patch(model, reduction)(images())
-        dense = unpatch(model)(images())
+        model = masked(name, share=0.6, empty=[(1, "out"), (3, "in")])
+        expected = patch(model, reduction)(gated_images())
+        dense = unpatch(model)(gated_images())
         assert not torch.allclose(expected, dense, rtol=1e-3, atol=1e-3)
-        same(patch(p3b.shrink(model), reduction)(images()), expected)
+        assert_near(patch(p3b.shrink(model), reduction)(gated_images()), expected)
 
 
 def test_reduction_in_a_block_without_attention_says_so():
@@ -161,13 +127,13 @@ def test_reduction_in_a_block_without_attention_says_so():
         patch(small, PPT(r=3, blocks=(1,)))
     with pytest.raises(NotImplementedError, match="attention must exist where tokens are reduced"):
         small.blocks[1].attention_half(torch.zeros(1, 13, 48), aux=("cls_attention",))
-    assert patch(small, PPT(r=3, blocks=(2,)))(images()).isfinite().all()
-    assert patch(small, ToMe(r=2))(images()).isfinite().all()  # passes over the block
+    assert patch(small, PPT(r=3, blocks=(2,)))(gated_images()).isfinite().all()
+    assert patch(small, ToMe(r=2))(gated_images()).isfinite().all()  # passes over the block
 
 
 def test_shrink_needs_gates():
     with pytest.raises(ValueError, match="shrink: the model has no gates"):
-        p3b.shrink(vit())
+        p3b.shrink(gated_vit())
 
 
 def test_a_pruned_model_cannot_be_pruned_again():
@@ -178,116 +144,48 @@ def test_a_pruned_model_cannot_be_pruned_again():
 # on disk
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_load_gives_back_what_was_saved(name, tmp_path):
-    small = check(masked(name, 0.4, [(0, "out"), (3, "in")]))
-    folder = p3b.save(small, tmp_path / "run", meta={"mean": [0.5], "classes": 10})
-    state = torch.random.get_rng_state()
-    loaded = p3b.load(folder)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    same(loaded(images()), small(images()))
-    assert read_meta(folder) == {"mean": [0.5], "classes": 10}
-    assert sorted(os.listdir(folder)) == ["model.json", "model.safetensors"]
-    assert {k: v.shape for k, v in loaded.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
-    assert all(
-        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), small.state_dict().values(), strict=True)
-    )
-    p3b.save(loaded, tmp_path / "again")  # what was loaded can be saved
+@pytest.mark.parametrize("empty", [(), (0, 3), (2, 5)], ids=["", "empty-0-3", "empty-2-5"])
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in GATES if kind != "channels"])
+def test_other_gates_shrink_as_exactly_and_cost_what_was_counted(name, kind, empty):
+    model = masked(name, kind, share=0.6, empty=[(place, "inner") for place in empty])
+    gates, x = model.p3b_gates, gated_images()
+    expected, truth, params, macs = model(x), in_float64(model, x), gates.total("params"), gates.total("macs")
+    small = patch(p3b.shrink(model))
+    assert_same_to_rounding(small(x), expected, truth)
+    assert sum(p.numel() for p in small.parameters()) == params
+    if not empty:  # what a constant vector costs is not a multiplication
+        assert count_macs(small, GATED_SIZE) == macs
 
 
-@pytest.mark.parametrize("ratio", [1.25, 57 / 48, 15 / 11, 2.66667 * 2])
-def test_any_number_of_hidden_channels_comes_back(ratio, tmp_path):
-    model = vit(embed_dim=44, num_heads=4, mlp_ratio=ratio)
-    assert p3b.load(p3b.save(model, tmp_path)).blocks[0].mlp.fc1.weight.shape == model.blocks[0].mlp.fc1.weight.shape
+def test_masks_matter():
+    for kind in KINDS_OF_GATES:
+        model = masked(kind=kind, share=0.6)
+        assert not torch.allclose(model(gated_images()), gated_vit()(gated_images()), rtol=1e-2, atol=1e-2)
 
 
-def test_a_whole_model_can_be_saved_too(tmp_path):
-    model = vit("layer_scale")
-    same(p3b.load(p3b.save(model, tmp_path))(images()), model(images()))
+def test_the_embedding_is_really_narrower():
+    model = masked(kind="heads-embedding", share=0.6)
+    kept = kept_indices(model.p3b_gates)
+    small = p3b.shrink(model)
+    width = len(kept["embedding"])
+    assert 20 < width < 40 and small.embed_dim == small.num_features == width
+    assert small.pos_embed.shape[-1] == small.cls_token.shape[-1] == small.head.in_features == width
+    assert small.blocks[0].attn.num_heads == len(kept["blocks.0.attn"]["heads"]) < 4
+    assert small.forward_features(gated_images()).shape[-1] == width
+    assert small.blocks[0].attn_index is None
 
 
-def saved(tmp_path):
-    return p3b.save(check(masked(share=0.5)), tmp_path / "run")
+def test_an_empty_embedding_is_refused():
+    model = gated_vit()
+    attach(model, embedding=True).set(torch.zeros_like(model.p3b_gates.values))
+    with pytest.raises(ValueError, match="the masks remove every channel of the embedding"):
+        p3b.shrink(model)
 
 
-def test_a_folder_that_holds_a_model_is_refused(tmp_path):
-    folder = saved(tmp_path)
-    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-    with pytest.raises(ValueError, match="save: folder must not hold a model yet"):
-        p3b.save(vit(), folder)
-    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "model.json"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_files_cut_short_are_one_line_errors(tmp_path, file, share):
-    folder = saved(tmp_path)
-    content = (folder / file).read_bytes()
-    (folder / file).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match="load: ") as error:
-        p3b.load(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_missing_and_foreign_files_are_one_line_errors(tmp_path):
-    with pytest.raises(ValueError, match=r"load: folder must hold model\.json"):
-        p3b.load(tmp_path)
-    folder = saved(tmp_path)
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"load: folder must hold model\.safetensors"):
-        p3b.load(folder)
-    other = p3b.save(check(masked(share=0.3)), tmp_path / "other")
-    (other / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ValueError, match="load: weights must fit the described model") as error:
-        p3b.load(other)
-    assert "\n" not in str(error.value)
-    for text in ('{"format": "else"}', "[1]", json.dumps({"format": "p3b", "version": 99})):
-        (other / "model.json").write_text(text)
-        with pytest.raises(ValueError, match="load: "):
-            p3b.load(other)
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"), [("num_heads", 0), ("embed_dim", -5), ("depth", "2"), ("img_size", None)]
-)
-def test_descriptions_that_no_model_fits_are_one_line_errors(tmp_path, argument, value):
-    folder = saved(tmp_path)
-    description = json.loads((folder / "model.json").read_text())
-    description["model"]["arguments"][argument] = value
-    (folder / "model.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"load: model\.json must describe a timm ViT") as error:
-        p3b.load(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_a_description_without_meta_has_none(tmp_path):
-    folder = saved(tmp_path)
-    description = json.loads((folder / "model.json").read_text())
-    del description["meta"]
-    (folder / "model.json").write_text(json.dumps(description))
-    assert read_meta(folder) == {}
-
-
-@pytest.mark.parametrize("kind", [OSError, SafetensorError])
-def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch, kind):
-    def full_disk(*_):
-        raise kind("No space left on device")
-
-    monkeypatch.setattr("p3b.runs.checkpoint.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        p3b.save(vit(), tmp_path / "run")
-    assert os.listdir(tmp_path / "run") == []
-    with pytest.raises(ValueError, match="meta must be plain JSON"):
-        p3b.save(vit(), tmp_path / "other", meta={"model": vit()})
-    assert not (tmp_path / "other").exists()
-
-
-def test_what_cannot_be_described_says_so(tmp_path):
-    with pytest.raises(
-        NotImplementedError, match="save: mlp must be one of Mlp, GluMlp, SwiGLUPacked, SwiGLU, got GatedMlp"
-    ):
-        p3b.save(vits.family("deit", mlp_layer=GatedMlp), tmp_path / "run")
-    with pytest.raises(NotImplementedError, match=r"save: activation must be one of GELU, .*, got Mish"):
-        p3b.save(vits.family("deit", act_layer=nn.Mish), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_token_reduction_does_the_same_under_a_masked_and_in_a_narrower_embedding():
+    for reduction in (ToMe(r=2), PPT(r=3, blocks=(1, 2), threshold=1e-3)):
+        model = masked(kind="channels-embedding", share=0.6)
+        dense = model(gated_images())
+        expected = patch(model, reduction)(gated_images())
+        assert not torch.allclose(expected, dense, rtol=1e-3, atol=1e-3)
+        assert_near(patch(p3b.shrink(model), reduction)(gated_images()), expected)

@@ -114,3 +114,49 @@ def test_one_process_needs_no_group():
     assert group.first and group.all_gather("a") == ["a"] and x.tolist() == [1, 1, 1]
     with processes("cpu") as (alone, device):
         assert alone.world == 1 and device == "cpu"
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_the_command_line_under_torchrun(tmp_path):
+    settings = {
+        "model": "vit_tiny_patch16_224",
+        "model_kwargs": {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3},
+        "pretrained": False,
+        "data": "digits",
+        "img_size": 8,
+        "classes": [5, 6],
+        "batch_size": 32,
+        "start_epoch": 0,
+        "sparse_epoch": 1,
+        "final_epoch": 2,
+        "finetune_epochs": 1,
+        "device": "cpu",
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+
+    def start(name, *python):
+        command = [*python, "-m", "p3b", "prune", "--config", "settings.json", "--output", name, "--threads", "1"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment)
+
+    def run(name, *python):
+        found = start(name, *python)
+        assert found.returncode == 0, found.stderr
+        return found.stdout, json.loads((tmp_path / name / "history.json").read_text())
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port))
+    alone, history = run("alone", sys.executable)
+    text, together = run("together", *several)
+    assert text.count("written to together") == 1 and text.count("pruned") == alone.count("pruned")
+    assert [u["keep_ratio"] for u in together["updates"]] == [u["keep_ratio"] for u in history["updates"]]
+    for mine, theirs in zip(history["epochs"], together["epochs"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert not (tmp_path / "together.unfinished").exists()
+    again = start("together", *several)  # the folder holds a run now: the first process says so, the other just ends
+    assert again.returncode != 0 and again.stderr.count("already holds a run") == 1, again.stderr
+    assert "cli.py" not in again.stderr and "gloo" not in again.stderr, (
+        again.stderr
+    )  # the launcher has its own traceback

@@ -4,16 +4,17 @@ down."""
 import copy
 import gc
 import json
+import re
 
 import pytest
 import torch
-from toy import BATCH, CLASSES, STEPS, Recorder, batches, config, prune, vit
+from toy import BATCH, CLASSES, STEPS, Recorder, batches, config, prune, pruning_phase, vit
 
 import p3b
 from p3b import Config
 from p3b.training.prune import PruningPhase
-from p3b.training.step import Meter, Step, create_optimizer
-from p3b_ext.patch import patch, unpatch
+from p3b.training.step import Step
+from p3b_ext.patch import unpatch
 
 # a task this short leaves some updates without a positive benefit; pruning/test_benefit.py tests that warning
 pytestmark = pytest.mark.filterwarnings("ignore:importance")
@@ -110,104 +111,6 @@ def test_soft_targets_give_the_same_losses_as_labels():
 # the step
 
 
-def run_of(model=None, **options):
-    run = PruningPhase(patch(model or vit()), config(**options), STEPS)
-    run.model.train()
-    return run, Meter(run.device)
-
-
-def test_gates_are_bitwise_untouched_between_updates():
-    run, meter = run_of(start_epoch=0, weight_decay=0.5, lr=0.1)
-    values = torch.rand_like(run.gates.values)
-    run.gates.set(values)
-    weights = [p.clone() for p in run.model.parameters()]
-    for batch in batches():
-        run.train_step([batch], meter)
-    assert torch.equal(run.gates.values, values)
-    assert all(not torch.equal(a, b) for a, b in zip(weights, run.model.parameters(), strict=True))
-    held = {p.data_ptr() for p in run.step.parameters} | {p.data_ptr() for p in run.method.probes.parameters()}
-    assert held.isdisjoint({run.gates.values.data_ptr()})
-    assert len(run.step.parameters) == len(list(run.model.parameters()))
-
-
-def test_scores_are_those_of_the_batch_gradient():
-    run, meter = run_of(start_epoch=0, label_smoothing=0.0, lr=1e-12)
-    run.gates.set(torch.rand_like(run.gates.values) * 0.5 + 0.5)
-    images, labels = batches(1)[0]
-    twin = copy.deepcopy(run.model)
-    torch.nn.functional.cross_entropy(twin(images), labels).backward()
-    expected = (twin.p3b_gates.values * twin.p3b_gates.grad).square()
-    run.train_step([(images, labels)], meter)
-    torch.testing.assert_close(run.gates.score_sum, expected, rtol=1e-4, atol=1e-10)
-
-
-def test_nothing_is_measured_in_the_warm_up():
-    run, meter = run_of(start_epoch=1)
-    run.train_step([batches(1)[0]], meter)
-    assert not run.gates.score_sum.any() and not run.method.benefit.count and not run.gates.grad.any()
-    assert any(state for state in run.method.optimizers[0].state.values())  # the probes learn from the start
-
-
-def test_accumulated_batches_make_one_step():
-    images, labels = batches(1, size=8)[0]
-    halves = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-    whole, meter = run_of(start_epoch=0, patch_probe="linear")
-    split, _ = run_of(start_epoch=0, patch_probe="linear")
-    split.method.probes.load_state_dict(whole.method.probes.state_dict())
-    whole.train_step([(images, labels)], meter)
-    split.train_step(halves, meter)
-    torch.testing.assert_close(split.gates.score_sum, whole.gates.score_sum, rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(
-        split.method.benefit.sums / split.method.benefit.count, whole.method.benefit.sums, rtol=1e-3, atol=1e-5
-    )
-    assert float(split.gates.count) == 1
-    # two batches a step: three steps an epoch, updates counted in steps
-    result = prune(accumulate=2, updates_per_epoch=1, finetune_epochs=0)
-    assert [u["step"] for u in result.history["updates"]] == [5, 8, 11, 12]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_gradients_change_nothing(bad):
-    run, meter = run_of(start_epoch=0)
-    good = batches(2)
-    run.train_step([good[0]], meter)
-    weights = [p.clone() for p in (*run.model.parameters(), *run.method.probes.parameters())]
-    score, count = run.gates.score_sum.clone(), float(run.gates.count)
-    images = good[1][0].clone()
-    images[0, 0, 0, 0] = bad
-    run.train_step([(images, good[1][1])], meter)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(weights, (*run.model.parameters(), *run.method.probes.parameters()), strict=True)
-    )
-    assert torch.equal(run.gates.score_sum, score) and float(run.gates.count) == count
-    assert torch.isfinite(run.method.benefit.sums).all()
-    assert float(run.step.skipped) == 1
-    run.train_step([good[1]], meter)
-    assert float(run.gates.count) == count + 1 and torch.isfinite(run.gates.score_sum).all()
-    for _ in range(10):
-        run.train_step([(images, good[1][1])], meter)
-    with pytest.raises(RuntimeError, match=r"10 steps in a row .*epoch 3"):
-        run.step.check("epoch 3")
-
-
-@pytest.mark.parametrize("call", [p3b.prune, p3b.finetune])
-def test_ten_broken_steps_end_the_run_in_the_middle_of_an_epoch(call):
-    """An epoch may take hours; the error says where it stopped."""
-    drawn = []
-
-    class Broken(list):
-        def __iter__(self):
-            for images, labels in super().__iter__():
-                drawn.append(len(labels))
-                yield images / 0, labels
-
-    where = "prune epoch 0, step 1[0-3] of 60" if call is p3b.prune else "finetune epoch 0, step 1[0-3] of 60"
-    with pytest.raises(p3b.Diverged, match=rf"in 1\d steps in a row \({where}\)"):
-        call(vit(depth=1), Broken(batches(60, size=2)), batches(1, 1), config())
-    assert 10 <= len(drawn) <= 13
-
-
 def test_what_pruning_held_is_gone_when_fine_tuning_begins():
     """The optimizer's state of the whole model is three times its size."""
 
@@ -233,23 +136,6 @@ def test_the_best_epoch_is_one_of_the_pruned_model():
     assert 100 * right / (2 * BATCH) == pytest.approx(result.summary["accuracy_final"])
 
 
-def test_clipping():
-    model = vit()
-    step = Step(
-        model,
-        create_optimizer(model, config(opt="sgd"), 1.0),
-        config(clip_grad=1e-3, weight_decay=0.0),
-        torch.device("cpu"),
-    )
-    before = [p.clone() for p in model.parameters()]
-    step.optimizer.param_groups[0]["momentum"] = 0.0
-    for group in step.optimizer.param_groups:
-        group["weight_decay"], group["momentum"], group["nesterov"] = 0.0, 0.0, False
-    step(batches(1), Meter(torch.device("cpu")))
-    moved = torch.stack([(a - b).norm() for a, b in zip(before, model.parameters(), strict=True)]).norm()
-    assert float(moved.detach()) == pytest.approx(1e-3, rel=1e-2)
-
-
 def test_backbone_and_probes_train_in_train_mode():
     modes = []
     model = vit(pos_drop_rate=0.1)
@@ -271,7 +157,7 @@ def test_backbone_and_probes_train_in_train_mode():
 def test_a_block_whose_benefit_rises_late_regains_channels():
     """Reactivation: early updates starve the last MLP, later ones find it useful; its channels come back, the
     budget holds."""
-    run, meter = run_of(
+    run, meter = pruning_phase(
         vit(depth=3),
         start_epoch=0,
         sparse_epoch=2,
@@ -346,20 +232,6 @@ def test_config_is_a_config(call, settings):
         call(vit(), batches(1), batches(1), settings)
 
 
-def test_soft_targets_are_taken():
-    soft = [(x, torch.nn.functional.one_hot(y, CLASSES).float()) for x, y in batches(2)]
-    assert len(p3b.finetune(vit(), soft, batches(1), config(), epochs=1)["epochs"]) == 1
-
-
-def test_finetune_learns_and_needs_an_epoch():
-    model = vit()
-    history = p3b.finetune(model, batches(), batches(2, 1), config(finetune_lr=5e-3), epochs=6)
-    assert history["accuracy_final"] > 60
-    assert [e["epoch"] for e in history["epochs"]] == list(range(6))
-    with pytest.raises(ValueError, match="epochs must be 1 or more, got 0"):
-        p3b.finetune(model, batches(), batches(2, 1), config(), epochs=0)
-
-
 def test_result_can_be_saved_and_loaded(tmp_path):
     result = prune(finetune_epochs=1)
     loaded = p3b.load(p3b.save(result, tmp_path / "run", meta={"data": "colours"}))
@@ -373,35 +245,27 @@ def test_result_can_be_saved_and_loaded(tmp_path):
 # settings
 
 
-@pytest.mark.parametrize(
-    "options, error, message",
-    [
-        ({"prune_ratio": 1.0}, ValueError, r"config: prune_ratio must be in \(0, 1\), got 1.0"),
-        ({"prune_ratio": "half"}, TypeError, "config: prune_ratio must be float, got 'half'"),
-        ({"final_epoch": 2.5}, TypeError, "config: final_epoch must be int, got 2.5"),
-        ({"lr": float("nan")}, ValueError, "config: lr must be finite, got nan"),
-        ({"start_epoch": 7}, ValueError, "config: sparse_epoch must be above start_epoch = 7, got 7"),
-        ({"final_epoch": 3}, ValueError, "config: final_epoch must be at least sparse_epoch = 7, got 3"),
-        ({"budget": "flops"}, ValueError, "config: budget must be one of params, macs, got 'flops'"),
-        ({"rank_zero_by": "luck"}, ValueError, "config: rank_zero_by must be one of gradient, last"),
-        ({"gama": 0.2}, ValueError, "config: key must be one of .*gamma.*, got gama"),
-    ],
-)
-def test_settings_are_checked(options, error, message):
-    with pytest.raises(error, match=message):
-        Config.from_dict(options)
+def test_a_model_without_pooling_says_so():
+    with pytest.raises(
+        ValueError, match=re.escape("model must give logits [B, K], got [16, 17, 4]; set its global_pool")
+    ):
+        prune(vit(global_pool=""))
 
 
-def test_settings_go_through_a_dictionary():
-    made = Config(prune_ratio=0.7, lr=1)
-    assert made.lr == 1.0 and isinstance(made.lr, float)
-    assert Config.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+def test_masks_that_miss_the_budget_say_so():
+    with pytest.warns(UserWarning, match=r"the masks prune .* where 50.0% was asked for; a round_to below 1000"):
+        prune(round_to=1000)
 
 
-def test_recipe_that_does_not_exist(tmp_path):
-    with pytest.raises(ValueError, match=r"recipe must be a TOML file or one of .*paper.*, got 'nothing'"):
-        Config.from_file("nothing")
-    broken = tmp_path / "broken.toml"
-    broken.write_text("lr = = 1")
-    with pytest.raises(ValueError, match=r"broken\.toml cannot be read as TOML"):
-        Config.from_file(broken)
+def test_compensation_changes_biases_and_nothing_else():
+    plain, kept = prune(finetune_epochs=0), prune(finetune_epochs=0, compensate=True)
+    assert plain.model.p3b_kept == kept.model.p3b_kept
+    changed = {
+        name
+        for (name, a), b in zip(plain.model.named_parameters(), kept.model.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed and all(name.endswith((".bias", "_constant")) for name in changed)
+    assert kept.history["accuracy_masked"] == kept.history["accuracy_shrunk"]
+    with pytest.raises(NotImplementedError, match="compensate: "):
+        prune(vit(qkv_bias=False), compensate=True)
