@@ -1,4 +1,4 @@
-# Each target does its own set-up on a fresh machine: Python 3.11 or newer and a C++ compiler are all it needs.
+# Each target creates its environment on a fresh machine; it needs Python 3.11 or newer and a C++ compiler only.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,16 +9,18 @@ OLD_TIMM := 1.0.23
 
 .PHONY: demo test bench fuzz lint format setup clean
 
-demo: setup  ## the main job on real images, minutes on two cores
+demo: setup  ## prunes a small ViT on scikit-learn's digits, in minutes on two cores
 	$(BIN)/p3b demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup $(VENV)/.oldest  ## everything that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	P3B_OLD_TORCH=$(abspath $(VENV))/torch-$(OLD_TORCH) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --durations=12
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/extension/test_patch.py tests/extension/test_modules.py tests/trainer/pruning/test_surgery.py tests/trainer/data -n 2
-	PYTHON=$(abspath $(BIN))/python tests/fuzz/run.sh 3000 1 || [ $$? = 77 ]  # 77: no AddressSanitizer here, as it said
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/extension/test_patch.py tests/extension/test_modules.py tests/trainer/pruning/test_surgery.py tests/trainer/runs/test_checkpoint.py tests/trainer/data -n 2
+	PYTHON=$(abspath $(BIN))/python tests/fuzz/run.sh 3000 1 || [ $$? = 77 ]  # 77: this machine has no AddressSanitizer; run.sh reports it
 
-bench: setup  ## kernel microbenchmarks; a page of tables: python tests/bench/table.py build/bench.json. On a busy machine: OMP_NUM_THREADS=1 P3B_BENCH_CLOCK=thread make bench
+# A page of tables: python tests/bench/table.py build/bench.json.
+# On a busy machine: OMP_NUM_THREADS=1 P3B_BENCH_CLOCK=thread make bench
+bench: setup  ## kernel benchmarks
 	@mkdir -p build
 	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-max-time=0.3 --benchmark-timer=time.$(if $(filter thread,$(P3B_BENCH_CLOCK)),thread_time,perf_counter) --benchmark-json=build/bench.json -o python_files="bench_*.py" -o addopts="--import-mode=importlib -q"
 	$(BIN)/python tests/bench/table.py build/bench.json

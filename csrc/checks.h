@@ -64,7 +64,7 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
   P3B_CHECK(t.is_cuda() == like.is_cuda() && t.get_device() == like.get_device(), op, ": ", name, " must be on the device of the first argument");
 }
 
-// A tensor whose last axis has stride 1 (or size <= 1), which is all that the kernels ask of strides.
+// A tensor whose last axis has stride 1 (or size <= 1), the only requirement of the kernels on strides.
 inline void check_rows(const char* op, const char* name, const Tensor& t) {
   P3B_CHECK(t.dim() > 0 && (t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1), op, ": ", name, " must have a contiguous last axis, got stride ",
             t.stride(t.dim() - 1));

@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(p3b_ext, m) {
   m.def("topk_tokens(Tensor scores, int keep, int num_prefix, bool by_score) -> Tensor");                  // int64 [B,num_prefix+keep]
   m.def("prune_slots(Tensor scores, int r, int num_prefix, bool by_score) -> Tensor");                     // int32 [B,N], -1 dropped
   // scores as attention acc [B,H,N] averaged over heads, times value_norm acc [B,N]; select_tokens at their topk_tokens, in one launch. CUDA only:
-  // elsewhere ops/select.py takes the parts. -> y [B,num_prefix+keep,C], index int64
+  // elsewhere ops/select.py calls the single ops. -> y [B,num_prefix+keep,C], index int64
   m.def("keep_tokens(Tensor x, Tensor attention, Tensor? value_norm, int keep, int num_prefix, bool by_score) -> (Tensor y, Tensor index)");
   m.def("select_tokens(Tensor x, Tensor index) -> Tensor");                                                // [B,N,C], [B,M] -> [B,M,C]
   m.def("select_tokens_backward(Tensor grad, Tensor index, int num_tokens) -> Tensor");                    // [B,M,C], [B,M] -> [B,N,C]
@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(p3b_ext, m) {
   // merge: slot int32 [B,N]: output row of each token, -1 dropped; source bool [B,N]: tokens that may merge into the others (None: even positions).
   m.def("match_tokens(Tensor metric, int r, int num_prefix, Tensor? source) -> Tensor");                   // [B,N,D] -> slot [B,N]; N - r rows
   // images whose scores [B,N-num_prefix] spread (variance, or that over the squared mean) by threshold (thresholds [B]) or more: prune_slots by
-  // score, the others: match_tokens. CUDA only: elsewhere plan.py takes the parts. There metric of both may be [B,H,N,D], to be averaged over heads.
+  // score, the others: match_tokens. CUDA only: elsewhere plan.py calls the single ops. There metric of both may be [B,H,N,D], to be averaged over heads.
   m.def("match_or_prune(Tensor metric, Tensor scores, float threshold, Tensor? thresholds, int r, int num_prefix, bool relative) -> Tensor");
   // size, weight acc [B,N]; y [B,M,C] weighted by weight, else size, else 1; size_out acc [B,M] sums size (1 where None).
   m.def("merge_tokens(Tensor x, Tensor slot, int num_out, Tensor? size, Tensor? weight, bool normalize) -> (Tensor y, Tensor size_out)");

@@ -400,7 +400,7 @@ def _received(
     total, k, bias, q_base, lse_ptr, start, stride_qn, N, D, scale,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """Add the attention that one block of queries pays to the program's own keys."""
+    """Add the attention of one block of queries to the program's own keys."""
     rows = start + tl.arange(0, BLOCK)
     q = _load_rows(q_base, rows, stride_qn, N, D, BOUND, BLOCK_D, EVEN_D)
     lse = _load_lse(lse_ptr, rows, N)

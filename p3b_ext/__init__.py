@@ -6,6 +6,7 @@ Letters, everywhere: B batch, H heads, N tokens in, M tokens out, D head channel
 import torch  # noqa: F401  (loads the libraries that _C links to)
 
 from .backends import backend, build_info
+from .exact import check_exact, check_unshared
 from .modules import Attention
 from .ops import flops  # noqa: F401  (registers them)
 from .ops.attention import AttentionAux, masked_attention, scaled_dot_product_attention
@@ -34,6 +35,8 @@ __all__ = [
     "backend",
     "build_info",
     "calibrate",
+    "check_exact",
+    "check_unshared",
     "count_macs",
     "current_patch",
     "current_reduction",

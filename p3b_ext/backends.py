@@ -1,4 +1,4 @@
-"""Which implementation may run a call and, if none may, why not. The choice falls in Python, before dispatch.
+"""Which implementation may run a call and, if none may, why not. The choice is made in Python, before dispatch.
 
 Order: cuda, triton, reference for tensors on a GPU; cpu, reference elsewhere. `backend(...)` or the environment
 variable P3B_EXT_BACKEND forces one.
@@ -133,7 +133,7 @@ def choose(op: str, x: Tensor, family: str) -> str:
 def check_values(op: str, name: str, x: Tensor, ok: Callable, expected: str, *, backend: str = "reference") -> None:
     """Raise ValueError where not all of `ok(x)` holds.
 
-    The compiled CPU kernels look for themselves; elsewhere this reads a value back from the device, so on a GPU it
+    The compiled CPU kernels check for themselves; elsewhere this reads a value back from the device, so on a GPU it
     happens only under P3B_EXT_CHECK=1, and never while compiling.
     """
     if backend == "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
@@ -142,7 +142,7 @@ def check_values(op: str, name: str, x: Tensor, ok: Callable, expected: str, *, 
         return
     try:
         good = bool(ok(x).all())
-    except RuntimeError:  # under vmap and for fake tensors there is no one value to look at
+    except RuntimeError:  # under vmap and for fake tensors there is no single value to read
         return
     if not good:
         raise ValueError(f"{op}: {name} must be {expected}, got other values")

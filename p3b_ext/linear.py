@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .torch_private import forward_mode, has_onednn_linear, onednn_linear
 
-# MKL, behind PyTorch's float32 linear, keeps to 256-bit code on AMD CPUs. On a Zen 5 that is 108 of 230 GF/s per core
+# PyTorch's float32 linear is MKL's, which uses 256-bit code on AMD CPUs. On a Zen 5 that is 108 of 230 GF/s per core
 # (T = 1576, 384 -> 1536); on a Zen 3, which has no wider units, MKL reaches 90 GF/s and oneDNN 80 (T = 3152). So only
 # AMD CPUs with AVX-512 are candidates, and a measurement of a few milliseconds decides there.
 MIN_GAIN = 1.15
@@ -51,7 +51,11 @@ def prefer_onednn() -> bool:
     if not _is_amd() or torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn_linear():
         return False
     tokens, channels, outputs = PROBE
-    x, w, b = torch.ones(tokens, channels), torch.ones(outputs, channels), torch.ones(outputs)
+    x, w, b = (
+        torch.ones(tokens, channels, dtype=torch.float32, device="cpu"),
+        torch.ones(outputs, channels, dtype=torch.float32, device="cpu"),
+        torch.ones(outputs, dtype=torch.float32, device="cpu"),
+    )
     ours = _fastest(lambda: onednn_linear(x, w, b))
     return _fastest(lambda: F.linear(x, w, b)) >= MIN_GAIN * ours
 

@@ -25,7 +25,7 @@ class Attention(timm.layers.Attention):
     Use: `timm.create_model(name, attn_layer=p3b_ext.Attention)`, or `p3b_ext.patch(model)` for an existing model.
 
     Without q/k norm the kernel reads qkv packed, in place. Attention dropout in training, causal and full attention
-    masks are handed to PyTorch's scaled_dot_product_attention.
+    masks run in PyTorch's scaled_dot_product_attention.
     """
 
     def forward(  # type: ignore[override]  # an AttentionOutput where side outputs are asked for
@@ -62,7 +62,7 @@ class Attention(timm.layers.Attention):
         plain = token_size is None and not aux
         side = AttentionAux()
         if dropout > 0 or (plain and (attn_mask is not None or is_causal)):
-            x, side = self._handed_over(q, k, v, attn_mask, is_causal, dropout, token_size, aux)
+            x, side = self._by_pytorch(q, k, v, attn_mask, is_causal, dropout, token_size, aux)
         else:
             mask = _key_mask(attn_mask, is_causal, batch, n)
             asked: dict[str, Any] = {"key_mask": mask, "token_size": token_size, "aux": aux}
@@ -78,7 +78,7 @@ class Attention(timm.layers.Attention):
         keys = k.detach() if metric == "heads" else k.detach().mean(1) if metric else None
         return AttentionOutput(x, side, keys)
 
-    def _handed_over(self, q, k, v, attn_mask, is_causal, dropout, token_size, aux) -> tuple[Tensor, AttentionAux]:
+    def _by_pytorch(self, q, k, v, attn_mask, is_causal, dropout, token_size, aux) -> tuple[Tensor, AttentionAux]:
         """Attention by PyTorch, for dropout and general masks; side outputs come from a fused pass without gradient."""
         if dropout == 0:
             return scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal), AttentionAux()

@@ -52,7 +52,7 @@ def patch(
         NotImplementedError: a part of the model that cannot be patched, by its name.
         ValueError, TypeError: options; blocks that do not exist; scores that the model's tokens cannot give.
     """
-    family = family_of("patch", model)
+    family = family_of("patch", model, "; patch the model before torch.compile or DataParallel wrap it")
     _check_options(reduction, trace, linear)
     depth = first = depth_of(model)
     if reduction is not None:
@@ -62,7 +62,9 @@ def patch(
     unpatch(model)
     swaps = family.attention_swaps(model) | family.block_swaps(model, first)
     if linear == "onednn" or (linear == "auto" and prefer_onednn()):
-        swaps |= {name: OneDnnLinear for name, m in model.named_modules() if type(m) is nn.Linear}
+        swaps |= {
+            name: OneDnnLinear for name, m in model.named_modules() if type(m) is nn.Linear and "forward" not in vars(m)
+        }
     if reduction is not None:
         swaps[""] = family.ReducingModel
 
@@ -120,7 +122,7 @@ def token_map(model: nn.Module, block: int | None = None) -> Tensor:
         raise ValueError("token_map: model must be patched with trace=True; call patch(model, reduction, trace=True)")
     slots = record.shared.last_slots()
     if not slots:
-        raise ValueError("token_map: model must have run since it was patched, got no forward")
+        raise ValueError("token_map: the model has not run since it was patched")
     depth = depth_of(model)
     block = depth - 1 if block is None else check_int("token_map", "block", block, 0, depth - 1)
     if block < record.first:  # nothing has moved yet

@@ -72,7 +72,7 @@ class TokenPlan:
         dtype = acc_dtype(x.dtype)
         if size is None:
             return y, torch.ones(self.index.shape, dtype=dtype, device=x.device)
-        check_values(op, "size", size, positive_finite, "> 0 and finite")  # no kernel reads it on this way
+        check_values(op, "size", size, positive_finite, "> 0 and finite")  # no kernel checks it on this path
         return y, size.to(dtype).gather(1, self.index)
 
     def restore(self, y: Tensor, fill: float = 0.0) -> Tensor:
@@ -120,7 +120,7 @@ class TokenPlan:
             weight = torch.where(self.slot >= 0, weight * _ones_or(self.weight, self.slot, then.weight), 0)
             return TokenPlan(slot, then.num_out, weight, normalize=False)
         raise NotImplementedError(
-            f"{op}: means and weighted sums must not be mixed; apply the plans one after the other"
+            f"{op}: no single plan computes a mean inside a weighted sum; apply the plans one after the other"
         )
 
     def _check_slots(self, op: str, name: str) -> None:
@@ -141,7 +141,7 @@ def _ones_or(weight: Tensor | None, slot: Tensor, like: Tensor | None) -> Tensor
 
 
 def token_scores(aux: AttentionAux, method: str, num_prefix: int = 1) -> Tensor:
-    """How important each token behind the prefix is, from the attention's side outputs; sums to 1 in every image.
+    """How important each token after the prefix is, from the attention's side outputs; sums to 1 in every image.
 
     With A the attention `[B, H, N, N]`, v the values of all heads, E the entropy of each query's attention:
 
@@ -219,7 +219,7 @@ def plan_fuse(scores: Tensor, keep: int, num_prefix: int = 1, weight: Tensor | N
 
     Args:
         scores: `[B, N - num_prefix]`.
-        keep: tokens behind the prefix that stay; at N - num_prefix nothing is fused.
+        keep: tokens after the prefix that stay; at N - num_prefix nothing is fused.
         weight: `[B, N - num_prefix]` of the fused tokens. Default: scores.
     """
     op = "plan_fuse"
@@ -229,7 +229,11 @@ def plan_fuse(scores: Tensor, keep: int, num_prefix: int = 1, weight: Tensor | N
     num_prefix = check_int(op, "num_prefix", num_prefix, 0, MOST_TOKENS)
     slot = prune_slots(scores, n - keep, num_prefix)
     if keep == n:
-        return TokenPlan(slot, num_prefix + n, index=torch.arange(num_prefix + n, device=slot.device).expand_as(slot))
+        return TokenPlan(
+            slot,
+            num_prefix + n,
+            index=torch.arange(num_prefix + n, device=slot.device, dtype=torch.int64).expand_as(slot),
+        )
     weight = scores if weight is None else weight
     check_tensor(op, "weight", weight, "B N-num_prefix", scores)
     check_shape(op, "weight", weight, (batch, n))
@@ -285,12 +289,12 @@ def plan_merge(
         r = min(r, max(free - 1, 0))
         # the overload with a generator knows no symbolic sizes
         own: dict[str, Any] = {} if generator is None else {"generator": generator}
-        noise = torch.rand(batch, free, device=metric.device, **own)
+        noise = torch.rand(batch, free, device=metric.device, dtype=torch.float32, **own)
         mask = noise.argsort(1).argsort(1) < r
     else:
         source = check_int(op, "source", source, 2)
-        destination = torch.arange(num_prefix, n, device=metric.device) % source == source - 1
-        count = n // source - num_prefix // source  # destinations behind the prefix
+        destination = torch.arange(num_prefix, n, device=metric.device, dtype=torch.int64) % source == source - 1
+        count = n // source - num_prefix // source  # destinations after the prefix
         r = min(r, free - count) if count else 0
         mask = (~destination).expand(batch, -1)
     mask = torch.cat([mask.new_zeros(batch, num_prefix), mask], 1)

@@ -44,7 +44,8 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Shared:
-    """What the parts of one patched model share: its settings, and what the last block leaves for whoever comes next.
+    """What the parts of one patched model share: its settings, and what the last block leaves for the pooling
+    and for `token_map`.
 
     Each thread has its own of all that belongs to a forward, so that threads may share a model. Compiled code cannot
     write a threading.local (it may read one): what it leaves is the model's last.
@@ -164,15 +165,17 @@ def override(model: nn.Module, **changes) -> contextlib.AbstractContextManager[N
 def blocks_that_reduce(model: Model, reduction: Reduction) -> list[int]:
     """The blocks of model in which `reduction` would lose tokens; ValueError where the model lacks what it needs.
 
-    A block whose attention has been pruned away says nothing about its tokens: ToMe passes over it.
+    A block whose attention has been pruned away has no keys and no scores: ToMe skips it.
     """
     depth = depth_of(model)
     reduction.validate(depth, model.has_class_token)
     wanted = [i for i in range(depth) if reduction.reduces(i, depth)]
-    silent = [i for i in wanted if getattr(model.blocks[i], "attn", model) is None]
-    if silent and hasattr(reduction, "blocks"):
-        raise ValueError(f"patch: blocks must be ones with attention, got {silent[0]} (pruned away); choose others")
-    return [i for i in wanted if i not in silent]
+    without = [i for i in wanted if getattr(model.blocks[i], "attn", model) is None]
+    if without and hasattr(reduction, "blocks"):
+        raise ValueError(
+            f"patch: blocks.{without[0]} has no attention (pruned away); choose other blocks for the reduction"
+        )
+    return [i for i in wanted if i not in without]
 
 
 def own_halves(block: nn.Module) -> bool:
@@ -187,7 +190,7 @@ def subclass(mixin: type, base: type) -> type:
     def reduce(self, protocol):
         return _rebuild, (mixin, base), self.__dict__.copy()
 
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__reduce_ex__": reduce})
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__reduce_ex__": reduce, "_p3b_base": base})
 
 
 def _rebuild(mixin: type, base: type) -> nn.Module:

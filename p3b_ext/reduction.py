@@ -27,12 +27,12 @@ from .plan import (
     token_scores,
 )
 
-PPT_THRESHOLD = 7e-5  # variance of "cls_value" scores, off the shelf (PPT)
+PPT_THRESHOLD = 7e-5  # variance of "cls_value" scores, for models used without fine-tuning (PPT)
 BLOCKS = (3, 6, 9)  # where PPT and EViT reduce a 12-block model
 
 
 class Reduction:
-    """What `patch` asks of a way to lose tokens. Blocks are counted from 0."""
+    """The interface of a token reduction, as `patch` uses it. Blocks are counted from 0."""
 
     proportional = False  # later attention adds the log of the token sizes to its logits
     merges = False  # tokens come to stand for several patches, so that sizes must be kept
@@ -69,7 +69,7 @@ class Reduction:
         metric: Tensor | None,
         num_prefix: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C] and its sizes [B, N] (None: 1 each) after the plan, for a block that nobody asks for the plan;
+        """x [B, N, C] and its sizes [B, N] (None: 1 each) after the plan, for a block whose plan is not needed itself;
         the sizes may be None where tokens do not merge."""
         return self.plan(block, depth, aux, metric, num_prefix).apply(x, size)
 
@@ -80,7 +80,7 @@ class ToMe(Reduction):
 
     r: tokens per block: an int; (r, inflection), which goes linearly from r (1 - inflection) in the first block to
         r (1 + inflection) in the last; or a list with one int per block, zeros behind its end. Never more than half of
-        the tokens behind the prefix, as published.
+        the tokens after the prefix, as published.
     proportional: later attention counts a token as often as it stands for a patch; for models trained without merging.
     source: None, or ToMe's variants, as in `plan_merge`: an int k or "random".
     """
@@ -218,7 +218,7 @@ class PPT(Reduction):
 
 @dataclass(frozen=True)
 class _KeepBest(Reduction):
-    """Keep a share of the tokens behind the prefix, the ones with the highest scores."""
+    """Keep a share of the tokens after the prefix, the ones with the highest scores."""
 
     keep_rate: float | Sequence[float] = 0.7
     blocks: Sequence[int] = BLOCKS
@@ -236,7 +236,7 @@ class _KeepBest(Reduction):
         return block in self.blocks
 
     def keep(self, block: int, n: int) -> int:
-        """How many of n tokens behind the prefix stay: ceil(keep_rate n), as EViT publishes."""
+        """How many of n tokens after the prefix stay: ceil(keep_rate n), as EViT publishes."""
         rate = _each(type(self).__name__, "keep_rate", self.keep_rate, self.blocks)[self.blocks.index(block)]
         return math.ceil(rate * n - 1e-9)  # 0.55 * 100 is a little more than 55
 
@@ -245,7 +245,7 @@ class _KeepBest(Reduction):
 class EViT(_KeepBest):
     """Keep the tokens that the class token attends to most and fuse all others into one more (Liang et al., ICLR 2022).
 
-    keep_rate: in (0, 1], of the tokens behind the prefix; a number, or one for each block of `blocks`.
+    keep_rate: in (0, 1], of the tokens after the prefix; a number, or one for each block of `blocks`.
     fuse: the fused token is the sum of the others weighted by the class token's attention; False drops them.
     """
 
@@ -280,7 +280,7 @@ class EViT(_KeepBest):
 class TopK(_KeepBest):
     """Keep the tokens with the highest scores, drop the others.
 
-    keep_rate: in (0, 1], of the tokens behind the prefix; a number, or one for each block of `blocks`.
+    keep_rate: in (0, 1], of the tokens after the prefix; a number, or one for each block of `blocks`.
     score: as in `token_scores`.
     """
 
@@ -327,7 +327,7 @@ class TopK(_KeepBest):
 
 
 def _freeze(reduction: Reduction, *names: str) -> None:
-    """Lists become tuples, so that a reduction is hashable and nobody changes it later."""
+    """Lists become tuples, so that a reduction is hashable and cannot change later."""
     for name in names:
         value = getattr(reduction, name)
         if isinstance(value, Sequence) and not isinstance(value, str):

@@ -107,7 +107,7 @@ def topk_tokens(scores: Tensor, keep: int, num_prefix: int, by_score: bool) -> T
     best = _rank(scores)[:, :keep]
     if not by_score:
         best = best.sort(-1).values
-    prefix = torch.arange(num_prefix, device=scores.device).expand(scores.shape[0], -1)
+    prefix = torch.arange(num_prefix, device=scores.device, dtype=torch.int64).expand(scores.shape[0], -1)
     return torch.cat([prefix, best + num_prefix], 1)
 
 
@@ -131,7 +131,7 @@ def match_tokens(metric: Tensor, r: int, num_prefix: int, source: Tensor | None)
     batch, n, _ = metric.shape
     x = metric.detach().to(acc_dtype(metric.dtype))
     x = x / x.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
-    position = torch.arange(n, device=metric.device)
+    position = torch.arange(n, device=metric.device, dtype=torch.int64)
     if source is None:
         source = (position % 2 == 0).expand(batch, n)
     prefix = (position < num_prefix).expand(batch, n)

@@ -47,7 +47,7 @@ class ResidualStream:
                 continue
             shared = role.shared
             self._hook(block.register_forward_hook(lambda _, args, out, shared=shared: self._keep_reduced(out, shared)))
-        self._open.enter_context(override(self._model, trace=True))  # blocks then say where every token went
+        self._open.enter_context(override(self._model, trace=True))  # blocks then keep the token maps
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,7 +70,7 @@ class ResidualStream:
             self.stream.append((x.x if isinstance(x, Tokens) else x).detach()[: self.rows])
 
     def _keep_reduced(self, out: Tensor | Tokens, shared: Shared) -> None:
-        """What a block of a reduced model puts out; its tokens went where they are behind its attention."""
+        """What a block of a reduced model puts out; its tokens are where they were after its attention."""
         if not self._records():
             return
         slots = out.slots if isinstance(out, Tokens) else shared.last_slots()

@@ -1,4 +1,4 @@
-"""Every private function of PyTorch that p3b_ext uses: what a new PyTorch may rename stands here and nowhere else.
+"""Every private function of PyTorch that p3b_ext uses: names that a new PyTorch may change are in this file only.
 
 Plain aliases where a call costs enough to show in front of a small attention.
 """

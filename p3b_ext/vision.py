@@ -65,7 +65,7 @@ def _pixels(image: Any) -> np.ndarray:
 
 def _patches(slot: Tensor, num_prefix: int, grid: tuple[int, int] | None) -> np.ndarray:
     """The token of every patch, [rows, columns]."""
-    slot = torch.as_tensor(slot)
+    slot = torch.as_tensor(slot, dtype=torch.int64, device="cpu")
     if slot.dim() != 1:
         raise ValueError(f"draw_tokens: slot must be [N], one image of token_map, got shape {list(slot.shape)}")
     n = len(slot) - num_prefix

@@ -124,7 +124,9 @@ def test_unknown_stages_and_scripts(run, tmp_path, monkeypatch, capsys):
 
 def test_stages_see_the_packages_as_installed(run, tmp_path):
     folder = run.overlay(tmp_path)
-    assert (folder / "p3b_ext" / "kernels" / "select.py").exists() and (folder / "p3b" / "train.py").exists()
+    assert (folder / "p3b_ext" / "kernels" / "select.py").exists() and (
+        folder / "p3b" / "training" / "prune.py"
+    ).exists()
     assert (folder / "p3b_ext" / "plan.py").exists()
 
 

@@ -22,6 +22,8 @@ P3B_EXT = {
     "backend": "(name)",
     "build_info": "()",
     "calibrate": "(model, loader, prune_share, *, per_block=False)",
+    "check_exact": "(op, name, module, *known)",
+    "check_unshared": "(op, modules)",
     "count_macs": "(model, reduction=None)",
     "current_patch": "(model)",
     "current_reduction": "(model)",

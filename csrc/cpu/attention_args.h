@@ -1,4 +1,4 @@
-// What attention.cpp (torch, threads, allocation) and the kernels (no torch, one translation unit per instruction set) say to each other.
+// The interface between attention.cpp (torch, threads, allocation) and the kernels (no torch, one translation unit per instruction set).
 // Plain data only: an inline function here would be compiled for AVX-512 in one unit and could be linked into all of them.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Columns of the attention matrix: what each query pays to key 0, and what each key receives.
+// Columns of the attention matrix: each query's attention to key 0, and the attention that each key receives.
 #pragma once
 
 #include "attention_shared.h"

@@ -40,7 +40,7 @@ struct Forward {
     if (task.first == task.last) return;
     const int64_t kept = kept_keys(a, task.b, index);
     if (kept > 0) pack(task, kept);
-    if (a.value_square && task.first == 0) value_square(task);  // behind the packing, which has brought V into the cache
+    if (a.value_square && task.first == 0) value_square(task);  // after the packing, which has brought V into the cache
     if (kept == 0) return no_keys(task);
     const int64_t rows = task.last - task.first, blocks = (rows + shape.block - 1) / shape.block;
     const int64_t per_block = round_up((rows + blocks - 1) / blocks, V::kTileRows);

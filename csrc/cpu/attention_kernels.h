@@ -4,7 +4,7 @@
 //
 // One task computes a chunk of the query rows of one head. It packs K and V of the head once, into panels that stay in the L2 cache, and then
 // goes through its rows in blocks whose logits [rows, N] stay there too: whole rows, so that the softmax needs no running maximum.
-// Masked keys are left out when packing, and everything behind it sees a shorter K and V: no -inf, no NaN from 0 * inf.
+// Masked keys are left out when packing, and everything after it sees a shorter K and V: no -inf, no NaN from 0 * inf.
 //
 // Logits are kept in units of log 2: s = scale * log2(e) * q.k + log2(size), and p = exp2(s - max).
 //

@@ -11,7 +11,7 @@ const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 Isa best() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-  __builtin_cpu_init();  // asks the operating system too (XGETBV)
+  __builtin_cpu_init();  // checks the operating system's support too (XGETBV)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-// GCC 12 takes the undefined operand of its own masked intrinsics for a mistake of ours.
+// GCC 12 warns of the undefined operand inside its own masked intrinsics.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"

@@ -89,7 +89,7 @@ __device__ __forceinline__ float before_scale(const AttentionArguments& a, float
   return x == kMasked ? a.positive.masked : x * a.positive.inverse;
 }
 
-// Gives the operand of the logits that is in registers what the scale lacks.
+// Applies the sign of the scale, or a scale of 0, to the operand of the logits that is in registers.
 template <class T, int kSteps>
 __device__ __forceinline__ void apply_sign(const AttentionArguments& a, uint32_t (&f)[kSteps][4]) {
   if (!a.positive.flat && !a.positive.flip) return;

@@ -107,8 +107,8 @@ struct TileRows {
 };
 
 // A lane's sums over its queries of the logits' gradients, for the four (or two) of the job's keys that it has. They are
-// asked for where token sizes want gradients, which is rare. So they lie in shared memory, and add up what the product with
-// q takes, of 16 bits: other calls pay neither time nor registers for them.
+// computed where token sizes need gradients, which is rare. So they are in shared memory, and sum the 16-bit values that the
+// product with q takes: other calls spend neither time nor registers on them.
 struct LaneSums {
   float at[4];
 };

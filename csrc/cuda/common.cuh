@@ -1,4 +1,4 @@
-// What the kernels need from the machine, behind small functions: warp reductions, asynchronous copies, matrix
+// Small functions for what the kernels need of the machine: warp reductions, asynchronous copies, matrix
 // products, launches. Under P3B_CUDA_ON_CPU the language itself comes from tests/cuda_on_cpu/cuda_on_cpu.h.
 #pragma once
 

@@ -101,7 +101,7 @@ struct CombineArguments {
 
 // out[b, m] = sum over the tokens n of slot m, in rising order, of weight_n x_n, over the sum of weights where
 // `normalize`. Every output row is written by one warp, which looks for its tokens itself: no atomics, one order.
-// kStaged: slots, weights and sizes of the image wait in shared memory; else each look goes to global memory.
+// kStaged: slots, weights and sizes of the image are in shared memory; else each read goes to global memory.
 template <class T, int kSize, class Index, bool kStaged>
 __global__ void __launch_bounds__(kRowWarps * 32, 2) combine_kernel(CombineArguments<T, Index> a) {
   P3B_SHARED(memory);

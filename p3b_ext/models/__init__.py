@@ -14,9 +14,9 @@ from . import vision_transformer
 FAMILIES = (vision_transformer,)
 
 
-def family_of(op: str, model: nn.Module) -> ModuleType:
+def family_of(op: str, model: nn.Module, remedy: str = "") -> ModuleType:
     """The family that a model belongs to; NotImplementedError for any other model."""
     for family in FAMILIES:
         if family.knows(model):
             return family
-    raise NotImplementedError(f"{op}: model must be a timm VisionTransformer, got {type(model).__name__}")
+    raise NotImplementedError(f"{op}: model must be a timm VisionTransformer, got {type(model).__name__}{remedy}")

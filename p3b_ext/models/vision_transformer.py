@@ -29,11 +29,13 @@ def knows(model: nn.Module) -> bool:
 
 
 def check_reducible(model: VisionTransformer) -> None:
-    """NotImplementedError where the model as a whole stands in the way of token reduction."""
+    """NotImplementedError where a part outside the blocks does not support token reduction."""
     if timm.layers.use_reentrant_ckpt():  # finds gradients only for tensors that are arguments of their own
         raise NotImplementedError(REENTRANT)
     if type(getattr(model, "attn_pool", None)).__name__ == "AttentionPoolPrr":
-        raise NotImplementedError("patch: attn_pool must know token sizes for token reduction, got AttentionPoolPrr")
+        raise NotImplementedError(
+            "patch: the pooling AttentionPoolPrr takes no token sizes, which token reduction needs"
+        )
 
 
 def attention_swaps(model: VisionTransformer) -> dict[str, type]:
@@ -42,16 +44,21 @@ def attention_swaps(model: VisionTransformer) -> dict[str, type]:
     for i, block in enumerate(model.blocks):
         found = False
         for name, module in block.named_modules(prefix=f"blocks.{i}"):
+            if isinstance(module, timm.layers.Attention) and "forward" in vars(module):
+                raise NotImplementedError(
+                    f"patch: {name} has a forward of its own, set on the instance; remove it first"
+                )
             if isinstance(module, Attention):  # fused already, as attn_layer= or as a subclass of ours
                 found = True
             elif type(module) is timm.layers.Attention:
                 swaps[name], found = Attention, True
             elif isinstance(module, timm.layers.Attention) or name.endswith(".attn"):
+                kind = type(module).__name__
                 raise NotImplementedError(
-                    f"patch: {name} must be a timm.layers.Attention or p3b_ext.Attention, got {type(module).__name__}"
+                    f"patch: {name} is of type {kind}; known are timm.layers.Attention and p3b_ext.Attention"
                 )
         if not found and type(block) is not nn.Identity and not own_halves(block):
-            raise NotImplementedError(f"patch: blocks.{i} must hold an Attention, got {type(block).__name__}")
+            raise NotImplementedError(f"patch: blocks.{i} ({type(block).__name__}) has no Attention")
     return swaps
 
 
@@ -62,8 +69,7 @@ def block_swaps(model: VisionTransformer, first: int) -> dict[str, type]:
     for i, block in enumerate(model.blocks):
         if names.setdefault(block, i) != i and first < len(model.blocks):  # it has one role, for one place
             raise NotImplementedError(
-                f"patch: blocks.{i} must be a module of its own for token reduction, "
-                f"got the one that is blocks.{names[block]} too"
+                f"patch: blocks.{names[block]} and blocks.{i} are one module; token reduction needs one for each block"
             )
         if i >= first:
             swaps[f"blocks.{i}"] = _block_mixin(block, i)
@@ -75,10 +81,14 @@ def _block_mixin(block: nn.Module, i: int) -> type:
     known = type(block).forward in (Block.forward, ResPostBlock.forward) and parts == BLOCK_PARTS
     if not known and not own_halves(block):
         raise NotImplementedError(
-            f"patch: blocks.{i} must be timm's Block or ResPostBlock for token reduction, got {type(block).__name__}"
+            f"patch: blocks.{i} is of type {type(block).__name__}; token reduction is for timm's Block and ResPostBlock"
         )
     if known and not isinstance(block.attn, timm.layers.Attention):
-        raise NotImplementedError(f"patch: blocks.{i}.attn must be an Attention, got {type(block.attn).__name__}")
+        raise NotImplementedError(
+            f"patch: blocks.{i}.attn is of type {type(block.attn).__name__}; token reduction needs an Attention"
+        )
+    if "forward" in vars(block):
+        raise NotImplementedError(f"patch: blocks.{i} has a forward of its own, set on the instance; remove it first")
     if own_halves(block):
         return ReducingBlock
     return PostNormBlock if isinstance(block, ResPostBlock) else PreNormBlock
@@ -117,7 +127,7 @@ class ReducingModel:
         shared = self.__dict__[RECORD].shared
         shared.forget()
         x = super().forward_features(*args, **kwargs)
-        x.__dict__[SIZE] = shared.last()  # for whoever pools these features, later or more than once
+        x.__dict__[SIZE] = shared.last()  # for pooling these features later, or more than once
         return x
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
@@ -161,7 +171,7 @@ class ReducingModel:
             raise ValueError(f"forward_intermediates: output_fmt must be NCHW or NLC, got {output_fmt!r}")
         if any(masks.values()):
             raise NotImplementedError(
-                f"forward_intermediates: {', '.join(masks)} must not be given for a reduced model"
+                f"forward_intermediates: {', '.join(masks)} cannot be given under a token reduction"
             )
         depth, record = len(self.blocks), self.__dict__[RECORD]
         take: Sequence[int]
@@ -174,9 +184,9 @@ class ReducingModel:
         slots = record.shared.last_slots()
         for i in take:
             y = seen[i].x if isinstance(seen[i], Tokens) else seen[i]
+            y = self.norm(y) if norm else y  # token by token, so before dropped patches become 0
             if i >= record.first:
                 y = unmerge_tokens(y, slots[i - record.first])
-            y = self.norm(y) if norm else y
             prefix, y = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]
             if output_fmt == "NCHW":
                 y = y.transpose(1, 2).reshape(len(y), -1, *grid)
@@ -213,10 +223,10 @@ def _traced(model: Model, x: Tensor) -> tuple[Tensor, dict[int, Any]]:
 
 
 def reader_of_attention(block: Any) -> nn.Module:
-    """The part of a block whose input is the residual stream behind the attention; NotImplementedError without one."""
+    """The part of a block whose input is the residual stream after the attention; NotImplementedError without one."""
     if isinstance(block, ResPostBlock) or not hasattr(block, "norm2"):
         kind = type(block).__name__
-        raise NotImplementedError(f"ResidualStream: blocks must have a norm between attention and MLP, got {kind}")
+        raise NotImplementedError(f"ResidualStream: {kind} has no norm between attention and MLP")
     return block.norm2
 
 
@@ -242,7 +252,7 @@ def pool_macs(model: VisionTransformer, tokens: int) -> int:
     if pool is None:
         return 0
     tokens -= 0 if model.pool_include_prefix else model.num_prefix_tokens
-    if not isinstance(pool, timm.layers.AttentionPoolLatent):  # AttentionPoolPrr: every token asks, nothing is learned
+    if not isinstance(pool, timm.layers.AttentionPoolLatent):  # AttentionPoolPrr: self-attention without weights
         return 2 * tokens**2 * pool.num_heads * pool.head_dim
     queries = sum(_weights(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None)
     attention = 2 * tokens * pool.num_heads * pool.head_dim

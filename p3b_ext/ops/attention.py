@@ -82,7 +82,7 @@ def masked_attention(
     scale: float | None = None,
     aux: Sequence[str] | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
-    """Self-attention that also answers questions about itself, without an N x N matrix in memory.
+    """Self-attention and, where asked for, quantities of its weights, without an N x N matrix in memory.
 
     Equivalent to::
 
@@ -139,7 +139,7 @@ def _fast_path(tensors, key_mask, token_size, channel_gate, scale, aux) -> Tenso
         return None
     if torch.compiler.is_compiling() or autocast_enabled():
         return None
-    if jit_tracing() or dispatch_modes():  # where no kernel may look at anything
+    if jit_tracing() or dispatch_modes():  # where no value can be read
         return None
     for t in (*tensors, key_mask, token_size, channel_gate):
         if t is not None and not (type(t) in PLAIN and t.is_cpu and t.layout is torch.strided and not t.is_nested):
@@ -228,7 +228,7 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention` with the same signature and meaning.
 
     Self-attention `[B, H, N, D]` without mask, or with a bool mask that is the same for every query and head
-    (`[B, 1, 1, N]`, `[1, 1, 1, N]` or `[1, N]`), runs fused; every other call is handed to PyTorch.
+    (`[B, 1, 1, N]`, `[1, 1, 1, N]` or `[1, N]`), runs fused; every other call goes to PyTorch's own function.
     """
     mask = _fusable(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(mask, bool):
@@ -265,7 +265,7 @@ def _fusable(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Ten
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as PyTorch's own attention does."""
-    if not autocast_enabled():  # one question for all devices
+    if not autocast_enabled():  # one call for all devices
         return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
@@ -276,7 +276,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """x, or a copy whose last axis is contiguous: all that the kernels ask of strides. contiguous() would return an
+    """x, or a copy whose last axis is contiguous: all that the kernels require of strides. contiguous() would return an
     empty batch as it is."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.clone(memory_format=torch.contiguous_format)
 
@@ -285,7 +285,7 @@ def _check(op, q, k, v, key_mask, token_size, channel_gate) -> tuple[Tensor | No
     """Check the arguments; token_size and channel_gate in acc dtype."""
     check_tensor(op, "q", q, "B H N D")
     for name, t in (("k", k), ("v", v)):
-        # what q has passed holds for whatever is like it; most calls stop here
+        # the checks of q hold for a tensor of the same kind, as in most calls
         if isinstance(t, Tensor) and t.layout == q.layout and not t.is_nested and t.device == q.device:
             if t.dtype == q.dtype and t.shape == q.shape:
                 continue

@@ -1,7 +1,7 @@
 """Calls of the compiled ops and their gradients: registered with the dispatcher, and once more for torch.func.
 
 torch.func.{grad, vjp, jacrev, vmap} refuse the autograd.Function that torch.library.register_autograd generates, and
-forward-mode AD passes it by with a zero tangent. While one of them is active, `call` goes through a Function of ours.
+forward-mode AD ignores it and gives a zero tangent. While one of them is active, `call` uses a Function of ours.
 """
 
 import functools
@@ -47,24 +47,24 @@ def register_gradient(namespace: str, op: str, backward: Callable, setup_context
 
 def call(namespace: str, op: str, *args):
     """`torch.ops.<namespace>.<op>(*args)`, differentiable under function transforms too."""
-    if torch.compiler.is_compiling():  # the tracer knows reverse mode; what it cannot trace here runs eagerly
+    if torch.compiler.is_compiling():  # the tracer handles reverse mode; what it cannot trace here runs eagerly
         if forward_mode() and (namespace, op) in _FUNCTIONS:
             raise _no_forward_mode(op)
         return getattr(getattr(torch.ops, namespace), op)(*args)
     if differentiating_transform():
         if (namespace, op) in _FUNCTIONS:
             return _FUNCTIONS[namespace, op].apply(*args)
-    elif not torch.is_grad_enabled():  # past the registered gradient, whose Python costs as much as a small call
+    elif not torch.is_grad_enabled():  # without the registered gradient, whose Python costs as much as a small call
         with below_autograd():
             return _overload(namespace, op)(*args)
     elif (namespace, op) in _EAGER and not (transforms_active() or torch.jit.is_tracing()):
-        # the same gradient, without torch.library's way to it, whose Python costs as much as a small call
+        # the same gradient without torch.library's wrapper, whose Python costs as much as a small call
         return _EAGER[namespace, op].apply(*args)
     return _overload(namespace, op)(*args)
 
 
 def run(backend: str, family: str, op: str, *args):
-    """Call `op`, with the signature of csrc/library.cpp, on `backend`. What a compiled kernel says of a value
+    """Call `op`, with the signature of csrc/library.cpp, on `backend`. What a compiled kernel raises for a value
     ("<op>: <argument> must be ...") is a ValueError; it comes through the stable ABI as a RuntimeError (a ValueError
     already in torch 2.11), and stays one inside a compiled graph."""
     if backend == "reference":

@@ -17,7 +17,7 @@ def topk_tokens(scores: Tensor, keep: int, num_prefix: int = 1, order: str = "po
     Equivalent to `cat([arange(P), (topk(scores, keep).indices + P).sort().values])` for P = num_prefix.
 
     Args:
-        scores: `[B, N - num_prefix]`, one per token behind the prefix.
+        scores: `[B, N - num_prefix]`, one per token after the prefix.
         keep: how many of them stay, 0 to N - num_prefix.
         num_prefix: class, distillation and register tokens in front, always kept.
         order: "position" (as in x) or "score" (descending, as PPT publishes).

@@ -178,6 +178,15 @@ def masked_attention(d: Draw, machine: Machine) -> Case:
     return Case(args, (out, lse, cls, entropy, norm), tolerance)
 
 
+def masked_attention_packed(d: Draw, machine: Machine) -> Case:
+    case = masked_attention(d, machine)
+    qkv = torch.stack([t.transpose(1, 2) for t in case.args[:3]], 2)
+    if d.maybe():  # q, k and v one after the other in memory, or the heads outermost
+        order = d.random.choice([(2, 0, 1, 3, 4), (3, 0, 2, 1, 4)])
+        qkv = qkv.permute(order).contiguous().permute([order.index(axis) for axis in range(5)])
+    return Case((qkv, *case.args[3:]), case.wanted, case.tolerance, case.error)
+
+
 def masked_attention_backward(d: Draw, machine: Machine) -> Case:
     c = draw_attention(d, machine)
     B, H, N, D = c.q.shape
@@ -341,6 +350,7 @@ def match_tokens(d: Draw, machine: Machine) -> Case:
 
 OPS = {
     "masked_attention": Op(masked_attention, 4),
+    "masked_attention_packed": Op(masked_attention_packed, 2),
     "masked_attention_backward": Op(masked_attention_backward, 4),
     "attention_columns": Op(attention_columns, 2),
     "topk_tokens": Op(topk_tokens),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,13 +170,23 @@ class Data:
         return self if batch_size is None else dataclasses.replace(self, val=self.val.sized(batch_size))
 
 
-def create_data(config: DataConfig, *, rgb: tuple[Sequence[float], Sequence[float]] | None = None) -> Data:
+def create_data(
+    config: DataConfig | str | os.PathLike[str],
+    *,
+    rgb: tuple[Sequence[float], Sequence[float]] | None = None,
+    **settings: Any,
+) -> Data:
     """Loaders for training and validation.
 
+    config: a DataConfig; or its source, with its other fields as `settings`: `create_data("photos/", img_size=224)`.
     rgb: mean and std that images of three channels get where the config names none: those of pretrained weights.
 
     Raises ValueError with one line for anything that cannot be read.
     """
+    if not isinstance(config, DataConfig):
+        config = DataConfig(str(config), **settings)
+    elif settings:
+        raise TypeError(f"create_data: settings must be fields of the DataConfig, got also {', '.join(settings)}")
     arrays = array_source(config)
     if arrays is not None:
         arrays = select_images(arrays, config)

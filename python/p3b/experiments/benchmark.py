@@ -90,14 +90,14 @@ def compare(
     check_shares(macs_ratios)
     if calibration is None:
         calibration = [next(iter(loader))[0]]
-    twins = {f"{name}{OURS}": p3b_ext.patch(_twin(model)) for name, model in models.items()}
+    twins = {f"{name}{OURS}": p3b_ext.patch(twin(model)) for name, model in models.items()}
     unscored = [*unscored, *(f"{name}{OURS}" for name in unscored)]
     bases = list(bases) or [list(models)[-1]]
     whole = models[bases[0]] if len(bases) > 1 else None
     found, base_of = {}, {}
     for base_name, own in (trained or {}).items():
         title = f"{base_name} + {token_reduction.label(own)} (as trained)"
-        twins[title], base_of[title], found[title] = p3b_ext.patch(_twin(models[base_name]), own), base_name, own
+        twins[title], base_of[title], found[title] = p3b_ext.patch(twin(models[base_name]), own), base_name, own
     for base_name, name in itertools.product(bases, names):
         if name == DENSE:
             continue
@@ -105,7 +105,7 @@ def compare(
         for chosen in _chosen(token_reduction.create_reduction(name, base), base, macs_ratios, whole):
             title = token_reduction.label(chosen)
             title = title if base_name == DENSE else f"{base_name} + {title}"
-            twins[title], base_of[title] = _twin(base), base_name
+            twins[title], base_of[title] = twin(base), base_name
             found[title] = token_reduction.apply(twins[title], chosen, calibration, prune_share=prune_share)
             if base_name in unscored:
                 unscored.append(title)
@@ -302,7 +302,7 @@ def _kind(found: Comparison, name: str) -> tuple[str, str, str]:
     return name.removesuffix(OURS), "", ""
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """A copy of a model that shares its weights."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -34,6 +34,8 @@ def evaluate(
     counts = torch.zeros(5, dtype=torch.float64, device=device)  # top-1, top-5, loss, not finite, images
     with torch.inference_mode():
         for images, labels in loader:
+            if not len(images):
+                continue
             with autocast():
                 logits = model(images.to(device, parameter.dtype)).float()
             labels = labels.to(device)

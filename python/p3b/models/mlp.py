@@ -9,17 +9,17 @@ from __future__ import annotations
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-
-def known(mlp: nn.Module) -> bool:
-    """Whether it is an MLP of Linear layers that this module knows."""
-    if not isinstance(mlp, (Mlp, GluMlp, SwiGLU)):
-        return False
-    return all(isinstance(linear, nn.Linear) for linear in (*readers(mlp), mlp.fc2))
+KNOWN = (Mlp, GluMlp, SwiGLU)
 
 
 def readers(mlp: nn.Module) -> list[nn.Linear]:
     """The layers that read the norm's output."""
-    return [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, SwiGLU) else [mlp.fc1]
+    return [getattr(mlp, name) for name in reader_names(mlp)]
+
+
+def reader_names(mlp: nn.Module) -> tuple[str, ...]:
+    """The names of `readers` in the MLP."""
+    return ("fc1_g", "fc1_x") if isinstance(mlp, SwiGLU) else ("fc1",)
 
 
 def rows_per_channel(mlp: nn.Module) -> int:

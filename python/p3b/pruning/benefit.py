@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Block benefit: how much easier each sub-block makes the classification, gathered over training steps, and
-what follows from it."""
+"""Block benefit: by how much each sub-block lowers the probes' loss, accumulated over training steps; and the
+importance that follows from it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from . import budget
 
 
 class Benefit:
-    """Sums of loss before minus loss after each sub-block, per criterion, in one tensor on the device; no
-    host read per step."""
+    """Sums of the loss before minus the loss after each sub-block, per criterion, in one tensor on the device; nothing
+    is read back to the host per step."""
 
     def __init__(self, criteria: tuple[str, ...], count: int, device: torch.device | str) -> None:
         self.criteria = criteria
-        self.sums = torch.zeros(len(criteria), count, device=device)
-        self.count = torch.zeros((), device=device)
+        self.sums = torch.zeros(len(criteria), count, device=device, dtype=torch.float32)
+        self.count = torch.zeros((), device=device, dtype=torch.float32)
         self.older = [torch.zeros_like(self.sums), torch.zeros_like(self.count)]
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Adds one step's probe losses `{criterion: [S, 2]}`; a step with a non-finite loss does not
-        count."""
+        """Adds the probe losses of one step, `{criterion: [S, 2]}`; a step with a non-finite loss does not count."""
         both = torch.stack([losses[name].detach() for name in self.criteria])  # [criteria, S, 2]
         difference = both[..., 0] - both[..., 1]
         finite = torch.isfinite(difference).all()
@@ -32,8 +31,8 @@ class Benefit:
         self.count += finite
 
     def gathered(self, include_previous: bool = False) -> Tensor:
-        """What was added since the last call (and the one before), for `take`: `[criteria * S + 1]` on the device; then
-        starts anew."""
+        """The sums since the last call (and the one before), for `take`: `[criteria * S + 1]` on the device. The sums
+        are then reset."""
         sums, count = self.sums, self.count
         if include_previous:
             sums, count = sums + self.older[0], count + self.older[1]
@@ -45,8 +44,8 @@ class Benefit:
         return packed
 
     def take(self, include_previous: bool = False, gathered: Tensor | None = None) -> dict[str, Tensor] | None:
-        """Mean benefit `{criterion: [S]}` since the last call (and the one before), then starts anew; None if
-        nothing was measured. gathered: what `gathered` gave, where it is on the host already."""
+        """Mean benefit `{criterion: [S]}` since the last call (and the one before); None if nothing was measured. The
+        sums are then reset. gathered: the result of `gathered`, where it is on the host already."""
         packed = self.gathered(include_previous).cpu() if gathered is None else gathered
         if packed[-1] == 0:
             return None
@@ -54,7 +53,7 @@ class Benefit:
         return dict(zip(self.criteria, means, strict=True))
 
     def state(self) -> list[Tensor]:
-        """What `load_state` takes back."""
+        """The sums, for `load_state`."""
         return [self.sums, self.count, *self.older]
 
     def load_state(self, state: list[Tensor]) -> None:
@@ -66,9 +65,9 @@ class Importance:
     """Running importance of the sub-blocks: `budget.importance` per criterion, averaged over updates, mixed
     over criteria.
 
-    rule "published": benefit per parameter kept so far, running mean with weight `gamma` for the newest. Its
-    fixed point is keep ratio ~ sqrt(f / w), reached in damped swings. rule "sqrt" averages benefit per full
-    parameter count and takes the root: the same end without the swings.
+    rule "published": benefit per parameter kept so far, running mean with weight `gamma` for the newest. Its fixed
+    point is keep ratio ~ sqrt(f / w), reached with damped oscillations. rule "sqrt" averages benefit per full
+    parameter count and takes the root: the same fixed point without the oscillations.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class Importance:
             if not values.max() > 0:
                 warnings.warn(
                     f'importance: no sub-block has a positive "{name}" benefit; '
-                    + ("all count alike" if previous is None else "the previous importance stays"),
+                    + ("all get the same importance" if previous is None else "the previous importance is kept"),
                     stacklevel=2,
                 )
                 if previous is None:
@@ -120,5 +119,5 @@ class Importance:
             return torch.ones_like(self.full)
         weights = {"cls": self.alpha, "patch": 1 - self.alpha}
         total = sum(weights[name] for name in self.running) or 1.0
-        mixed = sum(weights[name] / total * values for name, values in self.running.items())
+        mixed = torch.stack([weights[name] / total * values for name, values in self.running.items()]).sum(0)
         return mixed if self.rule == "published" else (mixed.sqrt() / mixed.sqrt().mean())

@@ -24,8 +24,8 @@ def importance(benefit: Tensor, kept_params: Tensor, temperature: float = 10.0) 
     softplus(1.4 x - T); g = f / (kept + 1e-6); g / g.mean()`
 
     benefit: `[S]` mean loss before minus after each sub-block, in nats. kept_params: `[S]` what each holds
-    now. Returns float64 `[S]`. Where no benefit is positive the formula has no meaning (its sign flips): the
-    result is uniform, with a warning.
+    now. Returns float64 `[S]`. Where no benefit is positive the formula is undefined (its sign flips): the result
+    is uniform, with a warning.
     """
     benefit = _vector("importance", "benefit", benefit)
     kept = _vector("importance", "kept_params", kept_params, len(benefit))
@@ -33,7 +33,7 @@ def importance(benefit: Tensor, kept_params: Tensor, temperature: float = 10.0) 
         raise ValueError(f"importance: temperature must be above 0, got {temperature}")
     best = benefit.max()
     if best <= 0:
-        warnings.warn("importance: no sub-block has a positive benefit; all count alike", stacklevel=2)
+        warnings.warn("importance: no sub-block has a positive benefit; all get the same importance", stacklevel=2)
         return torch.ones_like(benefit)
     x = CLAMP_SLOPE * temperature * benefit / best
     clamped = softplus(x) - softplus(x - temperature)
@@ -53,12 +53,11 @@ def keep_ratios(
 
     importance, block_params: `[S]`; outside_params: what is never pruned, in the same unit; floor: one, or one for
     each `[S]`. Returns float64 `[S]`. Sub-blocks of importance <= 0 get `floor`, and share what is left when all others
-    are whole. Raises ValueError, which names the smallest model possible, when the budget is below what the blocks can
-    give.
+    are whole. Raises ValueError, which names the smallest possible model, for a budget that the blocks cannot meet.
     """
     weight = _vector("keep_ratios", "block_params", block_params)
     imp = _vector("keep_ratios", "importance", importance, len(weight))
-    least = torch.as_tensor(floor, dtype=torch.float64).cpu()
+    least = torch.as_tensor(floor, dtype=torch.float64, device="cpu")
     if least.shape not in ((), weight.shape) or not ((least >= 0) & (least < 1)).all():
         raise ValueError(f"keep_ratios: floor must be in [0, 1), got {floor}")
     least = least.expand(len(weight))
@@ -73,7 +72,7 @@ def keep_ratios(
         smallest += float(outside_params)
         raise ValueError(
             f"keep_ratios: prune_ratio must be at most {1 - smallest / dense:.4f} (the smallest possible model "
-            f"keeps {smallest:,.0f} of {dense:,.0f}: what lies outside the blocks and a floor of {least.max():g}), "
+            f"keeps {smallest:,.0f} of {dense:,.0f}: parts outside the blocks and a floor of {least.max():g}), "
             f"got {prune_ratio}"
         )
     live = imp > 0
@@ -87,25 +86,31 @@ def keep_ratios(
     def spent(scale: Tensor) -> Tensor:
         return ((scale[:, None] * imp).maximum(least).clamp_max(1.0) * weight).sum(1)
 
-    # spent() is piecewise linear and rising; it bends where a sub-block leaves the floor or becomes whole
-    bends = torch.cat((torch.zeros(1, dtype=imp.dtype), (least / imp)[live], 1.0 / imp[live])).sort().values
-    cost = spent(bends)
-    right = int(torch.searchsorted(cost, torch.tensor(wanted, dtype=cost.dtype)).clamp(1, len(bends) - 1))
+    # spent() is piecewise linear and increasing, with a knot where a sub-block leaves the floor or becomes whole
+    knots = (
+        torch.cat((torch.zeros(1, dtype=imp.dtype, device="cpu"), (least / imp)[live], 1.0 / imp[live])).sort().values
+    )
+    cost = spent(knots)
+    right = int(torch.searchsorted(cost, torch.tensor(wanted, dtype=cost.dtype, device="cpu")).clamp(1, len(knots) - 1))
     low, high = cost[right - 1], cost[right]
-    step = ((wanted - low) / (high - low)).clamp(0, 1) if high > low else torch.zeros(())
-    scale = bends[right - 1] + step * (bends[right] - bends[right - 1])
+    step = (
+        ((wanted - low) / (high - low)).clamp(0, 1)
+        if high > low
+        else torch.zeros((), dtype=torch.float32, device="cpu")
+    )
+    scale = knots[right - 1] + step * (knots[right] - knots[right - 1])
     return (scale * imp).maximum(least).clamp_max(1.0)
 
 
 def progress(step: int, start_step: int, sparse_step: int) -> float:
-    """How much of the way from the whole model to the budget is gone at a step: `ramp`'s p."""
+    """The fraction of the way from the whole model to the budget at a step: `ramp`'s p."""
     if sparse_step <= start_step:
         raise ValueError(f"ramp: sparse_step must be above start_step = {start_step}, got {sparse_step}")
     return min(1.0, max(0.0, (step + 1 - start_step) / (sparse_step - start_step)))
 
 
 def ramp(goal: Tensor, step: int, start_step: int, sparse_step: int) -> Tensor:
-    """The keep ratios in force at a step on the way from one to their goal: `1 - (1 - goal) * p`.
+    """The keep ratios at a step, between 1 and their goal: `1 - (1 - goal) * p`.
 
     `p = clip((step + 1 - start_step) / (sparse_step - start_step), 0, 1)`; goal `[S]`, steps are optimizer
     steps.
@@ -118,8 +123,8 @@ class Cost:
     """Cost of a sub-block as a function of its kept counts: in channels a, inner channels q (head channels or
     hidden), out channels o.
 
-    `a_q * a * q + q_o * q * o + a * in_ + q * inner + o * out + whole`; nothing where o is 0; `constant * o` where a
-    or q is 0, because what is left then adds the same vector to every token.
+    `a_q * a * q + q_o * q * o + a * in_ + q * inner + o * out + whole`; 0 where o is 0; `constant * o` where a or q
+    is 0, because the sub-block then adds the same vector to every token.
     """
 
     a_q: float
@@ -128,11 +133,11 @@ class Cost:
     inner: float
     out: float
     constant: float = 0
-    whole: float = 0  # what stays as it is until nothing is left
+    whole: float = 0  # a constant part, as long as anything is kept
 
     def __call__(self, a: Tensor, q: Tensor, o: Tensor) -> Tensor:
         """Cost of kept counts (any shape, broadcast), float64."""
-        a, q, o = (torch.as_tensor(n, dtype=torch.float64) for n in (a, q, o))
+        a, q, o = (torch.as_tensor(n, dtype=torch.float64, device="cpu") for n in (a, q, o))
         whole = self.a_q * a * q + self.q_o * q * o + self.in_ * a + self.inner * q + self.out * o + self.whole
         return torch.where(o == 0, 0.0, torch.where(a * q == 0, self.constant * o, whole))
 
@@ -157,8 +162,8 @@ def prune_costs(
     if sum(sizes) != len(gate_of_rank):
         raise ValueError(f"prune_count: sizes must add up to {len(gate_of_rank)} elements, got {sizes}")
     one_hot = torch.nn.functional.one_hot(gate_of_rank.long(), 3)
-    pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long), one_hot.cumsum(0)))
-    kept = torch.tensor(sizes) - pruned  # [E + 1, 3]
+    pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long, device="cpu"), one_hot.cumsum(0)))
+    kept = torch.tensor(sizes, dtype=torch.int64, device="cpu") - pruned  # [E + 1, 3]
     kept_in, kept_out, kept_inner = (rounded(kept[:, i], sizes[i], steps[i]) for i in range(3))
     return cost(kept_in, kept_inner, kept_out)
 
@@ -186,7 +191,7 @@ def prune_count(
 
 
 def _vector(op: str, name: str, value: Tensor, length: int | None = None) -> Tensor:
-    vector = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    vector = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     expected = "one value per sub-block [S]" if length is None else f"of shape [{length}]"
     if vector.ndim != 1 or len(vector) == 0 or (length is not None and len(vector) != length):
         raise ValueError(f"{op}: {name} must be {expected}, got shape {list(vector.shape)}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Mean-activation compensation: the mean activation of removed channels is added to the next layer's bias.
 
-Variance-Based Pruning (2025) does so for hidden neurons; here also for what attention hands to its projection and for
-what qkv and the MLP read. Exact where a channel is constant, right on average elsewhere.
+Variance-Based Pruning (2025) does so for hidden neurons; here also for the inputs of the attention's projection, of qkv
+and of the MLP. Exact where a channel is constant, correct on average elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def activation_means(model: VisionTransformer, batches: Batches) -> dict[str, dict[str, Tensor]]:
-    """Mean over images and tokens of what the gates of a model multiply, before they do, under today's masks.
+    """Mean over images and tokens of the activations at a model's gates, before the gates, under the current masks.
 
     model: one under gates per sub-block (`p3b.gates.attach`); it is run in eval mode. batches: images `[B, C, H, W]`,
     alone or with targets, on the model's device. Returns, by sub-block, "in" `[C]` (output of the norm) and "inner"
@@ -57,10 +57,10 @@ def activation_means(model: VisionTransformer, batches: Batches) -> dict[str, di
 def compensate(
     model: VisionTransformer, means: dict[str, dict[str, Tensor]], old_values: Tensor, new_values: Tensor
 ) -> None:
-    """Adds to the bias behind every gate what its change takes away on average: `W[:, j] * mean_j * (old_j - new_j)`.
+    """Adds to the bias after every gate the mean of what its change removes: `W[:, j] * mean_j * (old_j - new_j)`.
 
     model: under gates; means: from `activation_means`; old_values, new_values: masks `[G]`, before and after. The masks
-    themselves are not set. What an out gate no longer writes has no bias behind it and is not made up for.
+    themselves are not set. Removed output channels have no bias after them and are not compensated.
     """
     gates = checked_gates(model)
     for name, values in (("old_values", old_values), ("new_values", new_values)):
@@ -79,7 +79,7 @@ def compensate(
 
 
 def checked_gates(model: VisionTransformer) -> Gates:
-    """The gates of a model that can be compensated; ValueError or NotImplementedError says why it cannot."""
+    """The gates of a model that can be compensated. Raises ValueError or NotImplementedError where it cannot."""
     gates = getattr(model, "p3b_gates", None)
     if gates is None:
         raise ValueError("compensate: the model has no gates; p3b.gates.attach puts some on")
@@ -101,7 +101,7 @@ def checked_gates(model: VisionTransformer) -> Gates:
 
 
 def _linears(model: VisionTransformer, block: SubBlock) -> list[nn.Linear]:
-    """The layers that read what the norm puts out, and last the one that writes."""
+    """The layers that read the norm's output, and last the one that writes to the residual stream."""
     branch = getattr(model.blocks[block.block], block.kind)
     return [branch.qkv, branch.proj] if block.kind == "attn" else [*mlps.readers(branch), branch.fc2]
 
@@ -115,7 +115,7 @@ def _spread(model: VisionTransformer, block: SubBlock, inner: Tensor) -> Tensor:
 
 
 def _watch(model: VisionTransformer, block: SubBlock, gates: Gates, sums: dict[str, Any]) -> list[Any]:
-    """Hooks that add up a sub-block's activations before its gates, mean over tokens, sum over images."""
+    """Hooks that sum a sub-block's activations before its gates: mean over tokens, sum over images."""
     layer = model.blocks[block.block]
     norm = layer.norm1 if block.kind == "attn" else layer.norm2
     first, *_, last = _linears(model, block)
@@ -136,7 +136,7 @@ def _watch(model: VisionTransformer, block: SubBlock, gates: Gates, sums: dict[s
     inner = _spread(model, block, gates.values[block.slices()[2]])
 
     def plain_values(module: nn.Linear, args: tuple[Tensor], out: Tensor) -> Tensor:
-        # a value channel whose gate is 0 would say nothing; ungated here, gated behind the attention, it does
+        # a value channel whose gate is 0 would give no mean: here it is ungated, and gated after the attention
         values = F.linear(args[0], module.weight[2 * third :], module.bias[2 * third :])
         return torch.cat((out[..., : 2 * third], values.to(out.dtype)), -1)
 

@@ -48,12 +48,12 @@ class Gates:
         self._per_embedding = {budget: embedding_cost(model, self.blocks, budget) for budget in BUDGETS}
         device = next(model.parameters()).device
         total = self.blocks[-1].stop if self.blocks else 0
-        self.values = torch.ones(total, device=device)
-        self.grad = torch.zeros(total, device=device)
-        self.score_sum = torch.zeros(total, device=device)
-        self.energy_sum = torch.zeros(total, device=device)
-        self.count = torch.zeros((), device=device)
-        self.last_score = torch.zeros(total)
+        self.values = torch.ones(total, device=device, dtype=torch.float32)
+        self.grad = torch.zeros(total, device=device, dtype=torch.float32)
+        self.score_sum = torch.zeros(total, device=device, dtype=torch.float32)
+        self.energy_sum = torch.zeros(total, device=device, dtype=torch.float32)
+        self.count = torch.zeros((), device=device, dtype=torch.float32)
+        self.last_score = torch.zeros(total, dtype=torch.float32, device="cpu")
         self.kept_from = HARD
         self._copy: tuple[tuple[int, int], Tensor] | None = None  # state of `values`, and they themselves on the host
         self.older = [torch.zeros_like(t) for t in (self.score_sum, self.energy_sum, self.count)]

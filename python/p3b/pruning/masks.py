@@ -24,12 +24,12 @@ MIN_SHARE = 0.05  # of every gate, pruned last where scores of different gates a
 
 
 class Scores(NamedTuple):
-    """What is known about every element at a mask update, each `[G]` on the host."""
+    """The scores of all elements at a mask update, each `[G]` on the host."""
 
     score: Tensor
-    """Mean of (m * g)^2, or any other measure of what an element is worth, 0 or more."""
+    """Mean of (m * g)^2, or any other measure of an element's importance, 0 or more."""
     tie: Tensor
-    """Orders the elements whose mask is about 0, so that their score says nothing."""
+    """Orders the elements whose mask is about 0, and with it their score."""
     active: Tensor
     """Bool: the other elements."""
 
@@ -57,7 +57,7 @@ def soft_mask(ranks: Tensor, threshold_rank: float, tau: float) -> Tensor:
     0.5, hence kept: pass the number of elements to prune plus one half. Float64 in, float64 out; else
     float32.
     """
-    ranks = torch.as_tensor(ranks)
+    ranks = ranks if isinstance(ranks, Tensor) else torch.as_tensor(ranks, dtype=torch.float32, device="cpu")
     if ranks.ndim != 1:
         raise ValueError(f"soft_mask: ranks must be of shape [E], got {list(ranks.shape)}")
     if not tau >= 0:
@@ -87,7 +87,8 @@ def block_ranks(block: SubBlock, scores: Scores, budget: str = "params") -> Tens
     """Rank 1/E .. 1 of every element of a sub-block among all of them, float64 `[E]`: by score per cost that the
     element saves while all others are whole.
 
-    Gates compete, so that one might go as a whole, and the sub-block with it: the best MIN_SHARE of each rank last.
+    Gates compete, so that one could be pruned entirely, and the sub-block with it: the best MIN_SHARE of each gate have
+    the highest ranks.
     """
     size_in, size_out, size_inner = block.sizes
     full, cost = block.full(budget), block.cost(budget)
@@ -96,8 +97,11 @@ def block_ranks(block: SubBlock, scores: Scores, budget: str = "params") -> Tens
         (size_in, size_inner, size_out - 1),
         (size_in, size_inner - 1, size_out),
     ]
-    price = torch.tensor([full - float(cost(*counts)) for counts in less])
-    order = scores.order(slice(block.start, block.stop), price.repeat_interleave(torch.tensor(block.sizes)))
+    price = torch.tensor([full - float(cost(*counts)) for counts in less], dtype=torch.float32, device="cpu")
+    order = scores.order(
+        slice(block.start, block.stop),
+        price.repeat_interleave(torch.tensor(block.sizes, dtype=torch.int64, device="cpu")),
+    )
     order = _protect(order, [block], MIN_SHARE)
     ranks = np.empty(len(order))
     ranks[order] = np.arange(1, len(order) + 1) / len(order)
@@ -115,15 +119,19 @@ def block_mask(
     """
     elements = len(ranks)
     if kappa >= 1:
-        return torch.ones(elements)
+        return torch.ones(elements, dtype=torch.float32, device="cpu")
     if kappa <= 0:
-        return torch.zeros(elements)
-    gate = torch.repeat_interleave(torch.arange(3), torch.tensor(block.sizes))
+        return torch.zeros(elements, dtype=torch.float32, device="cpu")
+    gate = torch.repeat_interleave(
+        torch.arange(3, dtype=torch.int64, device="cpu"), torch.tensor(block.sizes, dtype=torch.int64, device="cpu")
+    )
     cost = block.cost(budget)
     target = kappa * block.full(budget)
-    best = (math.inf, elements, torch.arange(elements))
+    best = (math.inf, elements, torch.arange(elements, dtype=torch.int64, device="cpu"))
     for places in itertools.permutations(range(3)):
-        order = torch.from_numpy(np.lexsort((torch.tensor(places)[gate].numpy(), ranks.numpy())))
+        order = torch.from_numpy(
+            np.lexsort((torch.tensor(places, dtype=torch.int64, device="cpu")[gate].numpy(), ranks.numpy()))
+        )
         pruned, error = prune_count(gate[order], block.sizes, cost, target, block.steps(round_to))
         if error < best[0]:
             best = (error, pruned, order)
@@ -131,9 +139,9 @@ def block_mask(
     if round_to > 1:
         return _rounded_mask(gate, order, pruned, list(block.sizes), list(block.steps(round_to)))
     if pruned in (0, elements):
-        return torch.full((elements,), float(pruned == 0))
-    mask = torch.empty(elements)
-    mask[order] = soft_mask(torch.arange(1, elements + 1, dtype=torch.float64), pruned + 0.5, tau).float()
+        return torch.full((elements,), float(pruned == 0), dtype=torch.float32, device="cpu")
+    mask = torch.empty(elements, dtype=torch.float32, device="cpu")
+    mask[order] = soft_mask(torch.arange(1, elements + 1, dtype=torch.float64, device="cpu"), pruned + 0.5, tau).float()
     return mask
 
 
@@ -190,14 +198,18 @@ def global_masks(
     saved = np.zeros(len(order) + 1)
     for block in blocks:  # each element saves what its sub-block costs less after it than before it
         here = position[block.start : block.stop]
-        gate = torch.repeat_interleave(torch.arange(3), torch.tensor(block.sizes))[torch.from_numpy(here.argsort())]
+        gate = torch.repeat_interleave(
+            torch.arange(3, dtype=torch.int64, device="cpu"), torch.tensor(block.sizes, dtype=torch.int64, device="cpu")
+        )[torch.from_numpy(here.argsort())]
         costs = prune_costs(gate, block.sizes, block.cost(budget), block.steps(round_to))
         saved[np.sort(here) + 1] = -np.diff(costs.numpy())
     cost = sum(block.full(budget) for block in blocks) - saved.cumsum()
     pruned = int(np.abs(cost - target).argmin())
     sizes = [size for block in blocks for size in block.sizes]
     steps = [step for block in blocks for step in block.steps(round_to)]
-    gate = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    gate = torch.repeat_interleave(
+        torch.arange(len(sizes), dtype=torch.int64, device="cpu"), torch.tensor(sizes, dtype=torch.int64, device="cpu")
+    )
     return _rounded_mask(gate, torch.from_numpy(order), pruned, sizes, steps)
 
 
@@ -207,7 +219,7 @@ def _protect(order: np.ndarray, blocks: list[SubBlock], share: float | Tensor) -
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
     best = np.zeros(len(order), dtype=bool)
-    shares = torch.as_tensor(share, dtype=torch.float64).expand(len(blocks)).tolist()
+    shares = torch.as_tensor(share, dtype=torch.float64, device="cpu").expand(len(blocks)).tolist()
     for block, least in zip(blocks, shares, strict=True):
         for place in block.slices():
             here = np.arange(place.start, place.stop) - blocks[0].start
@@ -221,7 +233,7 @@ def _rounded_mask(gate: Tensor, order: Tensor, pruned: int, sizes: list[int], st
     gate: of each element `[E]`; sizes: elements of the gates; steps: what their counts are multiples of.
     """
     kept = torch.bincount(gate[order[pruned:]], minlength=len(sizes))
-    mask = torch.zeros(len(order))
+    mask = torch.zeros(len(order), dtype=torch.float32, device="cpu")
     for i, (size, step) in enumerate(zip(sizes, steps, strict=True)):
         ranked = order[gate[order] == i]
         mask[ranked[size - int(rounded(kept[i], size, step)) :]] = 1.0

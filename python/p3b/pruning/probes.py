@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Probes: small classifiers that read the residual stream before and after every sub-block and say how easy
-it is to classify there.
+"""Probes: small classifiers on the residual stream before and after every sub-block, whose losses say how well the
+classes can be told apart there.
 
 All probes of one kind are one batched module: one matrix product or grouped convolution serves the S = 2L
 sub-blocks and both their sides. Letters as everywhere: B images, N tokens, C model channels, K classes; P
@@ -21,28 +21,33 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 BATCH_NORM_EPSILON = 1e-5
-# Adam turns a layer by about lr * sqrt(inputs) a step. The cheaper patch probes see fewer inputs at once than a 3x3
-# convolution, so at its learning rate they lag behind, and benefit that is read off them says how far they have come.
+# A step of Adam changes a layer's output by about lr * sqrt(inputs). The cheaper patch probes have fewer inputs than a
+# 3x3 convolution, so at its learning rate they converge later, and their benefit measures their own progress.
 PATCH_LEARNING_RATE = {"conv": 1.0, "pointwise": 10.0, "linear": 10.0}  # times probe_lr; docs/results/probes.md
 
 
 def _both_sides(stack: Tensor) -> Tensor:
-    """`[S + 1, B, ...]` -> `[S, 2B, ...]`: row i holds what probe i reads, before and after its sub-block. A
-    view: neighbours overlap."""
+    """`[S + 1, B, ...]` -> `[S, 2B, ...]`: row i is the input of probe i, before and after its sub-block. A view:
+    neighbours overlap."""
     stack = stack.contiguous()
     count, images, *rest = stack.shape
     return stack.as_strided((count - 1, 2 * images, *rest), stack.stride())
 
 
 class _BatchedLinear(nn.Module):
-    """S Linears of one shape on channel-first columns: `[S, C, M]` -> `[S, K, M]`, initialised as
-    nn.Linear."""
+    """S Linears of one shape on channel-first columns: `[S, C, M]` -> `[S, K, M]`, initialised as nn.Linear."""
 
     def __init__(self, count: int, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
         bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(count, outputs, inputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(count, outputs, 1).uniform_(-bound, bound)) if bias else None
+        self.weight = nn.Parameter(
+            torch.empty(count, outputs, inputs, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(count, outputs, 1, dtype=torch.float32, device="cpu").uniform_(-bound, bound))
+            if bias
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.bmm(self.weight, x) if self.bias is None else torch.baddbmm(self.bias, self.weight, x)
@@ -73,14 +78,13 @@ class LinearProbe(nn.Module):
 
 
 class PointwiseProbe(nn.Module):
-    """1x1 convolution, batch norm, ReLU, mean over tokens, linear: a cheaper reader of any number of
-    patches."""
+    """1x1 convolution, batch norm, ReLU, mean over tokens, linear: cheaper, for any number of patches."""
 
     def __init__(self, count: int, channels: int, width: int, classes: int) -> None:
         super().__init__()
         self.expand = _BatchedLinear(count, channels, width, bias=False)
-        self.scale = nn.Parameter(torch.ones(count * width))
-        self.shift = nn.Parameter(torch.zeros(count * width))
+        self.scale = nn.Parameter(torch.ones(count * width, dtype=torch.float32, device="cpu"))
+        self.shift = nn.Parameter(torch.zeros(count * width, dtype=torch.float32, device="cpu"))
         self.head = _BatchedLinear(count, width, classes)
 
     def forward(self, stack: Tensor) -> Tensor:
@@ -93,19 +97,21 @@ class PointwiseProbe(nn.Module):
 
 
 class ConvProbe(nn.Module):
-    """The published form: twice 3x3 convolution, batch norm, ReLU on the patch grid; mean; linear. Batch
-    statistics always."""
+    """The published form: twice 3x3 convolution, batch norm, ReLU on the patch grid; mean; linear. Always with batch
+    statistics."""
 
     def __init__(self, count: int, channels: int, width: int, classes: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.count, self.grid = count, grid
         sizes = (channels, width, width)
         self.convs = nn.ModuleList(
-            nn.Conv2d(count * a, count * b, 3, padding=1, bias=False, groups=count)
+            nn.Conv2d(count * a, count * b, 3, padding=1, bias=False, groups=count, dtype=torch.float32, device="cpu")
             for a, b in itertools.pairwise(sizes)
         )
-        self.scales = nn.ParameterList(torch.ones(count * width) for _ in self.convs)
-        self.shifts = nn.ParameterList(torch.zeros(count * width) for _ in self.convs)
+        self.scales = nn.ParameterList(torch.ones(count * width, dtype=torch.float32, device="cpu") for _ in self.convs)
+        self.shifts = nn.ParameterList(
+            torch.zeros(count * width, dtype=torch.float32, device="cpu") for _ in self.convs
+        )
         self.head = _BatchedLinear(count, width, classes)
 
     def forward(self, stack: Tensor) -> Tensor:
@@ -162,7 +168,7 @@ class Probes(nn.Module):
                 counts = {x.shape[1] - self.prefix for x in stream}
                 if len(counts) > 1 or (isinstance(self.patch, ConvProbe) and counts != {math.prod(self.grid)}):
                     raise ValueError(
-                        f"probes: every block must see all {self.grid[0]}x{self.grid[1]} patches, "
+                        f"probes: every block must have all {self.grid[0]}x{self.grid[1]} patches, "
                         f'got {sorted(counts)}; patch_probe="linear" reads any number of tokens'
                     )
                 stack = torch.stack([x[:, self.prefix :].float() for x in stream])
@@ -179,7 +185,8 @@ class Probes(nn.Module):
         for probe, rate in ((self.cls, lr), (self.patch, lr * PATCH_LEARNING_RATE[self.form])):
             if probe is None:
                 continue
-            decays, others = [], []
+            decays: list[nn.Parameter] = []
+            others: list[nn.Parameter] = []
             for name, parameter in probe.named_parameters():
                 (decays if name.endswith("weight") else others).append(parameter)
             groups += [

@@ -7,10 +7,13 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import timm.layers
+from timm.layers import LayerScale, PatchEmbed, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from p3b_ext import count_macs, token_counts
+import p3b_ext
+from p3b_ext import check_exact, check_unshared, count_macs, token_counts
 
 from ..models import mlp as mlps
 from .budget import Cost
@@ -62,6 +65,67 @@ class SubBlock:
         return float(self.cost(budget)(size_in, size_inner, size_out))
 
 
+LINEAR, IDENTITY, SCALE = (nn.Linear,), (nn.Identity,), (LayerScale, nn.Identity)
+NORM = (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormFp32, nn.RMSNorm, RmsNorm, timm.layers.RmsNormFp32)
+INNER_NORM = (*NORM, nn.Identity)
+PARTS: dict[str, tuple[type, ...]] = {  # of a block: what gates and the shrink know exactly
+    "": (Block,),
+    "norm1": NORM,
+    "attn": (timm.layers.Attention, p3b_ext.Attention),
+    "attn.qkv": LINEAR,
+    "attn.proj": LINEAR,
+    "attn.q_norm": INNER_NORM,
+    "attn.k_norm": INNER_NORM,
+    "attn.norm": INNER_NORM,
+    "ls1": SCALE,
+    "norm2": NORM,
+    "mlp": mlps.KNOWN,
+    "mlp.norm": INNER_NORM,
+    "mlp.fc2": LINEAR,
+    "ls2": SCALE,
+}
+OUTSIDE: dict[str, tuple[type, ...]] = {  # what else an embedding is made of
+    "patch_embed": (PatchEmbed,),
+    "patch_embed.proj": (nn.Conv2d,),
+    "norm_pre": INNER_NORM,
+    "norm": INNER_NORM,
+    "fc_norm": INNER_NORM,
+    "head": (nn.Linear, nn.Identity),
+}
+
+
+def _check_parts(model: VisionTransformer, embedding: bool) -> None:
+    """NotImplementedError, by name, for a part that is not known exactly or serves in two places."""
+    found: dict[str, nn.Module] = {}
+    for i, block in enumerate(model.blocks):
+        for part, known in PARTS.items():
+            name = f"blocks.{i}.{part}".rstrip(".")
+            module = _part(block, part)
+            if module is None:
+                raise NotImplementedError(f"gates: {name} is missing; known are blocks as timm's Block")
+            check_exact("gates", name, module, *known)
+            found[name] = module
+        for part in mlps.reader_names(block.mlp):
+            name = f"blocks.{i}.mlp.{part}"
+            found[name] = getattr(block.mlp, part)
+            check_exact("gates", name, found[name], *LINEAR)
+        expect(getattr(block.attn, "gate", None) is None, f"blocks.{i}.attn", "attention without an output gate", block)
+    check_unshared("gates", {name: module for name, module in found.items() if not isinstance(module, nn.Identity)})
+    for part, known in OUTSIDE.items() if embedding else ():
+        module = _part(model, part)
+        if module is not None:
+            check_exact("gates", part, module, *known)
+
+
+def _part(module: nn.Module, name: str) -> nn.Module | None:
+    """A submodule by its dotted name; the module itself for an empty one, None where there is none."""
+    for step in name.split(".") if name else ():
+        module = getattr(module, step, None)
+        if module is None:
+            return None
+    return module
+
+
 def _per_channel(module: nn.Module, channels: int) -> int:
     return sum(p.numel() for p in module.parameters()) // channels
 
@@ -81,6 +145,7 @@ def sub_blocks(model: nn.Module, granularity: str = "channels", embedding: bool 
         raise TypeError(f"gates: model must be a timm VisionTransformer (ViT, DeiT), got {type(model).__name__}")
     if getattr(model, "p3b_kept", None) is not None:
         raise NotImplementedError("gates: the model is pruned already; a model can be pruned once")
+    _check_parts(model, embedding)
     found: list[SubBlock] = []
     width = model.embed_dim
     counts = token_counts(model)  # fewer behind a token reduction that the model is patched with
@@ -88,17 +153,7 @@ def sub_blocks(model: nn.Module, granularity: str = "channels", embedding: bool 
     start = width if embedding else 0
     for i, (block, (in_attn, in_mlp)) in enumerate(zip(model.blocks, counts, strict=True)):
         where = f"blocks.{i}"
-        expect(isinstance(block, Block), where, "a pre-norm timm Block", block)
         attn, mlp = block.attn, block.mlp
-        for part in ("qkv", "proj"):
-            expect(
-                isinstance(getattr(attn, part, None), nn.Linear),
-                f"{where}.attn",
-                "attention with Linear qkv and proj",
-                attn,
-            )
-        expect(getattr(attn, "gate", None) is None, f"{where}.attn", "attention without an output gate", attn)
-        expect(mlps.known(mlp), f"{where}.mlp", "timm's Mlp, GluMlp or SwiGLU with Linear layers", mlp)
         heads, head_dim, hidden = attn.num_heads, attn.head_dim, mlp.fc2.in_features
         # one inner element is a channel in each of the heads, or a head of all its channels
         inner, rows = (head_dim, heads) if granularity == "channels" else (heads, head_dim)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """From a masked model to a small dense one that computes the same, with timm's own modules where possible.
 
-Inside a pruned block the norm keeps its statistics over the full width and hands on the kept channels;
-attention and MLP are timm's own, only narrower; their output is scattered back into the residual stream. What
-has no kept channel is left out.
+Inside a pruned block the norm keeps its statistics over the full width and passes on the kept channels; attention and
+MLP are timm's own, but narrower; their output is scattered back into the residual stream. A sub-block without kept
+channels is left out.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from .gates import Gates, detach
 
 
 class GatherLayerNorm(nn.LayerNorm):
-    """LayerNorm whose statistics are those of all channels and whose output (and affine weights) are those of
-    the kept ones."""
+    """LayerNorm with statistics over all channels, and output and affine weights of the kept ones."""
 
     index: Tensor
     width: int
 
     def forward(self, input: Tensor) -> Tensor:
         # widening the affine weights costs O(width) and leaves one fused norm; gathering first would need a
-        # norm with foreign statistics
+        # norm with given statistics
         weight = None if self.weight is None else _widen(self.weight, self.index, self.width)
         bias = None if self.bias is None else _widen(self.bias, self.index, self.width)
         return _gather(F.layer_norm(input, (self.width,), weight, bias, self.eps), self.index)
@@ -57,12 +56,10 @@ class GatherRmsNorm(nn.Module):
 
 
 class PrunedBlock(Block):
-    """timm's Block after the cut: each half writes to its kept output channels, or a constant vector, or
-    nothing at all.
+    """timm's Block after the shrink: each half writes to its kept output channels, or a constant vector, or nothing.
 
-    `attn` (or `mlp`) is None where it reads nothing any more; `attn_constant` is then what it adds to every
-    token, or None.
-    `attention_half` and `mlp_half` are the two halves on their own, between which p3b_ext reduces tokens.
+    `attn` (or `mlp`) is None where it has no input channels left; `attn_constant` is then what it adds to every token,
+    or None. `attention_half` and `mlp_half` are the two halves, between which p3b_ext reduces tokens.
     """
 
     attn_index: Tensor | None  # [M] kept output channels, None for all
@@ -76,13 +73,13 @@ class PrunedBlock(Block):
         return self.mlp_half(self.attention_half(x, attn_mask=attn_mask, **causal)[0])
 
     def attention_half(self, x: Tensor, **asked: Any) -> tuple[Tensor, Any]:
-        """The stream after the attention, and what the attention returned (with its side outputs, where
-        `asked` names some)."""
+        """The stream after the attention, and what the attention returned (with side outputs, where `asked` names
+        some)."""
         if self.attn is None:
             if asked.get("aux") or asked.get("metric"):
                 raise NotImplementedError(
-                    "PrunedBlock: attention must exist where tokens are reduced, got a block without; choose "
-                    "other blocks for the reduction"
+                    "PrunedBlock: this block's attention has been pruned, so it cannot reduce tokens; choose other "
+                    "blocks for the reduction"
                 )
             return self._constant(x, self.attn_constant, self.attn_index, self.drop_path1), None
         out = self.attn(self.norm1(x), **asked)
@@ -103,9 +100,9 @@ class PrunedBlock(Block):
         return x + drop_path(y.expand(x.shape[0], 1, -1))
 
 
-# gather and scatter_add with an expanded index: of PyTorch's ways the fastest on a CPU, forward and backward
-# (index_select along the last axis takes 3 times, zeros + index_copy 4 times as long; [8, 197, 384], one Zen
-# 3 core). Indices are unique, so both are deterministic.
+# gather and scatter_add with an expanded index: the fastest of PyTorch's ways on a CPU, forward and backward
+# (index_select along the last axis takes 3 times, zeros + index_copy 4 times as long; [8, 197, 384], one Zen 3 core).
+# Indices are unique, so both are deterministic.
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -127,7 +124,7 @@ def kept_indices(gates: Gates) -> dict[str, Any]:
     "inner": [...]}, ...}.
 
     Where whole heads are gated, an attention has "heads" in place of "inner". A gated embedding is one more entry
-    "embedding", and sub-blocks then have no "in" and "out": they read and write all that is left.
+    "embedding"; sub-blocks then have no "in" and "out": they read and write all kept channels.
     """
     hard = gates.hard().cpu()
     kept: dict[str, Any] = {}
@@ -143,11 +140,10 @@ def kept_indices(gates: Gates) -> dict[str, Any]:
 
 
 def shrink(model: VisionTransformer) -> VisionTransformer:
-    """Makes a masked model small and dense, in place, and returns it: same logits (masks are rounded to 0 or
-    1 first). A model that is patched stays so, its token reduction included.
+    """Makes a masked model small and dense, in place, and returns it: same logits (masks are rounded to 0 or 1 first).
+    A patched model stays patched, its token reduction included.
 
-    The model is one that `p3b.prune` or `p3b.gates.attach` has put gates on. Raises ValueError when it has
-    none.
+    model: one with gates (`p3b.gates.attach`). Raises ValueError where it has none.
     """
     gates = getattr(model, "p3b_gates", None)
     if gates is None:
@@ -190,7 +186,7 @@ def cut(model: VisionTransformer, kept: dict[str, Any]) -> None:
 
 
 def _cut_embedding(model: VisionTransformer, index: Tensor) -> None:
-    """Makes the residual stream itself narrower: everything that writes to it or reads from it."""
+    """Makes the residual stream itself narrower, in every layer that writes to it or reads from it."""
     _cut_linear(model.patch_embed.proj, rows=index)
     for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
         token = getattr(model, name, None)
@@ -269,7 +265,7 @@ def _constant_output(branch: nn.Module, half: str, inner: Tensor) -> Tensor:
             hidden = branch.norm(hidden)
         return out + last.weight[:, inner] @ hidden
     if branch.qkv.bias is None:
-        values = last.weight.new_zeros(branch.attn_dim)
+        values = last.weight.new_zeros(int(branch.attn_dim))
     else:
         values = branch.qkv.bias[2 * branch.attn_dim :]  # equal keys: attention passes the one value on
     values = values[inner]
@@ -281,12 +277,12 @@ def _constant_output(branch: nn.Module, half: str, inner: Tensor) -> Tensor:
 
 def _tiled(inner: Tensor, head_dim: int, repeats: int) -> Tensor:
     """Places of the kept channels of a head (or of an MLP's value and gate) in `repeats` of them, stacked."""
-    return (torch.arange(repeats, device=inner.device)[:, None] * head_dim + inner).flatten()
+    return (torch.arange(repeats, device=inner.device, dtype=torch.int64)[:, None] * head_dim + inner).flatten()
 
 
 def _head_columns(heads: Tensor, head_dim: int) -> Tensor:
     """Places of the channels of the kept heads in all heads."""
-    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
+    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device, dtype=torch.int64)).flatten()
 
 
 def _cut_linear(linear: nn.Linear | nn.Conv2d, rows: Tensor | None = None, columns: Tensor | None = None) -> None:

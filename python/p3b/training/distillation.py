@@ -41,7 +41,7 @@ class Teacher:
 
     def load_state(self, state: dict[str, Tensor] | None) -> None:
         """Restores what `state` returned."""
-        if self.own:
+        if state is not None:
             self.model.load_state_dict(state)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Several processes on one run: what torchrun started, seen through six verbs that also work for one process alone."""
+"""Several processes on one run, as torchrun starts them: collectives that also work for one process alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that decides, writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -38,8 +38,13 @@ class Processes:
         device = next(model.parameters()).device
         # Buffers are index tables and never change in training. Before torch 2.13 the setting had another name.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
-        still = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **still)
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {name: False, "device_ids": [device] if device.type == "cuda" else None}
+        return DistributedDataParallel(model, **options)
+
+    def no_sync(self, wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """A context whose backward passes add gradients without averaging them; wrapped: what `wrap` returned."""
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
         """Sums tensors over the processes, in place, in one collective for each dtype."""
@@ -76,7 +81,7 @@ class Processes:
         return values
 
     def barrier(self) -> None:
-        """Returns when all processes are here."""
+        """Waits for all processes."""
         if self.world > 1:
             dist.barrier()
 

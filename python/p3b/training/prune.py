@@ -28,6 +28,7 @@ from ..pruning.compensate import activation_means, checked_gates, compensate
 from ..pruning.context import Context, Milestones
 from ..pruning.gates import Gates, sharpening
 from ..pruning.methods import create
+from ..pruning.sub_blocks import sub_blocks
 from ..pruning.surgery import cut, shrink
 from .distillation import Teacher
 from .distributed import Processes
@@ -100,11 +101,13 @@ def prune(
         raise ValueError("config: distill needs a teacher: give one, or a start_epoch of 1 or more to make one")
     if config.finetune_epochs:
         check_warmup(config, config.finetune_epochs)
+    sub_blocks(model)  # names a part that cannot be pruned, before the copy, which some of these parts do not survive
     device, processes = resolve_device(config.device), Processes()
     checkpoints = CheckpointWriter(state_dir, config, processes, train_loader, val_loader)
     saved = checkpoints.load() if resume else None
     seed_all(config.seed)
-    model = p3b_ext.patch(copy.deepcopy(model).to(device), reduction)
+    model = copy.deepcopy(model).to(device)
+    p3b_ext.patch(model, reduction)
     run = _Run(model, train_loader, val_loader, config, reduction, processes, progress, checkpoints)
     run.teacher = Teacher(model, teacher, device) if distills else None
     try:
@@ -254,8 +257,8 @@ class PruningPhase:
         steps, start = self.milestones.steps_per_epoch, self.milestones.start
         if self.count == start:
             loader = at_epoch(train_loader, epoch)
-            batches = ((images.to(self.device), targets.to(self.device)) for images, targets in loader)
-            self.method.begin(batches, self.step.criterion)
+            moved = ((images.to(self.device), targets.to(self.device)) for images, targets in loader)
+            self.method.begin(moved, self.step.criterion)
             self.params = int(self.gates.total())
         self.model.train()
         for module in self.method.modules().values():
@@ -325,7 +328,9 @@ class PruningPhase:
     def _check_budget(self) -> None:
         """A warning where the final masks miss the budget: few large steps (round_to) or a tiny model."""
         counted, wanted = self.config.budget, self.config.prune_ratio
-        whole = float(self.method.full.sum()) + self.gates.outside(counted, torch.ones(len(self.gates.values)) > 0)
+        whole = float(self.method.full.sum()) + self.gates.outside(
+            counted, torch.ones(len(self.gates.values), dtype=torch.float32, device="cpu") > 0
+        )
         pruned = 1 - self.gates.total(counted) / whole
         if abs(pruned - wanted) > BUDGET_TOLERANCE:
             what = f"the masks prune {pruned:.1%} of {counted} where {wanted:.1%} was asked for"

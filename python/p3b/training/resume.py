@@ -32,7 +32,7 @@ class CheckpointWriter:
 
     def load(self) -> dict[str, Any] | None:
         """The state to resume from; None where nothing has been written. Raises ValueError for that of another run."""
-        saved = load_state(Path(self.folder))
+        saved = load_state(Path(self.folder)) if self.folder is not None else None
         check_state(saved, self.config, self.images, self.processes)
         return saved
 
@@ -120,10 +120,10 @@ def seed_all(seed: int) -> None:
 def random_state() -> dict[str, Any]:
     """States of Python's, NumPy's and PyTorch's generators, as tensors and plain values."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
         "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

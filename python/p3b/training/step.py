@@ -5,13 +5,13 @@ around it: batches in groups, running means, validation."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
+from timm.data.mixup import Mixup, mixup_target
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -43,8 +43,8 @@ class Step:
 
     A step whose gradients are not finite changes neither weights nor statistics and is counted.
     model: what is trained; the Step wraps it for several processes and for torch.compile. teacher: a model in eval mode
-    for the distillation loss. method: the pruning method of the phase. check: called with the first batch; by default
-    it refuses what the model or the teacher cannot take.
+    for the distillation loss. method: the pruning method of the phase. check: called with every batch; by default it
+    refuses what the model or the teacher cannot take.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class Step:
         self.model, self.optimizer, self.config, self.device, self.method = model, optimizer, config, device, method
         self.processes, self.teacher = processes or Processes(), teacher
         self.wrapped = self.processes.wrap(model)
-        self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
+        self.forward: Callable[..., Tensor] = torch.compile(self.wrapped) if config.compile else self.wrapped
         self.recorded = ResidualStream(model) if method is not None and method.reads_stream else None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.skipped = torch.zeros((), device=device)
-        self.skipped_in_a_row = torch.zeros((), device=device)
-        self.longest_skip = torch.zeros((), device=device)
-        self.scale = torch.full((), FIRST_SCALE if config.amp == "float16" else 1.0, device=device)
-        self.since_growth = torch.zeros((), device=device)
-        self.check_batch: Callable[[Any], None] | None = check or InputCheck(model, config, device, teacher)
+        self.skipped = torch.zeros((), device=device, dtype=torch.float32)
+        self.skipped_in_a_row = torch.zeros((), device=device, dtype=torch.float32)
+        self.longest_skip = torch.zeros((), device=device, dtype=torch.float32)
+        self.scale = torch.full((), FIRST_SCALE if config.amp == "float16" else 1.0, device=device, dtype=torch.float32)
+        self.since_growth = torch.zeros((), device=device, dtype=torch.float32)
+        self.check_batch: Callable[[Any], None] = check or InputCheck(model, config, device, teacher)
         self.on_device = device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups)
         self.mixup = None
         if config.mixup or config.cutmix:
@@ -92,15 +92,13 @@ class Step:
 
         measuring: whether the method's loss is part of this step. pruning: whether masks may change at this step.
         """
-        if self.check_batch is not None:
-            self.check_batch(batches[0])
-            self.check_batch = None
-        for i, (images, targets) in enumerate(batches):
+        for i, batch in enumerate(batches):
+            self.check_batch(batch)
+            images, targets = batch
             images = images.to(self.device, non_blocking=True)
             targets = targets.to(self.device, non_blocking=True)
-            last = i == len(batches) - 1
             # gradients of several batches are added before they are averaged over processes
-            local = nullcontext() if last or self.processes.world == 1 else self.wrapped.no_sync()
+            local = nullcontext() if i == len(batches) - 1 else self.processes.no_sync(self.wrapped)
             with local, self.recorded or nullcontext():
                 total, logits, loss = self._losses(images, targets, measuring, pruning)
                 (total * (self.scale / len(batches))).backward()
@@ -113,17 +111,19 @@ class Step:
         rows = max(1, round(config.probe_share * len(images))) if measuring else 0
         if self.mixup is not None:
             if measuring and config.benefit_targets == "clean" and self.recorded is not None:
-                clean = (self._clean_stream(images[:rows]), targets[:rows])
-            # timm mixes in place; the loader's tensors are not ours
-            images, targets = self.mixup(images.clone(), targets)
+                clean = (self._clean_stream(self.recorded, images[:rows]), targets[:rows])
+            images, targets = self.mixed(self.mixup, images, targets)
         if self.recorded is not None:
             self.recorded.begin(rows)
         with autocast(config, self.device):
-            logits = self.forward(images)
-        if logits.ndim != 2:
-            raise ValueError(f"train: model must give logits [B, K], got {list(logits.shape)}; set its global_pool")
-        logits = logits.float()
-        loss = self.criterion(logits, targets).mean()
+            outputs = self.forward(images)
+        # a distilled DeiT in distilled training returns the logits of both heads: the mean of their losses, as in timm
+        heads = [head.float() for head in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        if any(head.ndim != 2 for head in heads):
+            shapes = ", ".join(str(list(head.shape)) for head in heads)
+            raise ValueError(f"train: model must give logits [B, K], got {shapes}; set its global_pool")
+        loss = torch.stack([self.criterion(head, targets).mean() for head in heads]).mean()
+        logits = torch.stack(heads).mean(0) if len(heads) > 1 else heads[0]
         total = loss
         if self.teacher is not None:
             with torch.no_grad(), autocast(config, self.device):
@@ -131,18 +131,29 @@ class Step:
             total = total * (1 - config.distill) + config.distill * distillation(
                 logits, answers.float(), config.distill_temperature
             )
-        if measuring:
+        if measuring and self.method is not None:
             stream = self.recorded.stream if self.recorded is not None else None
             extra = self.method.loss(ProbeBatch(targets[:rows], self.criterion, pruning, stream, clean))
             total = total if extra is None else total + extra
         return total, logits, loss
 
-    def _clean_stream(self, images: Tensor) -> list[Tensor]:
+    def _clean_stream(self, recorded: ResidualStream, images: Tensor) -> list[Tensor]:
         """The residual stream of images without mixing, in the mode that the model is in."""
-        self.recorded.begin(len(images))
+        recorded.begin(len(images))
         with torch.no_grad(), autocast(self.config, self.device):
             self.model(images)
-        return list(self.recorded.stream)
+        return list(recorded.stream)
+
+    def mixed(self, mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Images after mixup or CutMix, and their soft targets; the last of an odd number stays as it is."""
+        even = len(images) // 2 * 2  # timm mixes pairs
+        mixed, soft = images.clone(), []  # in place; the loader's tensors are not ours
+        if even:
+            mixed[:even], first = mixup(mixed[:even], targets[:even])
+            soft.append(first)
+        if even < len(images):
+            soft.append(mixup_target(targets[even:], mixup.num_classes, smoothing=mixup.label_smoothing))
+        return mixed, torch.cat(soft)
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy per row: smoothed for integer labels, as given for soft targets."""
@@ -187,7 +198,8 @@ class Step:
 
     def _step(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         if self.on_device:
-            optimizer.found_inf = (~finite).float()  # fused optimizers skip on the device, as under a GradScaler
+            # fused optimizers skip on the device, as under a GradScaler
+            vars(optimizer)["found_inf"] = (~finite).float()
             optimizer.step()
         elif finite:
             optimizer.step()
@@ -216,7 +228,11 @@ class Step:
 
 def create_optimizer(model: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer of a Config for a model, as one fused kernel where PyTorch has it."""
-    fused = {"fused": True} if config.opt.lower() in FUSED else {}
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "train: all parameters of the model are frozen (requires_grad is False): nothing can be trained"
+        )
+    fused: dict[str, Any] = {"fused": True} if config.opt.lower() in FUSED else {}
     try:
         return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, **fused)
     except (AssertionError, ValueError) as error:
@@ -227,7 +243,7 @@ class Meter:
     """Sums loss and accuracy of an epoch on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, device=device)
+        self.sums = torch.zeros(3, device=device, dtype=torch.float32)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """One batch: its mean loss, logits [B, K] and targets."""
@@ -249,22 +265,24 @@ class InputCheck:
         self, model: nn.Module, config: Config, device: torch.device, teacher: nn.Module | None = None
     ) -> None:
         self.model, self.device, self.teacher = model, device, teacher
-        self.mixes = bool(config.mixup or config.cutmix)
+        self.mixes, self.first = bool(config.mixup or config.cutmix), True
 
     def __call__(self, batch: Any) -> None:
-        """TypeError or ValueError for a batch that does not fit."""
-        check_batch(self.model, batch)
+        """TypeError or ValueError for a batch that does not fit. Labels on a GPU are read in the first batch only."""
+        check_batch(self.model, batch, wait=self.first)
         images, targets = batch
-        if self.teacher is not None:
+        if self.first and self.teacher is not None:
             check_teacher(self.teacher, self.model, images.to(self.device))
         if self.mixes and targets.ndim == 2:
             raise TypeError(f"train: labels must be int64 [B] to be mixed, got {list(targets.shape)} {targets.dtype}")
-        if self.mixes and len(images) % 2:
-            raise ValueError(f"train: batch must have an even number of images to be mixed, got {len(images)}")
+        self.first = False
 
 
-def check_batch(model: nn.Module, batch: Any) -> None:
-    """TypeError or ValueError unless the batch is images and targets that the model can be trained on."""
+def check_batch(model: nn.Module, batch: Any, *, wait: bool = True) -> None:
+    """TypeError or ValueError unless the batch is images and targets that the model can be trained on.
+
+    wait: whether labels on a GPU are read too, which waits for it.
+    """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
         raise TypeError(f"train: batch must be two tensors, images and targets, got {type(batch).__name__}")
     images, targets = batch
@@ -274,6 +292,9 @@ def check_batch(model: nn.Module, batch: Any) -> None:
         raise TypeError(f"train: images must have the model's dtype {dtype}, got {images.dtype}")
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"train: images must be [B, C, H, W], got {list(images.shape)}")
+    wanted = image_shape(model)
+    if wanted is not None and tuple(images.shape[1:]) != wanted:
+        raise ValueError(f"train: images must be [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
     if targets.ndim == 2 and targets.is_floating_point():
         if len(targets) != len(images) or classes not in (None, targets.shape[1]):
             wanted = [len(images), classes or "K"]
@@ -283,11 +304,22 @@ def check_batch(model: nn.Module, batch: Any) -> None:
         raise TypeError(f"train: labels must be int64 [B] (or soft targets float [B, K]), got {targets.dtype}")
     if targets.shape != images.shape[:1]:
         raise ValueError(f"train: labels must be [{len(images)}], one per image, got {list(targets.shape)}")
+    if not wait and targets.device.type != "cpu":
+        return
     low, high = targets.min().item(), targets.max().item()
     if low < 0 or (classes is not None and high >= classes):
         raise ValueError(
             f"train: labels must be 0 to {'K - 1' if classes is None else classes - 1}, got {low} to {high}"
         )
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    """The one image shape (C, H, W) that a timm ViT takes; None for models that take others too, or do not say."""
+    embed = getattr(model, "patch_embed", None)
+    size, proj = getattr(embed, "img_size", None), getattr(embed, "proj", None)
+    if not size or not getattr(embed, "strict_img_size", False) or not isinstance(proj, nn.Conv2d):
+        return None
+    return (proj.in_channels, int(size[0]), int(size[1]))
 
 
 def at_epoch(loader: Any, epoch: int) -> Any:
@@ -298,9 +330,11 @@ def at_epoch(loader: Any, epoch: int) -> Any:
 
 
 def groups(loader: Any, epoch: int, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """An epoch's batches in groups of `size`; a last group that is not full is left out."""
+    """An epoch's batches in groups of `size`; empty batches, and a last group that is not full, are left out."""
     group = []
     for batch in at_epoch(loader, epoch):
+        if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor) and not len(batch[0]):
+            continue
         group.append(batch)
         if len(group) == size:
             yield group
@@ -309,7 +343,7 @@ def groups(loader: Any, epoch: int, size: int) -> Iterator[list[tuple[Tensor, Te
 
 def steps_per_epoch(loader: Batches, config: Config) -> int:
     """Optimizer steps of an epoch. Raises TypeError for a loader without a length, ValueError for one too short."""
-    if not hasattr(loader, "__len__"):
+    if not isinstance(loader, Sized):
         raise TypeError(f"train: train_loader must have a length, got {type(loader).__name__}")
     steps = len(loader) // config.accumulate
     if steps == 0:

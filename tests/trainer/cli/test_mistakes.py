@@ -167,10 +167,12 @@ def test_resume_needs_a_run_that_is_not_done(config, tmp_path, capsys):
     settings = {"finetune_lr": 1e-3, "model": "vit_tiny_patch16_224", "data": "digits"}
     (folder / "run.json").write_text(json.dumps({"command": "finetune", "settings": settings}))
     assert "holds an unfinished run" in fails(capsys, "finetune", *config(), "--output", tmp_path / "run")
-    assert "must be a run of p3b prune, got one of p3b finetune" in fails(capsys, "prune", "--resume", tmp_path / "run")
+    assert "is a run of p3b finetune, not of p3b prune" in fails(capsys, "prune", "--resume", tmp_path / "run")
     error = fails(capsys, "finetune", "--resume", tmp_path / "run", "--finetune-lr", "0.5")
     assert "finetune_lr must be the run's 0.001, got 0.5" in error
-    assert "must be the run's own" in fails(capsys, "finetune", "--resume", tmp_path / "run", "--config", "digits")
+    assert "a resumed run has its own settings" in fails(
+        capsys, "finetune", "--resume", tmp_path / "run", "--config", "digits"
+    )
 
 
 def test_warnings_are_shown_as_before_when_a_command_has_ended(tmp_path):

@@ -28,4 +28,4 @@ def test_command(tmp_path, capsys):
     page = (out / "scores.md").read_text()
     assert "attention received" in page and (out / "scores.png").stat().st_size > 1000
     assert main(["scores", run, "--r", "two", "--device", "cpu"]) == 2
-    assert "r: list must hold whole numbers" in capsys.readouterr().err
+    assert "argument --r: must be whole numbers" in capsys.readouterr().err

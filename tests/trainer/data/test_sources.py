@@ -340,3 +340,11 @@ def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(ValueError, match=r"owl must be a readable folder, got: Permission denied"):
         read_data(tmp_path, img_size=8)
+
+
+def test_a_source_and_its_settings_are_a_config(npz):
+    path = npz()
+    by_name, by_config = create_data(path, img_size=8, seed=3), create_data(DataConfig(str(path), img_size=8, seed=3))
+    assert by_name.config == by_config.config and by_name.description == by_config.description
+    with pytest.raises(TypeError, match="settings must be fields of the DataConfig, got also seed"):
+        create_data(by_config.config, seed=4)

@@ -281,7 +281,7 @@ def test_the_command_names_mistakes(run, tmp_path, capsys):
     assert "name must be one of" in fails(run, "--reduction", "tomme", "--output", path)
     assert "name must be one that timm knows" in fails("no_such_model", "--output", path)
     flags = ["vit_tiny_patch16_224", "--no-pretrained", "--data", "run", "--output", path]
-    assert "source must be images" in fails(*flags)
+    assert "a timm model has no images of its own" in fails(*flags)
     assert not path.exists()
 
 

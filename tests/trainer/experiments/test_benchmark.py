@@ -21,7 +21,7 @@ def test_the_models_of_a_comparison_share_their_weights():
     assert [row.name for row in found.rows] == ["dense", "dense + p3b_ext", "ToMe r=13"]
     assert found.rows[0].macs == found.rows[1].macs > found.rows[2].macs
     assert set(seen) == {"warm-up", "timing 1/1", "dense", "dense + p3b_ext", "ToMe r=13"} and set(seen.values()) == {7}
-    twin = bench._twin(models["dense"])
+    twin = bench.twin(models["dense"])
     pairs = zip(models["dense"].parameters(), twin.parameters(), strict=True)
     assert twin is not models["dense"] and all(a is b for a, b in pairs)
     assert type(models["dense"].blocks[0].attn).__module__.startswith("timm")  # the comparison patches copies

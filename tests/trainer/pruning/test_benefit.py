@@ -137,7 +137,7 @@ def test_conv_probe_needs_the_grid():
     vit = model()
     probes = Probes(vit, form="conv")
     stream = [torch.randn(2, 12, 48) for _ in range(2 * DEPTH + 1)]
-    with pytest.raises(ValueError, match=r"every block must see all 4x4 patches, got \[11\]"):
+    with pytest.raises(ValueError, match=r"every block must have all 4x4 patches, got \[11\]"):
         probes(stream, loss_for(torch.tensor([0, 1])))
 
 
@@ -170,11 +170,11 @@ def test_momentum_of_the_worked_example():
 def test_without_positive_benefit_the_previous_importance_stays():
     params = torch.tensor([100.0, 100.0, 100.0])
     importance = Importance(params, alpha=1.0)
-    with pytest.warns(UserWarning, match="all count alike"):
+    with pytest.warns(UserWarning, match="all get the same importance"):
         first = importance.update({"cls": torch.tensor([-1.0, -2.0, 0.0])}, params)
     assert first.tolist() == [1, 1, 1]
     measured = importance.update({"cls": torch.tensor([1.0, 0.5, 0.0])}, params).clone()
-    with pytest.warns(UserWarning, match="previous importance stays"):
+    with pytest.warns(UserWarning, match="previous importance is kept"):
         after = importance.update({"cls": torch.tensor([-1.0, -2.0, -3.0])}, params)
     assert torch.equal(after, measured)
     assert torch.equal(importance.update(None, params), measured)

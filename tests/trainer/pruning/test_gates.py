@@ -296,9 +296,9 @@ def test_gates_survive_deepcopy():
         (lambda: nn.Linear(2, 2), "model must be a timm VisionTransformer"),
         (
             lambda: vits.family("deit", mlp_layer=GatedMlp),
-            "blocks.0.mlp must be timm's Mlp, GluMlp or SwiGLU with Linear layers, got GatedMlp",
+            "blocks.0.mlp is of class GatedMlp; supported: Mlp, GluMlp, SwiGLU",
         ),
-        (lambda: vits.family("res_post"), "blocks.0 must be a pre-norm timm Block"),
+        (lambda: vits.family("res_post"), "blocks.0 is of class ResPostBlock; supported: Block"),
     ],
 )
 def test_what_cannot_be_gated_says_so(make, message):

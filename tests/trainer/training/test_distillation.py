@@ -57,5 +57,5 @@ def test_pruning_distils_from_the_model_as_it_was():
     assert result.history["epochs"][-1]["loss"] > 0
     with pytest.raises(ValueError, match="distill needs a teacher: give one, or a start_epoch of 1"):
         prune(distill=0.5, start_epoch=0)
-    with pytest.raises(ValueError, match="distill must have a teacher here"):
+    with pytest.raises(ValueError, match="distill needs a teacher; give one"):
         p3b.finetune(vit(), batches(), batches(), config(distill=0.5))

@@ -1,6 +1,7 @@
 """One step: what it measures, what it must not touch; mixed precision, mixing, clean targets, clipping."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -186,9 +187,28 @@ def test_mixing_changes_the_targets_and_not_the_loader():
     assert mixed.history["epochs"][-1]["loss"] > 1.2 * plain.history["epochs"][-1]["loss"]
 
 
-def test_an_odd_batch_cannot_be_mixed():
-    with pytest.raises(ValueError, match=r"^train: batch must have an even number of images to be mixed, got 3$"):
-        prune(train=batches(size=3), mixup=0.8)
+def test_the_last_image_of_an_odd_batch_is_not_mixed():
+    """timm mixes pairs: of 5 images 4 are mixed, and the loader's tensors stay as they are."""
+    step = Step(
+        vit(), create_optimizer(vit(), config(), 1e-3), config(mixup=0.8, label_smoothing=0.2), torch.device("cpu")
+    )
+    images, labels = (part[:5] for part in batches(1)[0])
+    before = images.clone()
+    mixed, soft = step.mixed(step.mixup, images, labels)
+    assert torch.equal(images, before) and torch.equal(mixed[4], images[4]) and not torch.equal(mixed[:4], images[:4])
+    expected = torch.full((CLASSES,), 0.2 / CLASSES)
+    expected[labels[4]] += 0.8
+    torch.testing.assert_close(soft[4], expected)
+    assert torch.allclose(soft.sum(1), torch.ones(5))
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.5}, {"cutmix": 0.5}, {"mixup": 0.5, "cutmix": 0.5}])
+def test_loaders_with_an_odd_last_batch_train_under_mixing(mixing):
+    images, labels = batches(1, size=21)[0]
+    loader = list(zip(images.split(5), labels.split(5), strict=True))  # 5, 5, 5, 5, 1
+    history = p3b.finetune(vit(), loader, loader, config(**mixing), epochs=1)
+    assert math.isfinite(history["epochs"][0]["loss"])
+    assert p3b.prune(vit(), loader, loader, config(**mixing)).history["skipped_steps"] == 0
 
 
 def test_soft_targets_cannot_be_mixed_again():

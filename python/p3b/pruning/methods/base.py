@@ -39,7 +39,9 @@ class Method:
         self.model, self.gates, self.config = context.model, context.gates, context.config
         self.milestones, self.device, self.processes = context.milestones, context.device, context.processes
         blocks = self.gates.blocks
-        self.full = torch.tensor([block.full(self.config.budget) for block in blocks], dtype=torch.float64)
+        self.full = torch.tensor(
+            [block.full(self.config.budget) for block in blocks], dtype=torch.float64, device="cpu"
+        )
         """Cost [S] of the whole sub-blocks, in params or MACs as the budget counts."""
         self.outside = outside_cost(self.model, blocks, self.config.budget)
         """Cost of what is never pruned."""

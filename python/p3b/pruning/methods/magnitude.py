@@ -14,13 +14,14 @@ from .ranking import GlobalRanking, active_scores
 
 
 class Magnitude(GlobalRanking):
-    """Score of an element: mean of |w|^p over all weights that are cut with it, to the power 1/p; divided by the gate's
-    mean score.
+    """Score of an element: mean of |w|^p over all weights that are removed with it, to the power 1/p; divided by the
+    gate's mean score.
 
-    Filters by their L1 norm: Li et al. 2017 (arXiv 1608.08710). Weights that go together count together, and each
-    group's mean makes layers of other scale and size comparable: as in DepGraph (arXiv 2301.12900). A read channel's
-    weights include the norm's factor for it, a written one's that of the LayerScale; biases do not count. Pruned
-    gradually (Zhu & Gupta 2017, arXiv 1710.01878), here along the ramp that all methods share.
+    Filters by their L1 norm: Li et al. 2017 (arXiv 1608.08710). Weights that are removed together are scored
+    together, and division by the mean makes layers of different scale and size comparable, as in DepGraph (arXiv
+    2301.12900). The weights of an input channel include the norm's factor for it, those of an output channel the
+    LayerScale's; biases do not count. Pruned gradually (Zhu & Gupta 2017, arXiv 1710.01878), here along the ramp that
+    all methods share.
     """
 
     power: float
@@ -48,7 +49,7 @@ class Magnitude(GlobalRanking):
         if isinstance(scale, LayerScale):
             last = last * scale.gamma.abs()[:, None]
         first, last = first.pow(self.power), last.pow(self.power)
-        # channels of a head come back in every head, and in q, k and v; those of a gated MLP in value and gate
+        # channels of a head are repeated in every head, and in q, k and v; those of a gated MLP in value and gate
         inner = block.sizes[2]
         rows = first.reshape(-1, inner, first.shape[1]).transpose(0, 1).flatten(1)
         columns = last.t().reshape(-1, inner, last.shape[0]).transpose(0, 1).flatten(1)

@@ -17,7 +17,7 @@ from .base import Method
 
 
 class P3B(Method):
-    """Measures by probes what each sub-block adds, and gives each its share of the budget accordingly."""
+    """Measures the benefit of each sub-block with probes, and divides the budget between them accordingly."""
 
     reads_stream = True
 

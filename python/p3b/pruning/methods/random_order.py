@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Random: what any method has to beat."""
+"""Random: the baseline of every method."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from .uniform import Uniform
 class RandomOrder(Uniform):
     """The same keep ratio for all sub-blocks, the order inside each gate drawn once from the run's seed.
 
-    The order stays for the whole run: an element that is pruned stays pruned, and training recovers from it as well as
-    it can.
+    The order is the same for the whole run: a pruned element is never reactivated.
     """
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         generator = torch.Generator().manual_seed(self.config.seed)
-        self.scores = active_scores(torch.rand(len(self.gates.values), generator=generator))
+        self.scores = active_scores(
+            torch.rand(len(self.gates.values), generator=generator, dtype=torch.float32, device="cpu")
+        )
 
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
         masks = ratio_masks(

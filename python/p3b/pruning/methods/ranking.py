@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the methods share that compare elements over the whole model."""
+"""What methods share that compare elements over the whole model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .base import Method
 
 
 class GlobalRanking(Method):
-    """Prunes the elements with the lowest scores of the whole model, at every update as many as the budget then asks.
+    """Prunes the elements with the lowest scores of the whole model, at every update as many as its budget requires.
 
     Masks are hard from the first update on, as published for these methods.
 
-    A subclass gives the scores. The best MIN_SHARE of every gate go last, which keeps layers from collapse; a floor
-    under a sub-block's keep ratio raises that share.
+    A subclass gives the scores. The best MIN_SHARE of every gate are pruned last, which prevents layer collapse; a
+    floor under a sub-block's keep ratio raises that share.
     """
 
     def scores(self, final: bool) -> Scores:
-        """Of all elements, comparable over the model. final: the last update of the run."""
+        """Scores of all elements, comparable over the model. final: the last update of the run."""
         raise NotImplementedError
 
     def update(self, progress: float, tau: float, final: bool) -> dict[str, Any]:
@@ -36,12 +36,12 @@ class GlobalRanking(Method):
             self.target(progress),
             budget=self.config.budget,
             # what a sub-block costs is a product of two gates' counts
-            min_share=torch.as_tensor(self.floor, dtype=torch.float64).sqrt().clamp_min(MIN_SHARE),
+            min_share=torch.as_tensor(self.floor, dtype=torch.float64, device="cpu").sqrt().clamp_min(MIN_SHARE),
             round_to=self.config.round_to if final else 1,
         )
 
 
 def active_scores(score: Tensor) -> Scores:
-    """Scores that say something about every element, pruned or not."""
+    """Scores in which every element counts as active, pruned or not."""
     score = score.detach().cpu()
     return Scores(score, torch.zeros_like(score), torch.ones_like(score, dtype=torch.bool))

@@ -37,12 +37,12 @@ class SAViT(Method):
     What differs from the published code: the budget in params or MACs is counted exactly, for all sizes; all numbers of
     heads and embedding channels are tried (hidden neurons follow from the budget) instead of an evolution; one product
     with the Hessian takes in all pairs of layers, not a random one; cross terms are not divided by the numbers of
-    elements and a factor set by hand, with which the few heads would never go; directions in which the loss is concave
-    count as flat, because the search would otherwise be paid for removing all it can.
+    elements and a factor set by hand, with which the few heads would never be pruned; directions in which the loss is
+    concave count as flat, because the search would otherwise be rewarded for pruning as much as possible.
     """
 
     SHARE = 0.1
-    """Of the training batches."""
+    """Share of the training batches that are measured."""
     BATCH = 32
     """Images per measurement, as published: the importance is the square of a batch's mean."""
 
@@ -60,7 +60,7 @@ class SAViT(Method):
         }
         self.record: dict[str, Any] = {}
         # a budget that the share left to every layer exceeds must fail here, before anything is trained
-        self.search(torch.zeros_like(self.gates.values), torch.eye(3, dtype=torch.float64))
+        self.search(torch.zeros_like(self.gates.values), torch.eye(3, dtype=torch.float64, device="cpu"))
 
     def begin(self, batches: Iterable[tuple[Tensor, Tensor]], criterion: Criterion) -> None:
         training = self.model.training
@@ -82,7 +82,7 @@ class SAViT(Method):
         size = max(1, self.BATCH // processes.world)
         leaves = self.gates.leaves()
         flat = [leaves[0][0], *(inner for _, _, inner in leaves)]  # the embedding, then as in the flat tensors
-        member = torch.zeros(3, len(self.gates.values), device=self.device)
+        member = torch.zeros(3, len(self.gates.values), device=self.device, dtype=torch.float32)
         for row, name in zip(member, TYPES, strict=True):
             for place in self.places[name]:
                 row[place] = 1.0
@@ -165,10 +165,13 @@ class _Pool:
         self.places = places
         self.orders = [importance[place].argsort(stable=True) for place in places]
         going = [order[: len(order) - math.ceil(MIN_SHARE * len(order))] for order in self.orders]
-        layer = torch.repeat_interleave(torch.arange(len(places)), torch.tensor([len(some) for some in going]))
+        layer = torch.repeat_interleave(
+            torch.arange(len(places), dtype=torch.int64, device="cpu"),
+            torch.tensor([len(some) for some in going], dtype=torch.int64, device="cpu"),
+        )
         score = torch.cat([importance[place][some] for place, some in zip(places, going, strict=True)])
         counts = torch.nn.functional.one_hot(layer[score.argsort(stable=True)], len(places)).cumsum(0)
-        counts = torch.cat((torch.zeros(1, len(places), dtype=torch.long), counts))
+        counts = torch.cat((torch.zeros(1, len(places), dtype=torch.long, device="cpu"), counts))
         sizes = [place.stop - place.start for place in places]
         kept = [rounded(size - counts[:, i], size, step) for i, size in enumerate(sizes)]
         self.kept = torch.stack(kept, 1)

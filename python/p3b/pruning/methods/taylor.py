@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Global Taylor: elements whose removal would change the loss least go first (Molchanov et al. 2019)."""
+"""Global Taylor: elements whose removal would change the loss least are pruned first (Molchanov et al. 2019)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .ranking import GlobalRanking
 class Taylor(GlobalRanking):
     """Score of an element: mean over the steps since the last update of `(m * dL/dm)^2`, compared over the whole model.
 
-    Gates as the place to measure, the square of the mean gradient and no normalisation between layers: "method 22" of
-    Importance Estimation for Neural Network Pruning (arXiv 1906.10771). Removed elements do not come back.
+    Measured at gates, with the square of the mean gradient and without normalisation between layers: "method 22" of
+    Importance Estimation for Neural Network Pruning (arXiv 1906.10771). Removed elements are not reactivated.
     """
 
     def scores(self, final: bool) -> Scores:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Uniform: every sub-block keeps the same share; P3B without its measure of blocks."""
+"""Uniform: every sub-block keeps the same share; P3B without block benefit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Method
 class Uniform(Method):
     """The same keep ratio for all sub-blocks; inside a sub-block P3B's order and soft masks, by Taylor scores.
 
-    What P3B gains over it is what block benefit is worth.
+    The difference between P3B and this method is the effect of block benefit.
     """
 
     def __init__(self, context: Context) -> None:

@@ -16,18 +16,18 @@ from .ranking import GlobalRanking, active_scores
 
 class VTP(GlobalRanking):
     """Learns all gates a with `loss + PENALTY * |a|_1` until the sparse epoch, then keeps the largest, folds their
-    values into the weights and trains on with what is left (arXiv 2104.08500).
+    values into the weights and continues training with them (arXiv 2104.08500).
 
-    The paper's gates are on the inputs of the four Linears of a block; here those that all methods decide about. They
-    are learned by Adam and stay at 0 or above. Where a norm lies behind a gate (q, k, or inside the MLP) its value
-    cannot be folded exactly and becomes 1.
+    The paper's gates are on the inputs of the four Linears of a block; here they are the gates of all methods. They are
+    learned by Adam and stay at 0 or above. Where a norm follows a gate (q, k, or inside the MLP) its value cannot be
+    folded exactly and becomes 1.
     """
 
     PENALTY = 1e-3
     """Weight of the l1 norm. The best of 1e-4, 1e-3 and 1e-2 at 75 % pruned, MNIST -> Fashion-MNIST (4,000 images, one
     seed: 80.65, 81.95, 79.35 % of 2,000 test images)."""
     LEARNING_RATE = 1e-2
-    """Of the gates: a gate that the loss does not hold reaches 0 in 100 steps."""
+    """Of the gates: a gate without gradient from the loss reaches 0 in 100 steps."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -53,19 +53,28 @@ class WDPruning(Method):
         places = [block.slices()[i] for i in (2, 1) for block in blocks]
         steps = [block.steps(self.config.round_to)[i] for i in (2, 1) for block in blocks]
         sizes = [place.stop - place.start for place in places]
-        self.index = torch.cat([torch.arange(place.start, place.stop) for place in places]).to(self.device)
-        self.layer = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.device)
-        self.place = torch.cat([torch.arange(size) for size in sizes]).to(self.device)  # inside its layer
-        self.sizes, self.steps = (torch.tensor(numbers, device=self.device) for numbers in (sizes, steps))
+        self.index = torch.cat(
+            [torch.arange(place.start, place.stop, dtype=torch.int64, device="cpu") for place in places]
+        ).to(self.device)
+        self.layer = torch.repeat_interleave(
+            torch.arange(len(sizes), dtype=torch.int64, device="cpu"),
+            torch.tensor(sizes, dtype=torch.int64, device="cpu"),
+        ).to(self.device)
+        self.place = torch.cat([torch.arange(size, dtype=torch.int64, device="cpu") for size in sizes]).to(
+            self.device
+        )  # inside its layer
+        self.sizes, self.steps = (
+            torch.tensor(numbers, device=self.device, dtype=torch.int64) for numbers in (sizes, steps)
+        )
         self.widest = max(sizes)
         costs = [(block.cost(budget), block.sizes[0]) for block in blocks]
         prices = [[cost.a_q * width + cost.inner, cost.out, cost.q_o] for cost, width in costs]
         self.prices = torch.tensor(prices, dtype=torch.float32, device=self.device)
         """[S, 3] of an inner element, of an out element, of a pair of them."""
         self.fixed = self.outside + sum(cost.in_ * width + cost.whole for cost, width in costs)
-        self.saliency = nn.Parameter(torch.zeros(len(self.index), device=self.device))
-        self.threshold = nn.Parameter(torch.full((len(sizes),), self.START, device=self.device))
-        self.multipliers = torch.zeros(2, device=self.device)
+        self.saliency = nn.Parameter(torch.zeros(len(self.index), device=self.device, dtype=torch.float32))
+        self.threshold = nn.Parameter(torch.full((len(sizes),), self.START, device=self.device, dtype=torch.float32))
+        self.multipliers = torch.zeros(2, device=self.device, dtype=torch.float32)
         steps_to_sparse = max(1, self.milestones.sparse - self.milestones.start)
         rate = max(self.LEARNING_RATE, self.TRAVEL / steps_to_sparse)
         self.ascent = 2 * self.MAX_MULTIPLIER / steps_to_sparse
@@ -110,7 +119,7 @@ class WDPruning(Method):
 
     def ranks(self) -> Tensor:
         """Rank of every element inside its layer, 0 for the most salient, `[E]`; equal ones by place."""
-        table = torch.full((len(self.sizes), self.widest), -torch.inf, device=self.device)
+        table = torch.full((len(self.sizes), self.widest), -torch.inf, device=self.device, dtype=torch.float32)
         table[self.layer, self.place] = self.saliency.detach()
         return table.argsort(dim=1, descending=True, stable=True).argsort(dim=1)[self.layer, self.place]
 
@@ -125,7 +134,7 @@ class WDPruning(Method):
     def final_masks(self) -> Tensor:
         """Masks `[G]` that meet the budget."""
         # element of rank r stays where sigmoid(t + shift) n > r: the shift from which on it does is its score, negated
-        share = self.ranks() / self.sizes[self.layer]
+        share = self.ranks().float() / self.sizes[self.layer]
         entry = torch.logit(share) - self.threshold[self.layer]
         score = torch.full_like(self.gates.values, torch.inf)
         score[self.index] = -entry

@@ -195,14 +195,14 @@ def test_wdpruning_learns_saliencies_and_thresholds_without_decay_and_skips_brok
     gates.grad.copy_(torch.randn(len(gates.grad), generator=torch.Generator().manual_seed(4)))
     sign = gates.grad[method.index].sign()
     pull = torch.zeros(8).index_add_(0, method.layer, gates.grad[method.index]).sign()
-    method.stepped(torch.tensor(True))
+    method.stepped(torch.tensor(True), pruning=True)
     rate = method.optimizer.param_groups[0]["lr"]
     torch.testing.assert_close(method.saliency.detach(), -rate * sign, rtol=1e-4, atol=0)
     torch.testing.assert_close(method.threshold.detach(), 10 - rate * pull, rtol=1e-4, atol=0)
     assert not gates.grad.any()
     before = method.saliency.detach().clone()
     gates.grad.fill_(torch.nan)
-    method.stepped(torch.tensor(False))
+    method.stepped(torch.tensor(False), pruning=True)
     assert torch.equal(method.saliency.detach(), before) and not gates.grad.any()
     assert not method.multipliers.any()
 
