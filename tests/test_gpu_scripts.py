@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import assert_near
 from timm.models.vision_transformer import VisionTransformer
 
 import p3b_ext
@@ -139,4 +140,4 @@ def test_tome_in_plain_pytorch_computes_what_ours_does():
     with torch.inference_mode():
         want = p3b_ext.patch(bench.twin(model), p3b_ext.ToMe(r=3))(images)
         for fused in (True, False):
-            torch.testing.assert_close(bench.PlainToMe(bench.twin(model), 3, fused)(images), want, rtol=1e-4, atol=1e-4)
+            assert_near(bench.PlainToMe(bench.twin(model), 3, fused)(images), want)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import assert_same_to_rounding
 from torch import nn
 
 import p3b_ext
@@ -14,21 +15,20 @@ from p3b_ext.linear import linear
 def test_onednn_linear(shape, bias):
     x, w = torch.randn(shape, requires_grad=True), torch.randn(6, 7, requires_grad=True)
     b = torch.randn(6, requires_grad=True) if bias else None
-    inputs = [t for t in (x, w, b) if t is not None]
-    ours, theirs = linear(x, w, b), nn.functional.linear(x, w, b)
-    torch.testing.assert_close(ours, theirs)
-    grad = torch.randn_like(ours)
-    for mine, reference in zip(
-        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
+    leaves = [t for t in (x, w, b) if t is not None]
+    grad = torch.randn(*shape[:-1], 6)
 
-    def penalty(f):
-        (g,) = torch.autograd.grad(f(x, w, b).sin().sum(), x, create_graph=True)
-        return torch.autograd.grad(g.square().sum(), [x, w])
+    def found(f, dtype):
+        """Values, gradients, and the gradients of a penalty on a gradient."""
+        x, w, *b = (t.detach().to(dtype).requires_grad_() for t in leaves)
+        y = f(x, w, *b)
+        (slope,) = torch.autograd.grad(f(x, w, *b).sin().sum(), x, create_graph=True)
+        penalty = torch.autograd.grad(slope.square().sum(), [x, w])
+        return y.detach(), *torch.autograd.grad(y, [x, w, *b], grad.to(dtype)), *penalty
 
-    for mine, reference in zip(penalty(linear), penalty(nn.functional.linear), strict=True):
-        torch.testing.assert_close(mine, reference, atol=1e-3, rtol=1e-3)
+    theirs, truth = (found(nn.functional.linear, dtype) for dtype in (torch.float32, torch.float64))
+    for mine, other, exact in zip(found(linear, torch.float32), theirs, truth, strict=True):
+        assert_same_to_rounding(mine, other, exact)
 
 
 def test_onednn_linear_where_it_cannot_run():

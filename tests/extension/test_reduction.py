@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from cases import assert_near
 from torch import nn
 from vits import family, images, recorded, recorded_model, vit
 
@@ -32,10 +33,10 @@ def test_tome_is_the_published_one(name):
     case = recorded(f"tome_{name}")
     model, x = recorded_model(case), torch.from_numpy(case["input"])
     with torch.no_grad():
-        torch.testing.assert_close(patch(model)(x), torch.from_numpy(case["logits_dense"]), atol=1e-4, rtol=0)
+        assert_near(patch(model)(x), torch.from_numpy(case["logits_dense"]))
     patch(model, ToMe(int(case["r"]), proportional=name.endswith("prop")), trace=True)
     logits, size, slots = final_sizes(model, x)
-    torch.testing.assert_close(logits, torch.from_numpy(case["logits"]), atol=1e-4, rtol=0)
+    assert_near(logits, torch.from_numpy(case["logits"]))
     assert torch.equal(size.float(), torch.from_numpy(case["size"]))
     assert torch.equal(slots.int(), torch.from_numpy(case["slot_of_token"]))
 
@@ -52,7 +53,7 @@ def test_ppt_is_the_published_one(name):
     model, x = recorded_model(case), torch.from_numpy(case["input"])
     ppt = Spread(int(case["r"]), case["locations"].tolist(), float(case["threshold"]))
     logits, size, _ = final_sizes(patch(model, ppt, trace=True), x)
-    torch.testing.assert_close(logits, torch.from_numpy(case["logits"]), atol=1e-4, rtol=0)
+    assert_near(logits, torch.from_numpy(case["logits"]))
     assert torch.equal(size.float(), torch.from_numpy(case["size"]))
     torch.testing.assert_close(torch.stack(seen), torch.from_numpy(case["score_variance"]), atol=0, rtol=1e-4)
     pruned = case["is_pruned"]

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from cases import assert_near
 from torch import nn
 from vits import family, images, vit
 
@@ -40,7 +41,7 @@ def test_begin_and_compiled_models():
             recorded.begin(2)
             compiled(x)
             for a, b in zip(recorded.stream, expected, strict=True):
-                torch.testing.assert_close(a, b[:2], atol=1e-4, rtol=1e-4)
+                assert_near(a, b[:2])
     compiled(x)
     assert len(recorded.stream) == 9 and not any(block._forward_hooks for block in model.blocks)
     torch._dynamo.reset()

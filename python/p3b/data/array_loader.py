@@ -47,7 +47,7 @@ class ArrayLoader(Loader):
         # Random numbers come from a CPU generator: a GPU run sees the same images.
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
         order = self._order(generator)
-        tables = [order, *self._draw_moves(len(order), generator), *self._draw_strong(len(order))]
+        tables = [order, *self.draw_moves(len(order), generator), *self._draw_strong(len(order))]
         self.epoch += 1
         for index, *draws in zip(*(self._mine(rows.to(self.images.device)) for rows in tables), strict=True):
             yield self._prepare(self.images[index].float(), draws), self.labels[index]
@@ -58,7 +58,7 @@ class ArrayLoader(Loader):
         parts = [str(tuple(self.images.shape)).encode(), self.labels.cpu().numpy().tobytes(), some.tobytes()]
         return f"{super().fingerprint()}, {zlib.crc32(b''.join(parts)):08x}"
 
-    def _draw_moves(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def draw_moves(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """What `shift_and_flip` takes, for `count` images."""
         if not self.train or not (self.shift or self.flip):
             return ()

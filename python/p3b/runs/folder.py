@@ -47,7 +47,7 @@ def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    _rename(staging, target)
+    rename(staging, target)
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def training_folder(
         # is complete (`_complete`), and --resume renames it.
         for name in (STATE, RUN, LOCK):
             (folder / name).unlink(missing_ok=True)
-        _rename(folder, target)
+        rename(folder, target)
 
 
 def finish_interrupted(output: str | os.PathLike[str]) -> bool:
@@ -108,7 +108,7 @@ def finish_interrupted(output: str | os.PathLike[str]) -> bool:
     target = _free(output)
     for name in (STATE, LOCK):
         (folder / name).unlink(missing_ok=True)
-    _rename(folder, target)
+    rename(folder, target)
     return True
 
 
@@ -153,7 +153,7 @@ def _free(output: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _rename(folder: Path, target: Path) -> None:
+def rename(folder: Path, target: Path) -> None:
     try:
         if target.exists():
             target.rmdir()

@@ -119,7 +119,7 @@ def test_a_run_killed_while_it_is_finished_is_complete(config, monkeypatch, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("p3b.runs.folder._rename", killed)
+        patched.setattr("p3b.runs.folder.rename", killed)
         assert main(["finetune", *config(), "--output", str(tmp_path / "run")]) == 130
     for left in ((), ("state.pt",), (".lock",)):
         output = tmp_path / f"run{len(left)}{''.join(left)}"

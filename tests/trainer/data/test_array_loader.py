@@ -43,6 +43,6 @@ def test_a_batch_on_the_device_waits_for_nothing(npz):
 
 def test_every_move_is_drawn():
     loader = read_data("digits", img_size=8, batch_size=400, shift=1, flip=True).train
-    offset, mirrored = loader._draw_moves(1000, torch.Generator().manual_seed(0))
+    offset, mirrored = loader.draw_moves(1000, torch.Generator().manual_seed(0))
     counts = torch.unique(offset, dim=0, return_counts=True)[1]
     assert len(counts) == 9 and counts.min() > 70 and 450 < int(mirrored.sum()) < 550

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from toy import listed, read_data, same_batches
 
+from p3b.data import DataConfig, create_data
+
 
 def test_digits_are_split_once_and_normalised():
     data = read_data("digits", img_size=16, batch_size=64, augment="none")

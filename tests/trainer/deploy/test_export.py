@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from cases import assert_near
 from vits import family, images
 
 from p3b.cli import main
@@ -93,7 +94,7 @@ def test_pt2_holds_pytorchs_operators_and_takes_any_batch(name, written):
     module = program.module()
     with torch.no_grad():
         for batch in (1, 7):
-            torch.testing.assert_close(module(pixels(batch)), model(pixels(batch)), atol=1e-4, rtol=1e-4)
+            assert_near(module(pixels(batch)), model(pixels(batch)), roundings=1024)
 
 
 @needs_onnx
@@ -115,7 +116,7 @@ def test_onnx_takes_any_batch_in_standard_operators(name, written):
         run = export.READERS["onnx"][runtime](path, 1)
         with torch.no_grad():
             for batch in (1, 7):
-                torch.testing.assert_close(run(pixels(batch)), model(pixels(batch)), atol=1e-4, rtol=1e-4)
+                assert_near(run(pixels(batch)), model(pixels(batch)), roundings=1024)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +345,7 @@ def test_torch_compile_is_a_runtime(monkeypatch):
     model = small(depth=1)
     deployed = export.deploy(model, ["compile"], pixels(2))["compile"]
     with torch.inference_mode():
-        torch.testing.assert_close(deployed(pixels(3)), model(pixels(3)), atol=1e-4, rtol=1e-4)
+        assert_near(deployed(pixels(3)), model(pixels(3)), roundings=1024)
 
 
 def test_what_is_known_about_a_timm_model():

@@ -21,7 +21,6 @@ import torch
 from p3b.cli import main
 from p3b.config import Config, recipes
 from p3b.experiments.compare import runner as module
-from p3b.experiments.compare import task as task_module
 from p3b.experiments.compare.runner import FirstImages, compare
 from p3b.experiments.compare.task import Task, comparisons
 from p3b.metrics import table
@@ -95,7 +94,7 @@ def inside(monkeypatch):
 
 
 def task(**changes):
-    return dataclasses.replace(task_module._built(Task, tomllib.loads(TINY), "TINY"), **changes)
+    return dataclasses.replace(Task(**tomllib.loads(TINY)), **changes)
 
 
 def quietly(*_):
@@ -312,7 +311,7 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
 
 
 def test_one_comparison_at_a_time(tmp_path):
-    with module._owned(tmp_path / "run"):
+    with module.owned(tmp_path / "run"):
         with pytest.raises(ValueError, match=r"another p3b compare writes to"):
             compare(task(), tmp_path / "run", say=quietly)
     other = tmp_path / "other"
@@ -404,15 +403,15 @@ def test_the_first_images():
 
 def test_slots():
     cores = len(os.sched_getaffinity(0))
-    assert module._slots(0, 0, "cpu") == ([None] * cores, 1)
-    assert module._slots(0, 10**6, "cpu") == ([None], 10**6)
-    assert module._slots(3, 2, "cpu") == ([None] * 3, 2)
+    assert module.slots(0, 0, "cpu") == ([None] * cores, 1)
+    assert module.slots(0, 10**6, "cpu") == ([None], 10**6)
+    assert module.slots(3, 2, "cpu") == ([None] * 3, 2)
     with pytest.raises(ValueError, match="jobs and threads must be 1 or more"):
-        module._slots(-1, 0, "cpu")
+        module.slots(-1, 0, "cpu")
 
 
 def test_gpus_take_turns(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert module._slots(3, 1, "auto") == ([0, 1, 0], 1)
-    assert module._slots(0, 0, "cuda")[0] == [0, 1]
-    assert module._slots(1, 1, "cpu") == ([None], 1)
+    assert module.slots(3, 1, "auto") == ([0, 1, 0], 1)
+    assert module.slots(0, 0, "cuda")[0] == [0, 1]
+    assert module.slots(1, 1, "cpu") == ([None], 1)

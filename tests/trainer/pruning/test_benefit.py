@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vits
+from cases import assert_near
 
 from p3b import budget
 from p3b.pruning.benefit import Benefit, Importance
@@ -35,7 +36,7 @@ def test_taps_are_the_residual_stream():
     assert len(taps.stream) == 2 * DEPTH + 1
     for tap, expected in zip(taps.stream, stream, strict=True):
         assert not tap.requires_grad
-        torch.testing.assert_close(tap, expected[:2].detach(), rtol=1e-5, atol=1e-5)
+        assert_near(tap, expected[:2].detach())
     vit(x)
     assert len(taps.stream) == 2 * DEPTH + 1  # the hooks are gone
 
@@ -70,7 +71,7 @@ def test_batched_probes_equal_probes_one_by_one(form):
                 x = F.batch_norm(F.conv2d(x, own, padding=1), None, None, training=True, eps=BATCH_NORM_EPSILON).relu()
             x = x.mean((2, 3))
         expected = x @ probe.head.weight[i].T + probe.head.bias[i].T
-        torch.testing.assert_close(logits[i].T, expected, rtol=1e-4, atol=1e-4)
+        assert_near(logits[i].T, expected, roundings=1024)
 
 
 @pytest.mark.parametrize("form", ["linear", "pointwise", "conv"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import vits
+from cases import assert_near
 
 import p3b
 from p3b.models.mlp import readers
@@ -65,12 +66,12 @@ def test_removing_constant_channels_changes_nothing(name):
     gates.set(new)
     assert not torch.allclose(model(images()), expected, rtol=1e-3, atol=1e-3)  # they did matter
     compensate(model, means, old, new)
-    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+    assert_near(model(images()), expected, roundings=1024)
     # the way back: channels that were 0 are known too
     means = activation_means(model, [images()])
     gates.set(old)
     compensate(model, means, new, old)
-    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+    assert_near(model(images()), expected, roundings=1024)
 
 
 def test_it_survives_the_shrink():
@@ -83,7 +84,7 @@ def test_it_survives_the_shrink():
     compensate(model, means, old, new)
     gates.set(new)
     small = p3b.shrink(model)
-    torch.testing.assert_close(small(images()), expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+    assert_near(small(images()), expected, roundings=1024)
     assert small.blocks[0].mlp.fc1.out_features < 4 * 48
 
 
@@ -107,7 +108,7 @@ def test_the_mean_output_of_the_next_linear_stays(half, granularity):
     model(images(2))
     before, changed, after = seen
     if granularity == "heads" or half == "mlp":  # a head channel also changes the attention itself
-        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+        assert_near(after, before, roundings=1024)
     assert (after - before).norm() < 0.5 * (changed - before).norm()
 
 
@@ -121,11 +122,11 @@ def test_activation_means_are_those_before_the_gates():
     plain.blocks[0].mlp.act.register_forward_hook(lambda _, args, out: seen.update(act=out.mean((0, 1))))
     plain.blocks[0].attn.proj.register_forward_pre_hook(lambda _, args: seen.update(heads=args[0].mean((0, 1))))
     plain(images())
-    torch.testing.assert_close(means["blocks.0.attn"]["in"], seen["norm"], rtol=1e-4, atol=1e-5)
+    assert_near(means["blocks.0.attn"]["in"], seen["norm"])
     gates.set(torch.ones_like(gates.values))
     means = activation_means(model, [images()])
-    torch.testing.assert_close(means["blocks.0.attn"]["inner"], seen["heads"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(means["blocks.0.mlp"]["inner"], seen["act"], rtol=1e-4, atol=1e-5)
+    assert_near(means["blocks.0.attn"]["inner"], seen["heads"])
+    assert_near(means["blocks.0.mlp"]["inner"], seen["act"])
 
 
 def test_the_model_is_left_as_it_was():

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import vits
+from cases import assert_near
 
 import p3b
 import p3b_ext
@@ -115,7 +116,7 @@ def test_every_stage_is_read_on_the_whole_grid(reduction):
             places = range(17) if slot is None else slot[image].tolist()
             rest = torch.stack([tokens[image, place] for place in places[1:] if place >= 0]).mean(0)
             expected = torch.stack([tokens[image, place] if place >= 0 else rest for place in places])
-            torch.testing.assert_close(tap[image], expected.detach(), rtol=1e-4, atol=1e-4)
+            assert_near(tap[image], expected.detach())
 
 
 @each_reduction
@@ -176,7 +177,7 @@ def test_the_small_model_computes_what_the_masked_one_did(reduction):
     masked(model)
     with torch.no_grad():
         before = model(x)
-        torch.testing.assert_close(shrink(model)(x), before, rtol=1e-4, atol=1e-4)
+        assert_near(shrink(model)(x), before)
 
 
 def test_fewer_tokens_make_later_blocks_cheaper():

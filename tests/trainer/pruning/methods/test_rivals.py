@@ -3,54 +3,13 @@ network shares, their exact shrink and cost; WDPruning and SAViT."""
 
 import pytest
 import torch
-import vits
 from timm.models.vision_transformer import VisionTransformer
 
 import p3b
 from p3b.metrics.cost import count_macs
-from p3b.pruning.gates import attach
 from p3b.training.progress import Silent
 from p3b.training.prune import PruningPhase
 from p3b_ext import patch
-
-FAMILIES = [
-    *("deit", "distilled", "augreg_no_qkv_bias", "gap", "gap_final_norm", "avgmax", "layer_scale", "qk_norm"),
-    *("qk_norm_scale_norm", "reg4_gap", "no_embed_class", "pre_norm", "registers_dinov2", "glu_norm"),
-]
-KINDS_OF_GATES = {
-    "heads": {"granularity": "heads"},
-    "heads-embedding": {"granularity": "heads", "embedding": True},
-    "channels-embedding": {"embedding": True},
-}
-SIZE = (3, 32, 24)
-
-
-def vit(name="deit", **options):
-    return vits.family(name, **({"img_size": SIZE[1:], "patch_size": 8, "depth": 3, "num_heads": 4} | options))
-
-
-def images():
-    return torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def masked(name="deit", kind="heads-embedding", share=0.6, empty=(), seed=0):
-    """A model under random 0/1 masks; `empty` lists sub-blocks without inner elements."""
-    model = vit(name)
-    gates = attach(model, **KINDS_OF_GATES[kind])
-    values = (torch.rand(gates.values.shape, generator=torch.Generator().manual_seed(seed)) < share).float()
-    for block in gates.blocks:
-        inner = block.slices()[2]
-        values[inner.start] = 1.0  # a head or two may all be gone by chance
-    for place in empty:
-        values[gates.blocks[place].slices()[2]] = 0
-    gates.set(values)
-    return model
-
-
-def same(actual, expected):
-    """Equal to 1e-5 of the logits' size, in float32."""
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
-
 
 # the two methods, through the trainer
 
