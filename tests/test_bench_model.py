@@ -8,6 +8,7 @@ import pytest
 BENCH = Path(__file__).parent / "bench"
 
 
+@pytest.mark.slow
 def test_the_whole_model_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     import bench_model

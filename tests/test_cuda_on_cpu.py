@@ -29,6 +29,7 @@ def mode(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program: str, mode: str) -> None:
     size = {"plain": [], "asan": ["medium"], "tsan": ["small"]}[mode]
@@ -76,6 +77,7 @@ def test_main_loops_are_counted_on_their_usual_way() -> None:
     assert [loops.opcode(line) for line in loop] == ["HMMA", "BRA", "LDS", "BRA"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_nvcc_compiles_without_warnings_and_spills(arch: str) -> None:

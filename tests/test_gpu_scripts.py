@@ -84,6 +84,7 @@ def test_checks_run_at_once_and_before_what_is_timed(run, tmp_path, monkeypatch)
     assert run.main() == 0
 
 
+@pytest.mark.slow
 def test_a_stage_named_alone_may_take_all_the_time(run, tmp_path, monkeypatch):
     slow = ([sys.executable, "-c", "import time; time.sleep(1.5)"], 0.5)
     monkeypatch.setattr(run, "stages", lambda out: {"build": slow, "tokens": slow})

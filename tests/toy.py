@@ -166,7 +166,7 @@ def fails(capsys, *arguments):
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     err = capsys.readouterr().err
-    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("p3b "), err
+    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("p3b"), err
     return err
 
 

@@ -110,6 +110,7 @@ def test_values_and_gradients(case, dtype, device, backend):
         assert_within(f"grad_{n}", grad, truth_grads[n], torch_grads[n], dtype, slack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("N,D", [(1025, 24), (4096, 8)])
 def test_many_tokens(N, D):
     """The longest lengths that are promised, where whole rows of logits leave the caches; one head, both directions."""
@@ -326,6 +327,7 @@ def test_gradients_that_nobody_wants_are_not_computed(device):
             assert (inputs[key].grad is not None) == bool(which & 1 << number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_opcheck(case, dtype):
@@ -377,6 +379,7 @@ def test_compile_fullgraph(packed):
     torch.testing.assert_close(compiled._orig_mod.qkv.weight.grad, grad)
 
 
+@pytest.mark.slow
 def test_inductor():
     torch._dynamo.reset()
     model, x, size = Probe(True), torch.randn(2, 9, 16), torch.rand(2, 9) + 1

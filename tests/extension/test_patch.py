@@ -126,6 +126,7 @@ def test_copies_and_pickles(name, copies):
     assert type(twin.head) is nn.Linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reduction"),
     [
@@ -145,6 +146,7 @@ def test_compiles_whole(name, reduction):
         assert_near(compiled(x), expected)
 
 
+@pytest.mark.slow
 def test_compiles_whole_for_training_with_a_trace():
     model, x = patch(vit(), PPT(r=12, blocks=(1, 3), threshold=2e-4), trace=True), images()
     model(x).square().sum().backward()
@@ -298,6 +300,7 @@ def test_threads_have_token_maps_of_their_own():
         assert torch.equal(token_map(copy.deepcopy(model)), expected)
 
 
+@pytest.mark.slow
 def test_the_token_map_of_a_compiled_forward_is_the_last():
     model, x, other = patch(vit(), ToMe(9), trace=True), images(), images(seed=2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -364,6 +367,7 @@ def test_bfloat16_and_autocast():
             assert model(x).isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_reference_backend_exports_to_pytorchs_own_operators():
     model, x = patch(vit(), PPT(r=12, blocks=(1, 3), threshold=2e-4)), images()
     with torch.no_grad(), p3b_ext.backend("reference"):
@@ -546,6 +550,7 @@ def test_a_pooling_that_is_chosen_after_the_patch_knows_the_sizes():
     torch.testing.assert_close(before(x), after(x))  # where patch takes oneDNN's linear, the head made later has not
 
 
+@pytest.mark.slow
 def test_sizes_reach_the_pooling_of_a_model_whose_blocks_are_compiled():
     model = p3b_ext.patch(vits.family("gap"), p3b_ext.ToMe(9))
     x = vits.images(2)

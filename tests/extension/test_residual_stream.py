@@ -28,6 +28,7 @@ def test_only_this_threads_forwards_are_recorded(reduction):
         assert b.shape == (3, 65, 48) and torch.equal(a, b[:2])
 
 
+@pytest.mark.slow
 def test_begin_and_compiled_models():
     model, x = p3b_ext.patch(vit(), p3b_ext.TopK(0.6, blocks=(1, 3))), images()
     compiled = torch.compile(model, backend="aot_eager")

@@ -203,6 +203,7 @@ def test_gradient_of_expanded_grad():
     assert torch.equal(x.grad, counts[..., None].expand(-1, -1, 5).float())
 
 
+@pytest.mark.slow
 def test_opcheck():
     x = torch.randn(2, 9, 6, requires_grad=True)
     index = torch.randint(0, 9, (2, 5))
@@ -214,6 +215,7 @@ def test_opcheck():
     torch.library.opcheck(ops.select_tokens_backward, (torch.randn(2, 5, 6), index, 9))
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break():
     def reduce(x, scores):
         return select_tokens(x, topk_tokens(scores, 4, 1)).square().sum()

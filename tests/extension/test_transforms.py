@@ -93,6 +93,7 @@ def test_forward_mode_is_refused(op, x):
     torch.testing.assert_close(tangent, (grad(loss)(x) * x).sum(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_forward_mode_is_refused_under_compile(x, fullgraph):
     torch.compiler.reset()

@@ -92,6 +92,7 @@ def test_bench_wants_images_of_the_models_classes(saved_run, tmp_path, capsys):
     assert "images must have the 1000 classes of vit_tiny_patch16_224, got 10; p3b finetune" in error
 
 
+@pytest.mark.slow
 def test_bench_of_several_runs(tiny_run, tmp_path, capsys):
     """All at the cost of the first one's shares; a run that costs less already goes without."""
     again, out = tmp_path / "again", tmp_path / "out"

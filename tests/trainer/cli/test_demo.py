@@ -20,6 +20,7 @@ def demo_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_demo_leaves_a_whole_run(demo_run):
     names = {path.name for path in demo_run.iterdir()}
     records = {"model.safetensors", "model.json", "config.json", "history.json", "metrics.json", "report.md"}
@@ -31,6 +32,7 @@ def test_demo_leaves_a_whole_run(demo_run):
     assert not list(demo_run.parent.glob(".*"))
 
 
+@pytest.mark.slow
 def test_the_folder_gives_the_reported_accuracy(demo_run, capsys):
     reported = json.loads((demo_run / "metrics.json").read_text())["rows"][1]
     assert main(["evaluate", str(demo_run)]) == 0
@@ -62,6 +64,7 @@ def test_a_signal_tidies_up_as_an_interrupt_does(monkeypatch, tmp_path, capsys, 
     signal.signal(number, before)
 
 
+@pytest.mark.slow
 def test_others_may_read_a_run(demo_run, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()

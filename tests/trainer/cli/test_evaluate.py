@@ -47,12 +47,13 @@ def test_batch_size_bounds_a_pass(saved_run, capsys, monkeypatch, command):
 
 def test_evaluate_on_other_images(saved_run, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    arrays = {name: rng.integers(0, 256, (10, 8, 8), dtype=np.uint8) for name in ("x_train", "x_test")}
+    arrays = {name: rng.integers(0, 256, (10, 8, 8, 3), dtype=np.uint8) for name in ("x_train", "x_test")}
     np.savez(tmp_path / "five.npz", **arrays, y_train=np.arange(10) % 5, y_test=np.arange(10) % 5)
     assert main(["evaluate", str(saved_run), "--data", str(tmp_path / "five.npz")]) == 2  # it knows two
     assert "classes must be" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_wants_the_classes_of_the_model(config, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for source, names in (("pets", ("cat", "dog")), ("birds", ("heron", "owl")), ("again", ("cat", "dog"))):

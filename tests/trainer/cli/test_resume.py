@@ -16,6 +16,7 @@ from p3b.cli import main
 from p3b.training.resume import load_state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["measure", "save_measured"])
 def test_what_fails_after_training_keeps_the_model(config, monkeypatch, tmp_path, capsys, part):
     def full(*_, **__):
@@ -79,6 +80,7 @@ def test_a_run_does_not_go_on_with_other_images(config, monkeypatch, tmp_path, c
     assert main(["finetune", "--resume", str(tmp_path / "run")]) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(config, tmp_path, capsys):
     """kill -9 while it warms up, prunes, fine-tunes; each time --resume; the numbers of the run that was left alone."""
     arguments = config(final_epoch=4, finetune_epochs=3, sparse_epoch=3, start_epoch=1)
@@ -110,6 +112,7 @@ def test_a_killed_run_goes_on_where_it_was(config, tmp_path, capsys):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_is_finished_is_complete(config, monkeypatch, tmp_path, capsys):
     """Whichever of the last files the process had removed, --resume renames the folder and leaves nothing behind."""
     kept = tmp_path / "kept"

@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 
 from p3b.cli import main
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     rng = np.random.default_rng(1)
     labels = np.arange(24) % 2

@@ -12,6 +12,7 @@ import p3b_ext
 from p3b.cli import main
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(config, tmp_path):
     folders = [tmp_path / name for name in ("first", "again", "other")]
     for folder, seed in zip(folders, (3, 3, 4), strict=True):
@@ -22,6 +23,7 @@ def test_the_same_seed_gives_the_same_run(config, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.slow
 def test_finetune_then_prune_the_result(config, tmp_path, capsys):
     dense, small = tmp_path / "dense", tmp_path / "small"
     assert main(["finetune", *config(), "--output", str(dense)]) == 0
@@ -33,6 +35,7 @@ def test_finetune_then_prune_the_result(config, tmp_path, capsys):
     assert "Made by" in (dense / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_teacher_knows_the_same_images_and_classes(config, tmp_path, capsys):
     dense = tmp_path / "dense"
     assert main(["finetune", *config(), "--output", str(dense)]) == 0
@@ -50,6 +53,7 @@ def test_a_teacher_knows_the_same_images_and_classes(config, tmp_path, capsys):
     assert main(["prune", *config(distill=0.5, **teacher), "--output", str(output)]) == 0
 
 
+@pytest.mark.slow
 def test_numbered_classes_of_other_images_are_other_classes(config, tmp_path):
     """The head is taken over, but what it knew has no accuracy there."""
     rng = np.random.default_rng(0)

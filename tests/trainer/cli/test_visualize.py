@@ -7,6 +7,7 @@ from toy import fails
 from p3b.cli import main
 
 
+@pytest.mark.slow
 def test_visualize_writes_one_picture_an_image(saved_run, pictures, tmp_path, capsys):
     out = tmp_path / "new" / "tokens"
     paths = [str(pictures / name) for name in ("wide.png", "tall.jpg", "twin/wide.png")]

@@ -163,6 +163,7 @@ def test_workers_that_are_not_asked_for(monkeypatch):
     assert decoding_workers(-1, gpu) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_line():
     def transform(image):
         return torch.zeros(3, 8, 8)
@@ -208,6 +209,7 @@ def test_a_death_that_is_seen_before_it_is_reported(monkeypatch, report, error, 
     assert len(waits) == 1 and waits[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
 def test_a_run_whose_worker_is_killed(folder, tmp_path):
     """PyTorch raises in whatever the main thread does; the run says what happened and keeps its last epoch."""

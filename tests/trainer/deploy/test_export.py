@@ -82,6 +82,7 @@ def written(tmp_path_factory):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "tome", "ppt", "evit"])
 def test_pt2_holds_pytorchs_operators_and_takes_any_batch(name, written):
     model, path, found = written(name, "pt2")
@@ -97,6 +98,7 @@ def test_pt2_holds_pytorchs_operators_and_takes_any_batch(name, written):
             assert_near(module(pixels(batch)), model(pixels(batch)), roundings=1024)
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize("name", ["tome", "ppt", "topk by entropy"])
 def test_onnx_takes_any_batch_in_standard_operators(name, written):
@@ -119,6 +121,7 @@ def test_onnx_takes_any_batch_in_standard_operators(name, written):
                 assert_near(run(pixels(batch)), model(pixels(batch)), roundings=1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "format"),
     [
@@ -134,6 +137,7 @@ def test_families(name, format, tmp_path):
     assert checks[RUNTIME[format]]["random"]["relative"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=needs_onnx)])
 def test_pruned_models(format, tmp_path):
     model = patch(pruned(), REDUCTIONS["ppt"] if format == "onnx" else None)
@@ -165,6 +169,7 @@ def test_half_precision(tmp_path):
         assert export.pt2_run(tmp_path / "model.pt2", 1)(pixels(2).bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=needs_onnx)])
 def test_the_file_describes_itself(format, written):
     model, path, found = written("tome", format)
@@ -202,6 +207,7 @@ def test_an_operator_that_onnx_does_not_have():
         export.to_onnx(program)
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_runtime_that_cannot_read_the_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
@@ -253,6 +259,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_runs_model(run, tmp_path, capsys):
     path = tmp_path / "new" / "two.pt2"
     flags = ["--reduction", "ppt", "--blocks", "0", "--prune-share", "0.5", "--data", "run", "--output", path]
@@ -286,6 +293,7 @@ def test_the_command_names_mistakes(run, tmp_path, capsys):
     assert not path.exists()
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_bench_runs_the_models_in_other_runtimes(tmp_path):
     labels = torch.arange(9) % 10

@@ -117,6 +117,7 @@ def jobs_of(folder):
     return {path.name: json.loads((path / "metrics.json").read_text()) for path in (folder / "jobs").iterdir()}
 
 
+@pytest.mark.slow
 def test_every_job_is_the_run_of_its_method_ratio_and_seed(done):
     folder, results, said, started = done
     assert sorted(started) == sorted(NAMES) and [row["name"] for row in results["jobs"]] == NAMES
@@ -139,6 +140,7 @@ def test_every_job_is_the_run_of_its_method_ratio_and_seed(done):
         assert not (folder / "jobs" / name / "state.pt").exists()
 
 
+@pytest.mark.slow
 def test_the_table_holds_mean_and_spread_over_the_seeds(done):
     folder, results, _, _ = done
     found = jobs_of(folder)
@@ -166,6 +168,7 @@ def test_the_table_holds_mean_and_spread_over_the_seeds(done):
     assert json.loads((folder / "results.json").read_text())["summary"] == results["summary"]
 
 
+@pytest.mark.slow
 def test_reactivations_and_plots_come_from_the_histories(done):
     folder, results, _, _ = done
     for each in results["reactivation"]:
@@ -185,6 +188,7 @@ def test_reactivations_and_plots_come_from_the_histories(done):
     assert all(f"({name})" in (folder / "table.md").read_text() for name in pictures)
 
 
+@pytest.mark.slow
 def test_timed_with_as_many_threads_as_a_job_has(done, tmp_path, monkeypatch):
     folder = shutil.copytree(done[0], tmp_path / "copy")
     (folder / "throughput.json").unlink()
@@ -199,6 +203,7 @@ def test_timed_with_as_many_threads_as_a_job_has(done, tmp_path, monkeypatch):
     assert seen == [2] and torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_run_again(done, capsys):
     folder, before, _, _ = done
     kept = (folder / "throughput.json").stat().st_mtime_ns
@@ -214,6 +219,7 @@ def test_what_is_done_is_not_run_again(done, capsys):
     assert Inside.started == [] and "Digits: 3 jobs, 3 of them done" in out and "p3b 50 %" not in out
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_in_the_table_and_stops_nothing(tmp_path, capsys):
     path = tmp_path / "tiny.toml"
     path.write_text(TINY + "[settings.uniform]\nlr = 1e30\n")
@@ -237,6 +243,7 @@ def test_a_failing_source_stage_ends_the_comparison(tmp_path):
     assert Inside.started == ["source"]
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_where_it_was(done, tmp_path, monkeypatch):
     """Ctrl-C in the middle of a job: the worker ends too, and the run that goes on ends as if nothing had been."""
     monkeypatch.undo()
@@ -282,6 +289,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     job = next(job for job in task().jobs() if job.name == "source")
     job.spec["epochs"] = 10**6
@@ -331,6 +339,7 @@ def test_a_method_twice_with_other_settings():
     assert found["floored-0.5-s1"] == ("p3b+", 0.1, "block", 1)
 
 
+@pytest.mark.slow
 def test_a_method_that_distils_asks_the_dense_model_of_its_seed(tmp_path):
     values = tomllib.loads(TINY + "[settings.asking]\nmethod = 'p3b'\ndistill = 0.5\n")
     values |= {"methods": ["asking"], "seeds": [1]}

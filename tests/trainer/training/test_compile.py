@@ -7,6 +7,7 @@ from toy import batches, prune
 pytestmark = pytest.mark.filterwarnings("ignore:importance")
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_same_steps(monkeypatch):
     compiled = []
     whole = torch.compile
@@ -29,6 +30,7 @@ def test_compiled_steps_are_the_same_steps(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["savit", "wdpruning"])  # other gates, and a loss of the method's own
 def test_rivals_compile_too(monkeypatch, method):
     whole = torch.compile

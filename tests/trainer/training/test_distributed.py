@@ -87,6 +87,7 @@ def torchrun(case, path):
     assert [process.returncode for process in started] == [0, 0], errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_make_the_masks_of_one(case, tmp_path):
@@ -116,6 +117,7 @@ def test_one_process_needs_no_group():
         assert alone.world == 1 and device == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_the_command_line_under_torchrun(tmp_path):
     settings = {

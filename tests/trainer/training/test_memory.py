@@ -28,6 +28,7 @@ print(min(after - before for before, after in zip(faults, faults[1:])))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a switch of glibc")
 def test_freed_memory_stays():
     faults = [

@@ -64,6 +64,7 @@ def test_prune_from_end_to_end():
     assert_same_to_rounding(result.model(x), plain(x), in_float64(plain, x))
 
 
+@pytest.mark.slow
 def test_same_seed_same_run():
     first, second = prune(seed=3), prune(seed=3)
     assert first.history == second.history
@@ -113,6 +114,7 @@ def test_soft_targets_give_the_same_losses_as_labels():
 # the step
 
 
+@pytest.mark.slow
 def test_what_pruning_held_is_gone_when_fine_tuning_begins():
     """The optimizer's state of the whole model is three times its size."""
 

@@ -46,6 +46,7 @@ def same(a, b):
     assert all(torch.equal(weights[name], other) for name, other in b.model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -85,6 +86,7 @@ class Shuffled:
         return iter(self.batches[start:] + self.batches[:start])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"method": "savit"}, {"compensate": True}], ids=["savit", "compensate"])
 def test_what_is_measured_on_training_images_is_measured_on_the_same(tmp_path, options, monkeypatch):
     settings = config(finetune_epochs=1, **options)
