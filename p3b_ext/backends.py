@@ -64,6 +64,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = _blocks[-1] if _blocks else _default
 
 
+def forced() -> str | None:
+    """The backend that a `with backend(...)` block or P3B_EXT_BACKEND forces; None for the usual order."""
+    return _forced
+
+
 def _triton_reason() -> str:
     interpret = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpret and not torch.cuda.is_available():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import backends
 from .ops.attention import AttentionAux, masked_attention, packed_attention, scaled_dot_product_attention
 
 
@@ -19,6 +20,7 @@ class AttentionOutput(NamedTuple):
     metric: Tensor | None  # [B, N, D] keys averaged over heads, what ToMe compares, or the keys [B, H, N, D]
 
 
+@timm.layers.register_notrace_module  # a leaf for timm's feature extraction by torch.fx, so that its ops stay ours
 class Attention(timm.layers.Attention):
     """timm.layers.Attention on the fused kernels: same constructor, same state dict, same output to rounding.
 
@@ -26,6 +28,9 @@ class Attention(timm.layers.Attention):
 
     Without q/k norm the kernel reads qkv packed, in place. Attention dropout in training, causal and full attention
     masks run in PyTorch's scaled_dot_product_attention.
+
+    No attention map is computed, so hooks on `attn_drop` are not called. To see maps, run the model with
+    `fused_attn = False` on its attentions under `p3b_ext.backend("reference")`: timm's own forward then runs.
     """
 
     def forward(  # type: ignore[override]  # an AttentionOutput where side outputs are asked for
@@ -49,6 +54,9 @@ class Attention(timm.layers.Attention):
         Raises:
             NotImplementedError: token_size or aux together with a causal or full mask.
         """
+        if token_size is None and aux is None and not self.fused_attn and backends.forced() == "reference":
+            causal: dict[str, Any] = {"is_causal": True} if is_causal else {}  # timm 1.0.23 does not know it
+            return super().forward(x, attn_mask=attn_mask, **causal)
         batch, n, _ = x.shape
         gate = getattr(self, "gate", None)  # since timm 1.0.29
         gate = None if gate is None else gate(x).sigmoid()

@@ -53,6 +53,8 @@ def check_bool(op: str, name: str, x: Tensor, shape: tuple[int, ...], like: Tens
 
 def check_int(op: str, name: str, value: int, low: int, high: int | None = None) -> int:
     """value as an int; it must be one (or have __index__, as NumPy's have) in [low, high]."""
+    if isinstance(value, Tensor) and torch.jit.is_tracing():  # where sizes are tensors; traced, they are constants
+        value = int(value)
     if isinstance(value, bool | Tensor):  # a tensor's would be read back from its device
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if not isinstance(value, int | torch.SymInt):  # index() would make a SymInt a constant

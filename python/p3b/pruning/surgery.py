@@ -8,8 +8,10 @@ channels is left out.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale
@@ -22,6 +24,9 @@ from ..models import mlp as mlps
 from ..models.description import describe
 from ..models.token_reduction import remap_blocks
 from .gates import Gates, detach
+
+# The attention of timm 1.0.23 does not. Asked here and not in a forward, which torch.fx traces.
+TAKES_CAUSAL = "is_causal" in inspect.signature(timm.layers.Attention.forward).parameters
 
 
 class GatherLayerNorm(nn.LayerNorm):
@@ -68,8 +73,7 @@ class PrunedBlock(Block):
     mlp_constant: nn.Parameter | None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        # the attention of timm 1.0.23 takes no is_causal
-        causal = {"is_causal": True} if is_causal else {}
+        causal = {"is_causal": is_causal} if TAKES_CAUSAL else {}
         return self.mlp_half(self.attention_half(x, attn_mask=attn_mask, **causal)[0])
 
     def attention_half(self, x: Tensor, **asked: Any) -> tuple[Tensor, Any]:
@@ -83,7 +87,7 @@ class PrunedBlock(Block):
                 )
             return self._constant(x, self.attn_constant, self.attn_index, self.drop_path1), None
         out = self.attn(self.norm1(x), **asked)
-        y = out if isinstance(out, Tensor) else out.x
+        y = out if asked.get("aux") is None else out.x
         return _add_at(x, self.drop_path1(self.ls1(y)), self.attn_index), out
 
     def mlp_half(self, x: Tensor) -> Tensor:
@@ -106,13 +110,13 @@ class PrunedBlock(Block):
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(-1, index.expand(*x.shape[:-1], -1))
+    return x.gather(-1, index.expand_as(x[..., : len(index)]))  # expand_as, for torch.fx
 
 
 def _add_at(x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return x + y
-    return x.scatter_add(-1, index.expand(*y.shape[:-1], -1), y.to(x.dtype))
+    return x.scatter_add(-1, index.expand_as(y), y.to(x.dtype))
 
 
 def _widen(values: Tensor, index: Tensor, width: int) -> Tensor:

@@ -292,9 +292,9 @@ def check_batch(model: nn.Module, batch: Any, *, wait: bool = True) -> None:
         raise TypeError(f"train: images must have the model's dtype {dtype}, got {images.dtype}")
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"train: images must be [B, C, H, W], got {list(images.shape)}")
-    wanted = image_shape(model)
-    if wanted is not None and tuple(images.shape[1:]) != wanted:
-        raise ValueError(f"train: images must be [B, {', '.join(map(str, wanted))}], got {list(images.shape)}")
+    shape = image_shape(model)
+    if shape is not None and tuple(images.shape[1:]) != shape:
+        raise ValueError(f"train: images must be [B, {', '.join(map(str, shape))}], got {list(images.shape)}")
     if targets.ndim == 2 and targets.is_floating_point():
         if len(targets) != len(images) or classes not in (None, targets.shape[1]):
             wanted = [len(images), classes or "K"]

@@ -42,8 +42,9 @@ def test_shrunk_equals_masked_with_an_empty_gate(name, half, gate):
     check(masked(name, share=0.6, empty=[(2 + half, gate)]))
 
 
-def test_shrunk_block_asks_an_attention_only_for_what_it_knows():
+def test_shrunk_block_asks_an_attention_only_for_what_it_knows(monkeypatch):
     """The attention of timm 1.0.23 takes no `is_causal`; an unpatched shrunk model runs it."""
+    monkeypatch.setattr("p3b.pruning.surgery.TAKES_CAUSAL", False)
     model = check(masked())
     expected, truth = model(gated_images()), in_float64(model, gated_images())
     for block in model.blocks:
