@@ -1,9 +1,10 @@
 """Sample inputs and error budgets that the tests share."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from p3b_ext import reference
 
@@ -122,3 +123,22 @@ def assert_within(
         limit = budget(truth[finite], torch_result[finite], dtype) + slack * truth[finite].abs().max().item()
         error = (result[finite].double() - truth[finite]).abs().max().item()
         assert error <= limit, f"{name}: error {error:.3g}, allowed {limit:.3g}"
+
+
+def in_float64(model: nn.Module, x: Tensor) -> Tensor:
+    """What a copy of the model gives in float64."""
+    return copy.deepcopy(model).double()(x.double())
+
+
+def assert_same_to_rounding(ours: Tensor, theirs: Tensor, truth: Tensor, name: str = "") -> None:
+    """Two ways to compute one thing through the layers of a small model: ours is at most twice as far from float64 as
+    theirs, plus 32 roundings of the largest value, some for each layer."""
+    assert ours.dtype == theirs.dtype and truth.dtype == torch.float64
+    assert_within(name, ours, truth, theirs, theirs.dtype, 32 * torch.finfo(theirs.dtype).eps)
+
+
+def assert_near(ours: Tensor, theirs: Tensor, roundings: int = 256) -> None:
+    """Equal up to so many roundings of the largest value: where there is no truth, as float64 may choose other tokens
+    or draw other numbers."""
+    limit = roundings * torch.finfo(theirs.dtype).eps * float(theirs.detach().abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)

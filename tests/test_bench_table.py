@@ -1,9 +1,12 @@
 """The page of tables that tests/bench/table.py writes from pytest-benchmark's JSON."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 BENCH = Path(__file__).parent / "bench"
 
@@ -31,30 +34,40 @@ turns with what they are compared with.
 """
 
 
-def run(*paths):
-    return subprocess.run([sys.executable, BENCH / "table.py", *paths], capture_output=True, text=True)
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """table.py in this process: the page that it prints, or what it exits with."""
+    spec = importlib.util.spec_from_file_location("bench_table", BENCH / "table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*paths):
+        monkeypatch.setattr(sys, "argv", ["table.py", *map(str, paths)])
+        module.main()
+        return capsys.readouterr().out
+
+    return call
 
 
+@pytest.mark.slow
 def test_page_of_a_recorded_report():
     path = BENCH / "recorded.json"
-    done = run(path)
+    done = subprocess.run([sys.executable, BENCH / "table.py", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == PAGE.format(path=path)
 
 
-def test_several_parts_become_one_page(tmp_path):
+def test_several_parts_become_one_page(main, tmp_path):
     report = json.loads((BENCH / "recorded.json").read_text())
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path, benchmarks in zip(paths, (report["benchmarks"][:2], report["benchmarks"][2:]), strict=True):
         path.write_text(json.dumps({**report, "benchmarks": benchmarks}))
-    assert run(*paths).stdout == PAGE.format(path=f"{paths[0]} {paths[1]}")
+    assert main(*paths) == PAGE.format(path=f"{paths[0]} {paths[1]}")
 
 
-def test_what_is_no_report(tmp_path):
-    for text in ("not JSON", "{}", json.dumps({"datetime": "", "benchmarks": []})):
-        path = tmp_path / "bench.json"
-        path.write_text(text)
-        done = run(path)
-        assert done.returncode == 1 and done.stderr.startswith(f"table: {path} must be the JSON of pytest-benchmark"), (
-            done
-        )
+@pytest.mark.parametrize("text", ["not JSON", "{}", json.dumps({"datetime": "", "benchmarks": []})])
+def test_what_is_no_report(main, tmp_path, text):
+    path = tmp_path / "bench.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=f"^table: {path} must be the JSON of pytest-benchmark"):
+        main(path)

@@ -57,6 +57,7 @@ def test_private_functions_of_pytorch_are_in_one_file():
     assert users == {"torch_private.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [".", "tests", "/"])
 def test_import_from_any_folder(folder):
     """Also from the repository root, which holds a folder p3b_ext of its own."""
@@ -67,6 +68,7 @@ def test_import_from_any_folder(folder):
     assert "'cpu': 'cpu'" in result.stdout
 
 
+@pytest.mark.slow
 def test_reference_alone():
     """Without the compiled extension the package imports, says so and computes."""
     code = (
@@ -80,6 +82,7 @@ def test_reference_alone():
     assert "[1, 1, 3, 8]" in result.stdout and "[[0, 1]]" in result.stdout
 
 
+@pytest.mark.slow
 def test_missing_compiler(tmp_path):
     result = setup_py(tmp_path, CXX="no-such-compiler", P3B_EXT_CUDA="0")
     assert result.returncode != 0
@@ -87,6 +90,7 @@ def test_missing_compiler(tmp_path):
     assert last_line(result) == f"p3b_ext: {wanted}"
 
 
+@pytest.mark.slow
 def test_failing_compiler(tmp_path):
     fake = tmp_path / "c++"
     fake.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nexit 3\n')
@@ -95,12 +99,14 @@ def test_failing_compiler(tmp_path):
     assert result.returncode != 0 and "p3b_ext: the compiler failed (exit code" in last_line(result)
 
 
+@pytest.mark.slow
 def test_missing_nvcc_when_asked_for(tmp_path):
     result = setup_py(tmp_path, P3B_EXT_CUDA="1", CUDA_HOME=str(tmp_path))
     assert result.returncode != 0
     assert "P3B_EXT_CUDA=1 asks for CUDA kernels" in last_line(result)
 
 
+@pytest.mark.slow
 def test_bad_switch(tmp_path):
     result = setup_py(tmp_path, P3B_EXT_CUDA="yes")
     assert last_line(result) == "p3b_ext: P3B_EXT_CUDA must be 0, 1 or unset, got 'yes'"
@@ -136,6 +142,7 @@ def test_headers_of_the_oldest_torch():
         assert result.returncode == 0, result.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_cmake_and_ctest(tmp_path):
     """CMakeLists.txt builds the same sources, and its ctest calls an op from C++."""
     cmake = shutil.which("cmake", path=f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import assert_near
 from timm.models.vision_transformer import VisionTransformer
 
 import p3b_ext
@@ -83,6 +84,7 @@ def test_checks_run_at_once_and_before_what_is_timed(run, tmp_path, monkeypatch)
     assert run.main() == 0
 
 
+@pytest.mark.slow
 def test_a_stage_named_alone_may_take_all_the_time(run, tmp_path, monkeypatch):
     slow = ([sys.executable, "-c", "import time; time.sleep(1.5)"], 0.5)
     monkeypatch.setattr(run, "stages", lambda out: {"build": slow, "tokens": slow})
@@ -139,4 +141,4 @@ def test_tome_in_plain_pytorch_computes_what_ours_does():
     with torch.inference_mode():
         want = p3b_ext.patch(bench.twin(model), p3b_ext.ToMe(r=3))(images)
         for fused in (True, False):
-            torch.testing.assert_close(bench.PlainToMe(bench.twin(model), 3, fused)(images), want, rtol=1e-4, atol=1e-4)
+            assert_near(bench.PlainToMe(bench.twin(model), 3, fused)(images), want)

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import pytest
 import torch
 
 import p3b
@@ -16,6 +17,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_python_blocks_run(tmp_path, monkeypatch):
     """All Python blocks in order, in one namespace, on two tiny batches and a schedule of seconds."""
     monkeypatch.chdir(tmp_path)

@@ -96,6 +96,7 @@ assert written == {"out_ptr", "lse_ptr", "cls_ptr", "entropy_ptr", "square_ptr",
 """
 
 
+@pytest.mark.slow
 def test_capture():
     """Fakes have the right shapes, the compiler sees 13 Triton kernels instead of opaque ops, it finds that they write
     nothing but their outputs (an input taken for written would be copied before every call), and torch.export takes
@@ -103,6 +104,7 @@ def test_capture():
     child("-c", CAPTURE)
 
 
+@pytest.mark.slow
 def test_ahead_of_time(tmp_path):
     """A syntax error for the real compiler cannot hide behind the interpreter: compile for compute capability 9.0."""
     script = TESTS / "bench" / "triton_aot.py"

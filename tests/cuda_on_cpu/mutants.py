@@ -13,8 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import test_cuda_on_cpu as programs
+sys.path.insert(0, str(Path(__file__).parent))
+import programs
 
 CUDA = programs.CSRC / "cuda"
 
@@ -450,7 +450,7 @@ def verdict(mutant: Mutant, mode: str, folder: Path) -> str:
     assert mutant.old in text, f"{mutant.what}: {mutant.source} has no {mutant.old!r}"
     source.write_text(text.replace(mutant.old, mutant.new, 1))
     try:
-        binary = programs.compile_and_link(folder, f"{mutant.program}_test", mode, folder / "csrc", ("-Wno-error",))
+        binary = programs.compile_and_link(f"{mutant.program}_test", mode, folder / "csrc", ("-Wno-error",))
         arguments = {"plain": ["medium"], "asan": ["medium"], "tsan": ["small"]}[mode]
         result = programs.execute(binary, *arguments, ok=False)
     finally:
@@ -469,7 +469,7 @@ def main() -> int:
     survivors = 0
     print("| mutant | plain | ASan | TSan |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = programs.BUILD = Path(name)
         shutil.copytree(CUDA, folder / "csrc" / "cuda")
         for mutant in MUTANTS:
             if not any(word in f"{mutant.program} {mutant.what}" for word in options.only):

@@ -24,7 +24,9 @@ TOTAL_SECONDS = 590  # with --dry-run three times that
 CHECKS = ("tests_cuda", "memcheck", "racecheck", "synccheck", "compile", "tests_triton")
 TIMED = ("attention", "tokens", "models", "training", "compiled")
 CORES_PER_CHECK = 2
-FAMILIES = [f"tests/test_{name}.py" for name in ("attention", "select", "merge", "plan", "reduction", "patch")]
+FAMILIES = [
+    f"tests/extension/test_{name}.py" for name in ("attention", "select", "merge", "plan", "reduction", "patch")
+]
 
 
 def overlay(folder: Path) -> Path:

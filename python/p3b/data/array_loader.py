@@ -47,7 +47,7 @@ class ArrayLoader(Loader):
         # Random numbers come from a CPU generator, so that a run on a GPU trains on the same images.
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
         order = self._order(generator)
-        per_image = [order, *self._draw_moves(len(order), generator), *self._draw_strong(len(order))]
+        per_image = [order, *self.draw_moves(len(order), generator), *self._draw_strong(len(order))]
         self.epoch += 1
         for index, *draws in zip(*(self._mine(rows.to(self.images.device)) for rows in per_image), strict=True):
             yield self._prepare(self.images[index].float(), draws), self.labels[index]
@@ -58,7 +58,7 @@ class ArrayLoader(Loader):
         parts = [str(tuple(self.images.shape)).encode(), self.labels.cpu().numpy().tobytes(), sample.tobytes()]
         return f"{super().fingerprint()}, {zlib.crc32(b''.join(parts)):08x}"
 
-    def _draw_moves(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def draw_moves(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Arguments of `shift_and_flip` for `count` images."""
         if not self.train or not (self.shift or self.flip):
             return ()

@@ -91,7 +91,7 @@ def compare(
     check_shares(macs_ratios)
     if calibration is None:
         calibration = [next(iter(loader))[0]]
-    twins = {f"{name}{OURS}": _twin(model) for name, model in models.items()}
+    twins = {f"{name}{OURS}": twin(model) for name, model in models.items()}
     for twin in twins.values():
         p3b_ext.patch(twin)
     unscored = [*unscored, *(f"{name}{OURS}" for name in unscored)]
@@ -101,7 +101,7 @@ def compare(
     base_of: dict[str, str] = {}
     for base_name, own in (trained or {}).items():
         title = f"{base_name} + {token_reduction.label(own)} (as trained)"
-        twins[title], base_of[title], reductions[title] = _twin(models[base_name]), base_name, own
+        twins[title], base_of[title], reductions[title] = twin(models[base_name]), base_name, own
         p3b_ext.patch(twins[title], own)
     for base_name, name in itertools.product(bases, names):
         if name == DENSE:
@@ -110,7 +110,7 @@ def compare(
         for reduction in _at_costs(token_reduction.create_reduction(name, base), base, macs_ratios, first):
             title = token_reduction.label(reduction)
             title = title if base_name == DENSE else f"{base_name} + {title}"
-            twins[title], base_of[title] = _twin(base), base_name
+            twins[title], base_of[title] = twin(base), base_name
             reductions[title] = token_reduction.apply(twins[title], reduction, calibration, prune_share=prune_share)
             if base_name in unscored:
                 unscored.append(title)
@@ -322,7 +322,7 @@ def _kind(comparison: Comparison, name: str) -> tuple[str, str, str]:
     return name.removesuffix(OURS), "", ""
 
 
-def _twin(model: VisionTransformer) -> VisionTransformer:
+def twin(model: VisionTransformer) -> VisionTransformer:
     """A copy of a model that shares its weights."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -158,7 +158,7 @@ def _norm_class(norm: nn.Module, layer: type, rms: type, where: str) -> type[nn.
     return layer if isinstance(norm, nn.LayerNorm) else rms
 
 
-class _ScaledWeight(torch.autograd.Function):
+class ScaledWeight(torch.autograd.Function):
     """`weight * rows[:, None] * cols` with as few passes over the weights in the backward as possible."""
 
     @staticmethod
@@ -206,7 +206,7 @@ class GatedLinear(nn.Linear):
         if self.col_gate is not None:
             cols = self.col_gate.to(self.weight.dtype)
         linear = getattr(self._ungated_class, "function", F.linear)  # p3b_ext's oneDNN linear has its own
-        return linear(input, _ScaledWeight.apply(self.weight, rows, cols), bias)
+        return linear(input, ScaledWeight.apply(self.weight, rows, cols), bias)
 
 
 def _spread(gate: Tensor, span: int, repeat: int) -> Tensor:

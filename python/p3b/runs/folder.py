@@ -49,7 +49,7 @@ def new_run_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _rename(temporary, target)
+    rename(temporary, target)
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def training_folder(
         # between, the folder is complete (`_complete`), and --resume renames it.
         for name in (STATE, RUN, LOCK):
             (folder / name).unlink(missing_ok=True)
-        _rename(folder, target)
+        rename(folder, target)
 
 
 def finish_interrupted(output: str | os.PathLike[str]) -> bool:
@@ -110,7 +110,7 @@ def finish_interrupted(output: str | os.PathLike[str]) -> bool:
     target = _free(output)
     for name in (STATE, LOCK):
         (folder / name).unlink(missing_ok=True)
-    _rename(folder, target)
+    rename(folder, target)
     return True
 
 
@@ -155,7 +155,7 @@ def _free(output: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _rename(folder: Path, target: Path) -> None:
+def rename(folder: Path, target: Path) -> None:
     try:
         if target.exists():
             target.rmdir()

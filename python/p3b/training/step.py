@@ -112,7 +112,7 @@ class Step:
         if self.mixup is not None:
             if measuring and config.benefit_targets == "clean" and self.recorded is not None:
                 clean = (self._clean_stream(self.recorded, images[:rows]), targets[:rows])
-            images, targets = self._mixed(self.mixup, images, targets)
+            images, targets = self.mixed(self.mixup, images, targets)
         if self.recorded is not None:
             self.recorded.begin(rows)
         with autocast(config, self.device):
@@ -144,7 +144,7 @@ class Step:
             self.model(images)
         return list(recorded.stream)
 
-    def _mixed(self, mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def mixed(self, mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Images after mixup or CutMix, and their soft targets; the last of an odd number stays as it is."""
         even = len(images) // 2 * 2  # timm mixes pairs
         mixed, soft = images.clone(), []  # in place; the loader's tensors are not ours

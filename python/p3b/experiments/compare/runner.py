@@ -75,10 +75,10 @@ def compare(
     output = Path(output).expanduser().resolve()
     todo = task.jobs()
     data, title = _checked(task)
-    with _owned(output) as folder:
+    with owned(output) as folder:
         done = [job for job in todo if _is_done(folder, job)]
         write_json(folder / TASK, dataclasses.asdict(task))
-        pool = WorkerPool(folder, *_slots(jobs, threads, Config.from_dict(task.config(None, None, 0)).device), say)
+        pool = WorkerPool(folder, *slots(jobs, threads, Config.from_dict(task.config(None, None, 0)).device), say)
         waiting = [job for job in todo if job not in done]
         say(f"{title}: {len(todo)} jobs, {len(done)} of them done, {len(pool.devices)} at a time")
 
@@ -105,7 +105,7 @@ def compare(
 
 
 @contextlib.contextmanager
-def _owned(output: Path) -> Iterator[Path]:
+def owned(output: Path) -> Iterator[Path]:
     """The output folder, created if missing, locked by one `p3b compare` at a time."""
     expected = "new or of an earlier comparison"
     if output.exists() and not output.is_dir():
@@ -186,7 +186,7 @@ def _job_and_data(spec: Mapping[str, Any]) -> tuple[Job, dict[str, Any]]:
     return job, settings | dict(mean=spec["mean"] or None, std=spec["std"] or None)
 
 
-def _slots(jobs: int, threads: int, device: str) -> tuple[list[int | None], int]:
+def slots(jobs: int, threads: int, device: str) -> tuple[list[int | None], int]:
     """The CUDA device of each worker (None: none), and the CPU threads of each."""
     if jobs < 0 or threads < 0:
         raise ValueError(f"compare: jobs and threads must be 1 or more (0: as fits), got {jobs} and {threads}")
