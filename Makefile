@@ -50,7 +50,7 @@ $(VENV)/.packages: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "p3b_ext needs Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q --disable-pip-version-check "torch>=2.11" torchvision "timm>=1.0.23" numpy safetensors scikit-learn matplotlib tqdm tensorboard "onnx>=1.17" "onnxscript>=0.7" onnxruntime ninja "pybind11>=2.12" pytest pytest-benchmark pytest-xdist "ruff==0.17.5" "clang-format==18.1.8" "mypy==2.4.1" "import-linter==2.17" cmake
+	$(BIN)/python -m pip install -q --disable-pip-version-check "torch>=2.11" torchvision "timm>=1.0.23" numpy safetensors scikit-learn matplotlib tqdm tensorboard "onnx>=1.17" "onnxscript>=0.7" onnxruntime ninja "pybind11>=2.12" pytest pytest-benchmark pytest-xdist hypothesis "ruff==0.17.5" "clang-format==18.1.8" "mypy==2.4.1" "import-linter==2.17" cmake
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)

@@ -175,6 +175,13 @@ class Data:
         """
         return dataclasses.replace(self, train=self.train.part(rank, world), val=self.val.part(rank, world))
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The preprocessing of validation images, in the terms of timm's `pretrained_cfg`."""
+        crop = 1.0 if isinstance(self.val, ArrayLoader) else self.config.crop_pct
+        fixed = dict(interpolation="bicubic", crop_mode="center", crop_pct=crop, label_names=list(self.class_names))
+        return fixed | {key: list(getattr(self.config, key) or ()) for key in ("mean", "std")}
+
     def validated_in(self, batch_size: int | None) -> Data:
         """The same data with validation batches of this size; None: unchanged."""
         return self if batch_size is None else dataclasses.replace(self, val=self.val.sized(batch_size))

@@ -82,9 +82,6 @@ def new_head(model: VisionTransformer, num_classes: int, seed: int) -> None:
     """Replaces the classifier of a model, pruned or not, by a newly initialised one, in place."""
     torch.manual_seed(seed)
     model.reset_classifier(num_classes)
-    description = getattr(model, "p3b_description", None)
-    if description is not None and "arguments" in description:
-        description["arguments"]["num_classes"] = num_classes
 
 
 def load_weights(model: nn.Module, path: str) -> None:

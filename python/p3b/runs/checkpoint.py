@@ -21,7 +21,7 @@ from torch import nn
 import p3b_ext
 
 from ..files import write_atomically
-from ..models.description import build, describe
+from ..models.description import build, describe, describe_again, difference, pretrained_cfg, set_pretrained_cfg
 from ..models.token_reduction import KINDS, Reduction, settings_of
 from ..pruning.surgery import cut
 from ..training.prune import Result
@@ -63,16 +63,23 @@ def check(model: nn.Module) -> dict[str, Any]:
 
     Raises the errors of `save`, so that a model that could not be loaded again is rejected before it is trained.
     """
+    kept = getattr(model, "p3b_kept", None)
+    dense: Any = None if kept is None else model.p3b_description  # of a pruned model: as before the shrink
     try:
-        dense = getattr(model, "p3b_description", None) or describe(model)
+        if dense is not None and "unsupported" in dense:
+            raise NotImplementedError(dense["unsupported"])
+        dense = describe(model) if dense is None else describe_again(model, dense)
     except NotImplementedError as error:
-        dense = {"unsupported": str(error)}
-    if "unsupported" in dense:
-        raise NotImplementedError(f"save: {dense['unsupported']}")
-    description = {"model": dense, "kept": getattr(model, "p3b_kept", None), "reduction": describe_reduction(model)}
+        raise NotImplementedError(f"save: {error}") from None
+    description = {"model": dense, "kept": kept, "reduction": describe_reduction(model)}
+    description["pretrained_cfg"] = pretrained_cfg(model)
     with torch.device("meta"):
         weights = {name: weight.to("meta") for name, weight in model.state_dict().items()}
-        _load_weights(_skeleton(json.loads(json.dumps(description))), weights, "save")
+        rebuilt = _skeleton(json.loads(json.dumps(description)))
+        _load_weights(rebuilt, weights, "save")
+    changed = difference(model, rebuilt)
+    if changed:
+        raise NotImplementedError(f"save: a loaded model would differ: {changed}")
     return description
 
 
@@ -86,7 +93,8 @@ def update_meta(folder: str | os.PathLike[str], **changes: Any) -> None:
 
 def load(folder: str | os.PathLike[str]) -> VisionTransformer:
     """Loads a model from its folder, in eval mode on the CPU, with p3b_ext's attention and the token reduction that it
-    was trained with, if any (`p3b_ext.unpatch` restores timm's).
+    was trained with, if any (`p3b_ext.unpatch` restores timm's). `timm.data.resolve_model_data_config(model)` gives the
+    normalisation, size and crop of its images.
 
     Raises a one-line ValueError for a folder without a model, and for files that are incomplete or do not match.
     """
@@ -101,8 +109,15 @@ def load(folder: str | os.PathLike[str]) -> VisionTransformer:
     with torch.random.fork_rng([]):  # initialising the weights must not advance the caller's generator
         model = _skeleton(description)
     _load_weights(model, weights, "load")
+    set_pretrained_cfg(model, description.get("pretrained_cfg") or _normalisation(description))
     p3b_ext.patch(model.eval(), _reduction(description.get("reduction")))
     return model
+
+
+def _normalisation(description: dict[str, Any]) -> dict[str, Any]:
+    """The `pretrained_cfg` of a run that was saved without one."""
+    data = (description.get("meta") or {}).get("data")
+    return {key: data[key] for key in ("mean", "std") if data.get(key)} if isinstance(data, dict) else {}
 
 
 def describe_reduction(model: nn.Module) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from torch import nn
 from ..data import Data
 from ..files import is_temporary, read_json, umask, write_json
 from ..metrics.table import Row, conditions, metrics
+from ..models.description import pretrained_cfg, set_pretrained_cfg
 from ..training.prune import Result
 from ..training.resume import STATE
 from . import checkpoint
@@ -174,6 +175,8 @@ def save_trained(
     meta = {"data": data.config.recorded(), "class_names": list(data.class_names), "top1": history["accuracy_final"]}
     for name in (checkpoint.DESCRIPTION, checkpoint.WEIGHTS):  # left by a process that was interrupted here
         (folder / name).unlink(missing_ok=True)
+    trained = model.model if isinstance(model, Result) else model
+    set_pretrained_cfg(trained, pretrained_cfg(trained) | data.preprocessing)
     checkpoint.save(model, folder, meta=meta)
     write_json(folder / CONFIG, dict(settings))
     write_json(folder / HISTORY, history)

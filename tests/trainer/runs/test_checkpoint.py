@@ -8,6 +8,7 @@ import torch
 import vits
 from cases import assert_same_to_rounding, in_float64
 from safetensors import SafetensorError
+from timm.data import resolve_model_data_config
 from timm.layers import GatedMlp
 from torch import nn
 from toy import GATES, gated_images, gated_vit, masked
@@ -131,3 +132,72 @@ def test_what_cannot_be_described_says_so(tmp_path):
     with pytest.raises(NotImplementedError, match=r"save: activation must be one of GELU, .*, got Mish"):
         p3b.save(vits.family("deit", act_layer=nn.Mish), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def kept(model, folder):
+    """The model saved and loaded, which must compute the same."""
+    loaded = p3b.load(p3b.save(model.eval(), folder))
+    truth = in_float64(model, gated_images())
+    assert_same_to_rounding(loaded(gated_images()), model(gated_images()), truth)
+    return loaded
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_a_model_is_described_as_it_is_when_it_is_saved(pruned, tmp_path):
+    """Not as it was at the shrink or when it was loaded."""
+    model = p3b.shrink(masked()) if pruned else gated_vit()
+    model = kept(model, tmp_path / "begin")
+    model.reset_classifier(4)
+    model = kept(model, tmp_path / "classes")
+    model.reset_classifier(6, global_pool="avg")
+    model = kept(model, tmp_path / "pooling")
+    assert model.global_pool == "avg" and model.num_classes == 6
+    model.pool_include_prefix = True
+    model = kept(model, tmp_path / "prefix")
+    model.set_input_size((24, 16))
+    loaded = p3b.load(p3b.save(model.eval(), tmp_path / "size"))
+    images = gated_images()[..., :24, :16]
+    assert_same_to_rounding(loaded(images), model(images), in_float64(model, images))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("blocks.1.mlp.act", nn.ReLU(), "blocks.1.mlp.act is a ReLU, where its description gives a GELU"),
+        ("blocks.1.norm1.eps", 0.5, "blocks.1.norm1 has eps=0.5, where"),
+        ("norm.eps", 0.5, "norm has eps=0.5, where"),
+        ("blocks.1.attn.scale", 0.5, "blocks.1.attn has scale=0.5, where"),
+        ("head.forward", lambda x: x, "head has a forward of its own"),
+    ],
+)
+@pytest.mark.parametrize("pruned", [True, False])
+def test_a_model_that_would_load_as_another_is_refused(pruned, part, value, message, tmp_path):
+    model = p3b.shrink(masked()) if pruned else gated_vit()
+    name, _, attribute = part.rpartition(".")
+    setattr(model.get_submodule(name), attribute, value)
+    with pytest.raises(NotImplementedError, match=message):
+        p3b.save(model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_preprocessing_of_the_weights_is_kept(tmp_path):
+    """As timm.data.resolve_model_data_config reads it."""
+    cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "crop_pct": 0.9, "interpolation": "bilinear", "url": "x"}
+    model = gated_vit()
+    model.pretrained_cfg = cfg | {"input_size": (3, 224, 224), "label_names": ["a", "b"]}
+    loaded = p3b.load(p3b.save(model, tmp_path / "run"))
+    expected = cfg | {"input_size": (3, *model.patch_embed.img_size)}
+    actual = resolve_model_data_config(loaded)
+    assert {key: actual[key] for key in expected if key != "url"} == {k: v for k, v in expected.items() if k != "url"}
+    assert "url" not in loaded.pretrained_cfg and loaded.pretrained_cfg["num_classes"] == model.num_classes
+    assert "label_names" not in loaded.pretrained_cfg  # two names for other classes
+
+
+def test_a_run_saved_without_preprocessing_has_that_of_its_data(tmp_path):
+    meta = {"data": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    folder = p3b.save(gated_vit(), tmp_path / "run", meta=meta)
+    description = json.loads((folder / "model.json").read_text())
+    del description["pretrained_cfg"]
+    (folder / "model.json").write_text(json.dumps(description))
+    actual = resolve_model_data_config(p3b.load(folder))
+    assert actual["mean"] == (0.1, 0.2, 0.3) and actual["std"] == (0.4, 0.5, 0.6)
