@@ -8,7 +8,7 @@ program=$1
 shift
 compile="${CXX:-c++} -std=c++20 -O1 -w -Wno-psabi $*"
 emulated="-Itests/fuzz/avx512_on_cpu -D__AVX512F__ -D__AVX512BW__ -D__AVX512VL__ -D__AVX512DQ__"
-key=$({ echo "$compile"; "${CXX:-c++}" --version; cat "$0" csrc/cpu/*.h csrc/cpu/*.cpp csrc/*.h tests/fuzz/*.cpp tests/fuzz/avx512_on_cpu/*.h; } | cksum)
+key=$({ echo "$compile"; "${CXX:-c++}" --version; cat tests/fuzz/wide_kernels.sh csrc/cpu/*.h csrc/cpu/*.cpp csrc/*.h tests/fuzz/*.cpp tests/fuzz/avx512_on_cpu/*.h; } | cksum)
 if [ -x "$program" ] && [ "$(cat "$program.key" 2>/dev/null)" = "$key" ]; then exit 0; fi
 mkdir -p "$(dirname "$program")"
 rm -f "$program.key"
