@@ -85,8 +85,10 @@ class Session:
         self.model.load_state_dict(copy.deepcopy(self.model.state_dict()))
 
     def head(self, value):
-        pool = ("", "token", "avg")[value % 3]
-        self.model.reset_classifier(2 + value, **({"global_pool": pool} if pool else {}))
+        """timm asserts what a model has no pooling for, after it has taken the number of classes."""
+        pools = [None] if hasattr(self.model, "head_dist") else [None, "avg"]
+        pools += ["token"] * (self.model.has_class_token and len(pools) > 1)
+        self.model.reset_classifier(2 + value, global_pool=pools[value % len(pools)])
         return True
 
     def resize(self, value):

@@ -24,7 +24,8 @@ class Method:
     Per batch: `loss`, added to that of the model. Per optimizer step: `optimizers` step with the model's, then
     `stepped`. Per mask update: `update`. `state` is saved with the run.
 
-    A subclass is one file of `methods/` and a line of its table. Helpers for ranking and budget are in `ranking.py`.
+    A subclass is one file of `methods/`, a line of its table, and a line in METHODS and in the docstring of
+    `Config.method` (config.py). Helpers for ranking and budget are in `ranking.py`.
     """
 
     reads_stream = False
