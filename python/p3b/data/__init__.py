@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .array_loader import ArrayLoader
+from .images import RGBTransform
 from .loaders import MAX_CHECKED, FileLoader, Loader, SeededImages, StreamLoader
 from .sources import Arrays, Files, FolderReader, array_source, file_source, select_images
 
@@ -315,7 +316,7 @@ def _from_files(files: Files, config: DataConfig, rgb: tuple[Sequence[float], Se
         if stream:
             if config.repeats > 1:
                 raise ValueError(f"data: repeats must be 1 for the stream {files.name!r}, got {config.repeats}")
-            reader.transform = transforms[part]
+            reader.transform = RGBTransform(transforms[part], files.name)
             loaders.append(StreamLoader(reader, len(names), **options))
             continue
         dataset = SeededImages(reader, files.counts[part], transforms[part], len(names), config.seed)

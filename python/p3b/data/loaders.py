@@ -253,6 +253,10 @@ def batches_of(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Te
             if isinstance(batch, str):
                 raise ValueError(batch)
             yield batch
+    except ValueError as error:
+        if not _from_worker(error):
+            raise
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
     except (RuntimeError, EOFError, ConnectionError) as error:
         death = worker_death(error)
         if not death and loader.num_workers and not isinstance(error, RuntimeError) and not _from_worker(error):

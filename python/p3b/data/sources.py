@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from .annotations import find_lists
+from .images import image_extensions, open_rgb, to_rgb
 
 if TYPE_CHECKING:
     from . import DataConfig
@@ -27,9 +29,12 @@ TORCHVISION_NAMES = (
     *("inaturalist", "places365", "imagenet"),
 )
 READER_PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/")
+RAW_STREAMS = ("hfids/", "wds/")  # whose reader can leave the conversion to RGB to us
 TRAIN_FOLDERS = ("train", "training")
 VAL_SPLITS = ("validation", "val", "test")  # tried in this order unless `reader` has val_split
 VAL_FOLDERS = ("val", "valid", "validation", "test")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # beside hidden ones, in lower case
+MAX_NAMED = 3  # files that a message names
 SPLIT_SEED = 0  # of splits by class, which do not depend on the run's seed
 
 
@@ -197,11 +202,8 @@ class FolderReader:
         self.samples = samples
 
     def __call__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
-
         path, label = self.samples[index]
-        with Image.open(path) as image:
-            return image.convert("RGB"), label
+        return open_rgb(path), label
 
     def describe(self, index: int) -> str:
         return self.samples[index][0]
@@ -212,17 +214,17 @@ class _DatasetReader:
 
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset, self.name = dataset, name
+        if hasattr(dataset, "loader"):  # torchvision's data sets of image files
+            dataset.loader = open_rgb
 
     def __call__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
-
         inner = getattr(self.dataset, "reader", None)
         if inner is None:
             image, label = self.dataset[index]
-            return image.convert("RGB"), label
+            return to_rgb(image), label
         file, label = inner[index]  # timm's data set itself would return the next image for one that it cannot read
-        with file, Image.open(file) as image:
-            return image.convert("RGB"), label
+        with file:
+            return open_rgb(file), label
 
     def describe(self, index: int) -> str:
         place = f"image {index} of {self.name}"
@@ -287,7 +289,11 @@ def _image_folder(folder: str, val_share: float) -> Files:
 def _class_folders(folder: str, train_folder: str) -> tuple[list[list[tuple[str, int]]], tuple[str, ...]]:
     """(path, label) of the training and, where there is a folder, of the validation images; class names."""
     val_folder = _sub_folder(folder, VAL_FOLDERS) if train_folder != folder else None
-    parts = [_class_images(part) for part in (train_folder, val_folder) if part]
+    others: list[str] = []
+    parts = [_class_images(part, others) for part in (train_folder, val_folder) if part]
+    if others:
+        what = f"{len(others):,} files in the class folders of {folder} are no images that Pillow reads"
+        warnings.warn(f"data: {what} and are left out: {_named(others)}", stacklevel=2)
     label_of = {name: label for label, name in enumerate(parts[0])}
     unknown = ", ".join(sorted(set(parts[-1]) - set(label_of))[:5])
     if unknown:
@@ -296,39 +302,53 @@ def _class_folders(folder: str, train_folder: str) -> tuple[list[list[tuple[str,
 
 
 def _has_folders(folder: str) -> bool:
-    return any(entry.is_dir() for entry in os.scandir(folder))
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir() for entry in entries)
 
 
 def _sub_folder(folder: str, names: Sequence[str]) -> str | None:
     return next((os.path.join(folder, n) for n in names if os.path.isdir(os.path.join(folder, n))), None)
 
 
-def _class_images(folder: str) -> dict[str, list[str]]:
-    """Class name -> image paths; a class is a folder with images, named by its path below `folder`."""
-    from timm.data.readers.img_extensions import get_img_extensions
+def _named(paths: Sequence[str]) -> str:
+    """The names of the first files."""
+    return ", ".join([os.path.basename(path) for path in paths[:MAX_NAMED]] + ["..."] * (len(paths) > MAX_NAMED))
 
-    extensions = get_img_extensions(as_set=True)
+
+def _class_images(folder: str, others: list[str]) -> dict[str, list[str]]:
+    """Class name -> image paths; a class is a folder with images, named by its path below `folder`.
+
+    Files in class folders that are not images are added to `others`; hidden files and those of the system are not.
+    """
+    extensions = image_extensions()
     classes: dict[str, list[str]] = {}
-    outside, empty = 0, []
+    outside, empty = 0, ""
 
     def unreadable(error: OSError) -> None:  # os.walk would skip the folder, and a class would be missing
         raise ValueError(f"data: the folder {error.filename} cannot be read: {error.strerror}") from error
 
     for path, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # .git, __MACOSX, ...
-        images = sorted(os.path.join(path, f) for f in files if os.path.splitext(f)[1].lower() in extensions)
+        images, rest = [], []
+        for name in sorted(files):
+            if not name.startswith(".") and name.lower() not in SYSTEM_FILES:
+                known = os.path.splitext(name)[1].lower() in extensions
+                (images if known else rest).append(os.path.join(path, name))
         if path == folder:
             outside = len(images)
-        elif images:
+            continue
+        others += rest
+        if images:
             classes[Path(path).relative_to(folder).as_posix()] = images
-        elif not folders:
-            empty.append(path)
+        elif not folders and not empty:
+            empty = f"{path} has no images" + (f" that Pillow reads (it has {_named(rest)})" if rest else "")
     if not classes:
         layout = "train/CLASS/image.jpg and val/CLASS/image.jpg, or CLASS/image.jpg"
         problem = f"{outside} images outside class folders only" if outside else "no images"
+        problem += f" that Pillow reads (its class folders have {_named(others)})" if others and not outside else ""
         raise ValueError(f"data: {folder} has {problem}; it needs one folder per class ({layout})")
     if empty:
-        raise ValueError(f"data: the class folder {empty[0]} has no images; fill it or remove it")
+        raise ValueError(f"data: the class folder {empty}; fill it or remove it")
     return dict(sorted(classes.items()))
 
 
@@ -344,6 +364,8 @@ def _timm_datasets(config: DataConfig) -> tuple[Any, Any]:
     options |= dict(root=config.root or ".", download=config.download)
     if source.startswith(("hfids/", "tfds/", "wds/")):
         options |= dict(batch_size=config.batch_size, seed=config.seed)
+    if source.startswith(RAW_STREAMS):
+        options.setdefault("input_img_mode", "")  # RGBTransform converts the images
     try:
         train = create_dataset(source, split=train_split, is_training=True, **options)
         for split in val_splits[:-1]:

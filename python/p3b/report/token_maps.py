@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import p3b_ext
 
+from ..data.images import open_rgb
 from .figures import new_figure
 
 PATCH_PIXELS = 16  # smallest size of a patch in the figure, so that its outline does not cover it
@@ -33,9 +34,8 @@ def prepare(
     [0, 1]. Returns (picture, float32 [1, C, H, W]). Raises a one-line ValueError for a file that cannot be read.
     """
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        picture = open_rgb(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError for some damaged PNG files.
         raise ValueError(f"image: {path} cannot be read as an image ({error})") from error
     height, width = model.patch_embed.img_size
