@@ -18,8 +18,7 @@ demo: setup  ## prunes a small ViT on scikit-learn's digits, in minutes on two c
 check: lint  ## before every commit, in minutes: lint, types, import order, tests without the mark slow
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -m "not slow" $(XDIST)
 
-test: setup $(VENV)/.oldest  ## everything that CI runs
-	$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
+test: lint $(VENV)/.oldest  ## everything that CI runs
 	P3B_OLD_TORCH=$(abspath $(VENV))/torch-$(OLD_TORCH) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests $(XDIST) --durations=12
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=$(abspath $(VENV))/timm-$(OLD_TIMM) $(BIN)/python -m pytest tests/extension/test_patch.py tests/extension/test_modules.py tests/trainer/pruning/test_surgery.py tests/trainer/runs/test_checkpoint.py tests/trainer/data $(XDIST)
 	PYTHON=$(abspath $(BIN))/python tests/fuzz/run.sh 3000 1 || [ $$? = 77 ]  # 77: this machine has no AddressSanitizer; run.sh reports it
