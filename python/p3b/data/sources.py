@@ -329,7 +329,8 @@ def _class_images(folder: str, others: list[str]) -> dict[str, list[str]]:
 
     for path, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # .git, __MACOSX, ...
-        images, rest = [], []
+        images: list[str] = []
+        rest: list[str] = []
         for name in sorted(files):
             if not name.startswith(".") and name.lower() not in SYSTEM_FILES:
                 known = os.path.splitext(name)[1].lower() in extensions
