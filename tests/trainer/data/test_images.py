@@ -186,7 +186,11 @@ def test_other_files_are_named_and_those_of_systems_are_not(folder):
     with pytest.warns(UserWarning, match="4 files in the class folders of .* are no images .*") as caught:
         assert read_data(root, img_size=8).train.count == 18
     text = str(caught[0].message)
-    assert len(caught) == 1 and "\n" not in text and text.endswith(": b.txt, d.csv, a.heic, ...")
+    assert (
+        len(caught) == 1
+        and "\n" not in text
+        and text.endswith(": train/red/b.txt, train/red/d.csv, val/red/a.heic, ...")
+    )
     (root / "train" / "white").mkdir()
     (root / "train" / "white" / "0.heic").write_bytes(b"\0")
     with pytest.raises(ValueError, match=r"class folder .*white has no images that Pillow reads \(it has 0\.heic\)"):
