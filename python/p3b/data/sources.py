@@ -293,7 +293,7 @@ def _class_folders(folder: str, train_folder: str) -> tuple[list[list[tuple[str,
     parts = [_class_images(part, others) for part in (train_folder, val_folder) if part]
     if others:
         what = f"{len(others):,} files in the class folders of {folder} are no images that Pillow reads"
-        warnings.warn(f"data: {what} and are left out: {_named(others)}", stacklevel=2)
+        warnings.warn(f"data: {what} and are left out: {_named(others, folder)}", stacklevel=2)
     label_of = {name: label for label, name in enumerate(parts[0])}
     unknown = ", ".join(sorted(set(parts[-1]) - set(label_of))[:5])
     if unknown:
@@ -310,9 +310,9 @@ def _sub_folder(folder: str, names: Sequence[str]) -> str | None:
     return next((os.path.join(folder, n) for n in names if os.path.isdir(os.path.join(folder, n))), None)
 
 
-def _named(paths: Sequence[str]) -> str:
-    """The names of the first files."""
-    return ", ".join([os.path.basename(path) for path in paths[:MAX_NAMED]] + ["..."] * (len(paths) > MAX_NAMED))
+def _named(paths: Sequence[str], folder: str) -> str:
+    """The first files, by their paths below `folder`."""
+    return ", ".join([os.path.relpath(path, folder) for path in paths[:MAX_NAMED]] + ["..."] * (len(paths) > MAX_NAMED))
 
 
 def _class_images(folder: str, others: list[str]) -> dict[str, list[str]]:
@@ -329,7 +329,8 @@ def _class_images(folder: str, others: list[str]) -> dict[str, list[str]]:
 
     for path, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # .git, __MACOSX, ...
-        images, rest = [], []
+        images: list[str] = []
+        rest: list[str] = []
         for name in sorted(files):
             if not name.startswith(".") and name.lower() not in SYSTEM_FILES:
                 known = os.path.splitext(name)[1].lower() in extensions
@@ -341,11 +342,13 @@ def _class_images(folder: str, others: list[str]) -> dict[str, list[str]]:
         if images:
             classes[Path(path).relative_to(folder).as_posix()] = images
         elif not folders and not empty:
-            empty = f"{path} has no images" + (f" that Pillow reads (it has {_named(rest)})" if rest else "")
+            empty = f"{path} has no images" + (f" that Pillow reads (it has {_named(rest, path)})" if rest else "")
     if not classes:
         layout = "train/CLASS/image.jpg and val/CLASS/image.jpg, or CLASS/image.jpg"
         problem = f"{outside} images outside class folders only" if outside else "no images"
-        problem += f" that Pillow reads (its class folders have {_named(others)})" if others and not outside else ""
+        problem += (
+            f" that Pillow reads (its class folders have {_named(others, folder)})" if others and not outside else ""
+        )
         raise ValueError(f"data: {folder} has {problem}; it needs one folder per class ({layout})")
     if empty:
         raise ValueError(f"data: the class folder {empty}; fill it or remove it")

@@ -1,6 +1,7 @@
 """Image files: every mode and format that Pillow reads becomes 8-bit RGB, the same in all places that open images."""
 
 import io
+import json
 import warnings
 from types import SimpleNamespace
 
@@ -185,15 +186,53 @@ def test_other_files_are_named_and_those_of_systems_are_not(folder):
     with pytest.warns(UserWarning, match="4 files in the class folders of .* are no images .*") as caught:
         assert read_data(root, img_size=8).train.count == 18
     text = str(caught[0].message)
-    assert len(caught) == 1 and "\n" not in text and text.endswith(": b.txt, d.csv, a.heic, ...")
+    assert (
+        len(caught) == 1
+        and "\n" not in text
+        and text.endswith(": train/red/b.txt, train/red/d.csv, val/red/a.heic, ...")
+    )
     (root / "train" / "white").mkdir()
     (root / "train" / "white" / "0.heic").write_bytes(b"\0")
     with pytest.raises(ValueError, match=r"class folder .*white has no images that Pillow reads \(it has 0\.heic\)"):
         read_data(root, img_size=8)
 
 
-class _Reader(list):
-    """Files in memory with labels, as timm's readers give them."""
+def test_torchvision_opens_files_in_the_same_way(tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    (tmp_path / "a").mkdir()
+    Image.fromarray((RAMP * 257).astype(np.uint16)).save(tmp_path / "a" / "0.png")
+    image, _ = _DatasetReader(datasets.ImageFolder(tmp_path), "torch/folder")(0)
+    assert (np.asarray(image) == RAMP[..., None]).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streams_open_files_in_the_same_way(tmp_path, workers):
+    wds = pytest.importorskip("webdataset")
+    settings = dict(root=str(tmp_path), num_classes=2, img_size=16, batch_size=2, augment="none", workers=workers)
+    settings |= dict(mean=(0,) * 3, std=(1,) * 3, crop_pct=1.0)
+
+    def write(values, kind):
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, kind)
+        splits = {}
+        for part in ("train", "validation"):
+            with wds.TarWriter(str(tmp_path / f"{part}-0.tar")) as shard:
+                for i in range(2):
+                    shard.write({"__key__": f"{i:04}", "png": file.getvalue(), "cls": i})
+            splits[part] = {"name": part, "num_samples": 2, "filenames": [f"{part}-0.tar"], "shard_lengths": [2]}
+        (tmp_path / "info.json").write_text(json.dumps({"splits": splits}))
+        return read_data("wds/grey", **settings)
+
+    data = write((RAMP * 257).astype(np.uint16), "PNG")
+    for loader in (data.train, data.val):
+        images, _ = next(iter(loader))
+        assert np.abs(images.numpy() - RAMP / 255).max() < 1e-6
+    data = write(np.float32(RAMP - 1), "TIFF")
+    with pytest.raises(
+        ValueError, match=r"^data: an image of wds/grey cannot be read as an image: .* 8 or 16"
+    ) as error:
+        listed(data.val)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -217,7 +256,7 @@ def test_exif_orientation_is_the_same_in_all_places(tmp_path, orientation):
     decoded = np.asarray(open_rgb(path))
     assert np.abs(decoded.astype(int) - halves).max() < 8
     assert (decoded == np.asarray(FolderReader([(str(path), 0)])(0)[0])).all()
-    reader = _Reader([(io.BytesIO(file.getvalue()), 0)])
+    reader = [(io.BytesIO(file.getvalue()), 0)]
     assert (decoded == np.asarray(_DatasetReader(SimpleNamespace(reader=reader), "memory")(0)[0])).all()
     picture, shown = token_maps.prepare(path, model, (0,) * 3, (1,) * 3)
     assert (decoded == np.asarray(picture)).all()
@@ -229,6 +268,8 @@ def test_exif_orientation_is_the_same_in_all_places(tmp_path, orientation):
 
 
 def test_a_damaged_exif_block_does_not_spoil_the_image(tmp_path):
+    """Pillow warns of it; the image keeps the orientation that it is stored in."""
     exif = b"Exif\0\0II*\0\xff\xff\xff\xff"
     Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "a.jpg", exif=exif)
-    assert open_rgb(tmp_path / "a.jpg").size == (8, 8)
+    with pytest.warns(UserWarning, match="Corrupt EXIF data"):
+        assert open_rgb(tmp_path / "a.jpg").size == (8, 8)
