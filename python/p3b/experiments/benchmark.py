@@ -92,8 +92,8 @@ def compare(
     if calibration is None:
         calibration = [next(iter(loader))[0]]
     twins = {f"{name}{OURS}": twin(model) for name, model in models.items()}
-    for twin in twins.values():
-        p3b_ext.patch(twin)
+    for patched in twins.values():
+        p3b_ext.patch(patched)
     unscored = [*unscored, *(f"{name}{OURS}" for name in unscored)]
     bases = list(bases) or [list(models)[-1]]
     first = models[bases[0]] if len(bases) > 1 else None
