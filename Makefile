@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OLD_TORCH := 2.11.0
 OLD_TIMM := 1.0.23
 
-# Two processes; a file's tests stay together, so that what they share is made once, and the idle takes from the busy.
+# Two processes. Each starts with one half of the files; an idle one takes tests from the other.
 XDIST := -n 2 --dist worksteal
 
 .PHONY: demo check test bench fuzz lint format setup clean

@@ -2,7 +2,7 @@
 //   "<op>: <argument> must be <expected>, got <actual>"
 // The public Python functions check first and more finely (TypeError, NotImplementedError); these checks stand between a raw op call and an
 // illegal access, and look at values. torch 2.11 makes ValueError of std::invalid_argument, the stable ABI of torch 2.15 RuntimeError of every
-// exception; backends.run makes that a ValueError again.
+// exception; run in p3b_ext/ops/autograd.py makes that a ValueError again.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -9,7 +9,7 @@ struct Scores {
   int64_t B, S, num_prefix;
 };
 
-// `drop_or_keep` tokens of S, named `name` in the error.
+// count: tokens to keep or to drop, 0 to S; name: that argument's name in the error.
 inline Scores check_scores(const char* op, const Tensor& scores, const char* name, int64_t count, int64_t num_prefix) {
   check_dim(op, "scores", scores, 2);
   check_floating(op, "scores", scores);
@@ -23,7 +23,7 @@ struct Keep {
   int64_t B, N, C, H;
 };
 
-// x [B,N,C], attention float32 [B,H,N], value_norm float32 [B,N]
+// x [B,N,C], attention acc [B,H,N], value_norm acc [B,N] (acc: csrc/library.cpp)
 inline Keep check_keep(const char* op, const Tensor& x, const Tensor& attention, const std::optional<Tensor>& value_norm, int64_t keep,
                        int64_t num_prefix) {
   check_dim(op, "x", x, 3);

@@ -158,7 +158,11 @@ def positive_finite(x: Tensor) -> Tensor:
 
 
 def build_info() -> dict:
-    """What was compiled, for what, and which backend would run here (and why the others would not)."""
+    """What was compiled, for what, and which backend would run here.
+
+    Returns a dict: version, torch, compiled (flags of the build, or the error), cpu_isa, cpu_isa_available, backends
+    (name -> "ready" or why not), default (device type -> backend), forced (if one is).
+    """
     info: dict = {"version": importlib.import_module("p3b_ext").__version__, "torch": torch.__version__}
     info["compiled"] = _C.compiled() if _C else {"error": _C_ERROR}
     if _C:

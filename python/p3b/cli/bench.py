@@ -99,7 +99,7 @@ class Bench(Images, Device):
         if len(self.model) == 1:
             return benchmark.models_and_data(self.model[0], self.data, **where, img_size=self.img_size)
         if self.img_size:
-            raise ValueError(f"img_size: flag must be left out for the folders of runs, got {self.img_size}")
+            raise ValueError(f"img_size: the folder of a run has its own; leave out --img-size {self.img_size}")
         models, data, trained = benchmark.several_runs(self.model, self.data, **where)
         return models, data, (), trained
 

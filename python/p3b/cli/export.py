@@ -54,7 +54,8 @@ class Export(Reduction, Images, Threads):
         reduction_flags = {**self.settings(), "prune_share": self.prune_share}
         for name, value in reduction_flags.items():
             if not self.reduction and value is not None:
-                raise ValueError(f"{name}: flag must go with --reduction, got {value} without")
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise ValueError(f"{name}: needs a token reduction; give --reduction too, or leave out {flag}")
         model, meta = model_and_meta(self.model, **self.source())
         data = self._data(meta["data"])
         if self.reduction:

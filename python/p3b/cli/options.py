@@ -9,8 +9,6 @@ from typing import Any
 from ..machine import resolve_device
 from .flags import flag
 
-RUN_FOLDER = "folder of a run (the --output of p3b prune or finetune)"
-
 
 @dataclass(kw_only=True)
 class Threads:

@@ -176,7 +176,7 @@ def models_and_data(
     """
     if os.path.isdir(name):
         if img_size:
-            raise ValueError(f"img_size: flag must be left out for the folder of a run, got {img_size}")
+            raise ValueError(f"img_size: the folder of a run has its own; leave out --img-size {img_size}")
         small, meta = load_run(name)
         trained = _trained_under({"pruned": small})
         description: Any = small.p3b_description

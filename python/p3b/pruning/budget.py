@@ -103,19 +103,14 @@ def keep_ratios(
 
 
 def progress(step: int, start_step: int, sparse_step: int) -> float:
-    """The fraction of the way from the whole model to the budget at a step: `ramp`'s p."""
-    if sparse_step <= start_step:
-        raise ValueError(f"ramp: sparse_step must be above start_step = {start_step}, got {sparse_step}")
-    return min(1.0, max(0.0, (step + 1 - start_step) / (sparse_step - start_step)))
+    """Share of the way from keep ratio 1 to the goal at an optimizer step, from 0 to 1.
 
-
-def ramp(goal: Tensor, step: int, start_step: int, sparse_step: int) -> Tensor:
-    """The keep ratios at a step, between 1 and their goal: `1 - (1 - goal) * p`.
-
-    `p = clip((step + 1 - start_step) / (sparse_step - start_step), 0, 1)`; goal `[S]`, steps are optimizer
-    steps.
+    `clip((step + 1 - start_step) / (sparse_step - start_step), 0, 1)`. Raises ValueError unless sparse_step is above
+    start_step.
     """
-    return 1 - (1 - goal) * progress(step, start_step, sparse_step)
+    if sparse_step <= start_step:
+        raise ValueError(f"progress: sparse_step must be above start_step = {start_step}, got {sparse_step}")
+    return min(1.0, max(0.0, (step + 1 - start_step) / (sparse_step - start_step)))
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,7 @@ def prune_costs(
     """
     steps = (round_to,) * 3 if isinstance(round_to, int) else round_to
     if sum(sizes) != len(gate_of_rank):
-        raise ValueError(f"prune_count: sizes must add up to {len(gate_of_rank)} elements, got {sizes}")
+        raise ValueError(f"prune_costs: sizes must add up to {len(gate_of_rank)} elements, got {sizes}")
     one_hot = torch.nn.functional.one_hot(gate_of_rank.long(), 3)
     pruned = torch.cat((torch.zeros(1, 3, dtype=torch.long, device="cpu"), one_hot.cumsum(0)))
     kept = torch.tensor(sizes, dtype=torch.int64, device="cpu") - pruned  # [E + 1, 3]

@@ -33,7 +33,7 @@ def gate_sub_block(
 
 
 def _gate_out(linear: nn.Linear, scale: nn.Module, out: Tensor, **gates: object) -> None:
-    """The out gate goes on the LayerScale where there is one (D numbers), else on the rows of the last
+    """The out gate goes on the LayerScale where there is one (C numbers), else on the rows of the last
     Linear."""
     folded = isinstance(scale, LayerScale)
     if folded:

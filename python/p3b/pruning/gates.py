@@ -104,7 +104,7 @@ class Gates:
         return self.values.data_ptr(), self.values._version
 
     def hard_on_host(self) -> Tensor:
-        """The same on the host; the device is read only if the masks changed there since the last read or `set`."""
+        """`hard()` on the host; the device is read only if the masks changed there since the last read or `set`."""
         if self._copy is None or self._copy[0] != self._state_of_values():
             self._copy = self._state_of_values(), self.values.cpu()
         return self._copy[1] >= self.kept_from

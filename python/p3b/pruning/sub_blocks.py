@@ -26,7 +26,7 @@ class SubBlock:
 
     name: str  # "blocks.3.attn", "blocks.3.mlp"
     kind: str  # "attn" | "mlp"
-    block: int
+    block: int  # index of its transformer block, from 0
     sizes: tuple[int, int, int]  # elements of the gates in, out, inner (head channels, heads or hidden)
     start: int  # place of its first own element in the flat tensors
     params: Cost

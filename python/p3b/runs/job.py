@@ -315,7 +315,9 @@ def model_and_meta(
     if os.path.isdir(name):
         for flag, value in (("checkpoint", checkpoint), ("img_size", img_size)):
             if value:
-                raise ValueError(f"{flag}: flag must be left out for the folder of a run, got {value}")
+                raise ValueError(
+                    f"{flag}: the folder of a run has its own; leave out --{flag.replace('_', '-')} {value}"
+                )
         return load_run(name)
     check_model_name(name)
     trained = timm.get_pretrained_cfg(name) or PretrainedCfg()

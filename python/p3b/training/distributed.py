@@ -101,7 +101,9 @@ def processes(device: str = "auto") -> Iterator[tuple[Processes, str]]:
     if cuda:
         if local >= torch.cuda.device_count():
             have = torch.cuda.device_count()
-            raise ValueError(f"torchrun: processes on a machine must be at most its {have} CUDA devices, got more")
+            raise ValueError(
+                f"torchrun: more processes than the {have} CUDA devices of this machine; lower --nproc-per-node"
+            )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)

@@ -57,8 +57,12 @@ SUMMARY = ("dense_params", "final_params", "accuracy_masked", "accuracy_shrunk",
 
 @dataclass
 class Result:
-    """What `prune` returns: the small dense model, the history of the run (JSON-able), the settings and a few
-    figures of the history."""
+    """What `prune` returns.
+
+    model: the small dense model, in eval mode, on config.device. history: plain JSON values: "epochs", "updates"
+    (docs/trainer.md, "The files of a run") and the figures of `summary`. config: the settings. summary: dense_params
+    and final_params (numbers), accuracy_masked, accuracy_shrunk and accuracy_final (top-1 in percent), skipped_steps.
+    """
 
     model: nn.Module
     history: dict[str, Any]

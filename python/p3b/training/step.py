@@ -274,7 +274,7 @@ class InputCheck:
         if self.first and self.teacher is not None:
             check_teacher(self.teacher, self.model, images.to(self.device))
         if self.mixes and targets.ndim == 2:
-            raise TypeError(f"train: labels must be int64 [B] to be mixed, got {list(targets.shape)} {targets.dtype}")
+            raise TypeError("train: soft targets cannot be mixed; leave out mixup and cutmix, or give int64 labels [B]")
         self.first = False
 
 

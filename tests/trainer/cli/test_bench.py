@@ -75,7 +75,7 @@ def test_bench_writes_nothing_unasked(saved_run, tmp_path, capsys, monkeypatch):
         (["--batch-size", "0"], "argument --batch-size: must be 1 or more, got 0"),
         (["--repeats", "0"], "argument --repeats: must be 1 or more, got 0"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--img-size", "32"], "img_size: flag must be left out"),
+        (["--img-size", "32"], "img_size: the folder of a run has its own; leave out --img-size"),
     ],
 )
 def test_mistakes_in_bench(saved_run, tmp_path, capsys, flags, message):
@@ -124,7 +124,9 @@ def test_bench_of_several_runs(tiny_run, tmp_path, capsys):
     assert "model: folders of runs must be different ones" in capsys.readouterr().err
     assert all(row["top1"] is not None for row in rows.values()) and (out / "bench.png").stat().st_size > 1000
     assert "of several, each must be the folder of a run" in fails(capsys, "bench", tiny_run, "vit_tiny_patch16_224")
-    assert "img_size: flag must be left out" in fails(capsys, "bench", tiny_run, again, "--img-size", "16")
+    assert "img_size: the folder of a run has its own; leave out --img-size" in fails(
+        capsys, "bench", tiny_run, again, "--img-size", "16"
+    )
 
 
 def test_bench_keeps_the_reduction_of_a_run(tiny_run, tmp_path, capsys):

@@ -43,7 +43,7 @@ def test_visualize_a_timm_model(pictures, tmp_path, capsys):
         (["--r", "0"], "ToMe(r=0"),
         (["--reduction", "topk", "--score", "clss"], "score must be one of"),
         (["--reduction", "ppt", "--prune-share", "2"], "prune_share must be a number in [0, 1], got 2.0"),
-        (["--img-size", "32"], "img_size: flag must be left out for the folder of a run, got 32"),
+        (["--img-size", "32"], "img_size: the folder of a run has its own; leave out --img-size 32"),
         (["--device", "cuda:77"], "must be a device of this machine"),
         (["--threads", "-1"], "threads: count must be 1 or more"),
         (["--modle", "x"], "unknown flag --modle x"),

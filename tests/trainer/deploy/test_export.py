@@ -280,7 +280,7 @@ def test_the_command_names_mistakes(run, tmp_path, capsys):
         return error
 
     path = tmp_path / "model.pt2"
-    assert "flag must go with --reduction" in fails(run, "--r", 3, "--output", path)
+    assert "r: needs a token reduction; give --reduction too" in fails(run, "--r", 3, "--output", path)
     assert "batch must be 1 or more" in fails(run, "--batch", 0, "--output", path)
     assert "exclude each other" in fails(run, "--batch", 2, "--dynamic-batch", "--output", path)
     assert "a threshold is calibrated on images: give --data" in fails(

@@ -143,14 +143,10 @@ def test_bad_arguments(arguments, message):
         budget.keep_ratios(*arguments)
 
 
-def test_ramp():
-    goal = torch.tensor([0.2, 1.0])
-    close(budget.ramp(goal, 9, 10, 20).double(), [1.0, 1.0])
-    close(budget.ramp(goal, 14, 10, 20).double(), [0.6, 1.0])
-    close(budget.ramp(goal, 19, 10, 20).double(), [0.2, 1.0])
-    close(budget.ramp(goal, 40, 10, 20).double(), [0.2, 1.0])
-    with pytest.raises(ValueError, match="sparse_step must be above"):
-        budget.ramp(goal, 0, 10, 10)
+def test_progress():
+    assert [budget.progress(step, 10, 20) for step in (0, 9, 14, 19, 40)] == [0, 0, 0.5, 1, 1]
+    with pytest.raises(ValueError, match="progress: sparse_step must be above"):
+        budget.progress(0, 10, 10)
 
 
 def test_cost_of_what_is_left():

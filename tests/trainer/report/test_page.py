@@ -64,7 +64,7 @@ def test_report_has_its_pictures_and_its_table(run):
             assert min(image.size) > 200
             assert len(image.convert("L").getcolors()) > 20  # something is drawn on the white
     assert "| pruned |   79.00 |" in page and "-1.00 points" in page and "    p3b demo" in page
-    # the last update's numbers of the third sub-block, and 0 + 1 + 2 + 3 channels that came back
+    # the last update's numbers of the third sub-block, and 0 + 1 + 2 + 3 reactivated channels
     assert ["blocks.1.attn", "0.067", "0.067", "0.233", "6"] in cells(page)
     assert not list(run.glob(".*"))
 

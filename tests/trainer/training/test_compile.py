@@ -32,7 +32,7 @@ def test_compiled_steps_are_the_same_steps(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["savit", "wdpruning"])  # other gates, and a loss of the method's own
-def test_rivals_compile_too(monkeypatch, method):
+def test_other_methods_compile_too(monkeypatch, method):
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: whole(model, backend="eager", fullgraph=True))
     short = dict(start_epoch=0, sparse_epoch=1, final_epoch=1, finetune_epochs=1, method=method, train=batches(2))

@@ -159,6 +159,6 @@ def test_the_command_line_under_torchrun(tmp_path):
     assert not (tmp_path / "together.unfinished").exists()
     again = start("together", *several)  # the folder holds a run now: the first process says so, the other just ends
     assert again.returncode != 0 and again.stderr.count("already holds a run") == 1, again.stderr
-    assert "cli.py" not in again.stderr and "gloo" not in again.stderr, (
+    assert "p3b/cli/" not in again.stderr and "gloo" not in again.stderr, (
         again.stderr
     )  # the launcher has its own traceback

@@ -1,5 +1,4 @@
-"""The rivals of P3B: each meets the budget, ends in hard masks that shrink exactly, and decides by what it says it
-does."""
+"""The baseline methods: each meets the budget, ends in hard masks that shrink exactly, and decides as described."""
 
 import copy
 import gc

@@ -56,7 +56,7 @@ def started(method, **options):
 @pytest.mark.parametrize("budget", ["params", "macs"])
 @pytest.mark.parametrize("ratio", [0.3, 0.7])
 @pytest.mark.parametrize("method", ["wdpruning", "savit"])
-def test_rivals_meet_the_budget_and_learn(method, ratio, budget):
+def test_methods_meet_the_budget_and_learn(method, ratio, budget):
     dense = small_vit(num_classes=10)
     result = run(method, prune_ratio=ratio, budget=budget)
     if budget == "params":
@@ -71,7 +71,7 @@ def test_rivals_meet_the_budget_and_learn(method, ratio, budget):
 
 
 @pytest.mark.parametrize("method", ["wdpruning", "savit"])
-def test_rivals_round_what_they_keep(method):
+def test_methods_round_what_they_keep(method):
     result = run(method, round_to=8, epochs=(1, 2, 2), finetune_epochs=0)
     for block in result.model.blocks:
         assert block.mlp.fc1.out_features % 8 == 0
@@ -80,7 +80,7 @@ def test_rivals_round_what_they_keep(method):
 
 
 @pytest.mark.parametrize("method", ["wdpruning", "savit"])
-def test_a_stopped_rival_ends_as_if_it_had_not_been_stopped(method, tmp_path):
+def test_a_stopped_method_ends_as_if_it_had_not_been_stopped(method, tmp_path):
     settings = {"method": method, "start_epoch": 1, "sparse_epoch": 3, "final_epoch": 4, "finetune_epochs": 0}
     config, loaders = p3b.Config(**settings, device="cpu"), (Loader(128, 1), Loader(64, 2))
     whole = p3b.prune(small_vit(num_classes=10), *loaders, config)
