@@ -87,8 +87,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
-        "proj_drop_rate": block.attn.proj_drop.p,
-        "attn_drop_rate": block.attn.attn_drop.p,
+        "proj_drop_rate": _rate(block.attn.proj_drop),
+        "attn_drop_rate": _rate(block.attn.attn_drop),
         "drop_path_rate": drop_paths[-1],
     }
     if name == "VisionTransformer":
@@ -128,8 +128,8 @@ def _around_blocks(model: nn.Module) -> dict[str, Any]:
         "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
-        "drop_rate": model.head_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
+        "drop_rate": _rate(model.head_drop),
+        "pos_drop_rate": _rate(model.pos_drop),
     }
 
 
@@ -182,6 +182,11 @@ def difference(model: nn.Module, rebuilt: nn.Module) -> str:
             if not key.startswith("_") and isinstance(wanted, PLAIN) and value != wanted:
                 return f"{where} has {key}={value!r}, where its description gives {wanted!r}"
     return ""
+
+
+def _rate(dropout: nn.Module) -> float:
+    rate: Any = getattr(dropout, "p", 0.0)  # of an Identity: 0
+    return rate
 
 
 def _unpatched_class(module: nn.Module) -> type:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import timm.layers
-from timm.layers import LayerScale, PatchEmbed, RmsNorm
+from timm.layers import DropPath, LayerScale, PatchEmbed, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -84,6 +84,14 @@ PARTS: dict[str, tuple[type, ...]] = {  # of a block: what gates and the shrink 
     "mlp.fc2": LINEAR,
     "ls2": SCALE,
 }
+WITHOUT_WEIGHTS: dict[str, tuple[type, ...]] = {  # parts of a block that do not depend on the number of channels
+    "drop_path1": (DropPath, nn.Identity),
+    "drop_path2": (DropPath, nn.Identity),
+    "attn.attn_drop": (nn.Dropout, nn.Identity),
+    "attn.proj_drop": (nn.Dropout, nn.Identity),
+    "mlp.drop1": (nn.Dropout, nn.Identity),
+    "mlp.drop2": (nn.Dropout, nn.Identity),
+}
 OUTSIDE: dict[str, tuple[type, ...]] = {  # what else an embedding is made of
     "patch_embed": (PatchEmbed,),
     "patch_embed.proj": (nn.Conv2d,),
@@ -110,11 +118,17 @@ def _check_parts(model: VisionTransformer, embedding: bool) -> None:
             found[name] = getattr(block.mlp, part)
             check_exact("gates", name, found[name], *LINEAR)
         expect(getattr(block.attn, "gate", None) is None, f"blocks.{i}.attn", "attention without an output gate", block)
-    check_unshared("gates", {name: module for name, module in found.items() if not isinstance(module, nn.Identity)})
-    for part, known in OUTSIDE.items() if embedding else ():
+        for part, known in WITHOUT_WEIGHTS.items():
+            module = _part(block, part)
+            if module is not None:
+                check_exact("gates", f"blocks.{i}.{part}", module, *known)
+    for part, known in OUTSIDE.items():
         module = _part(model, part)
         if module is not None:
-            check_exact("gates", part, module, *known)
+            found[part] = module
+            if embedding:
+                check_exact("gates", part, module, *known)
+    check_unshared("gates", {name: module for name, module in found.items() if not isinstance(module, nn.Identity)})
 
 
 def _part(module: nn.Module, name: str) -> nn.Module | None:

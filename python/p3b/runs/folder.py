@@ -96,9 +96,9 @@ def training_folder(
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        # Removed before the folder is renamed, so that a finished run never has them. If the process is killed in
-        # between, the folder is complete (`_complete`), and --resume renames it.
-        for name in (STATE, RUN, LOCK):
+        # Removed before the folder is renamed, so that a finished run never has them. RUN is first: if the process is
+        # killed after it, the folder is complete, and --resume renames it; if before it, the state is still there.
+        for name in (RUN, STATE, LOCK):
             (folder / name).unlink(missing_ok=True)
         rename(folder, target)
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,9 +122,17 @@ def test_a_run_killed_while_it_is_finished_is_complete(config, monkeypatch, tmp_
         shutil.copytree(folder, kept)
         raise KeyboardInterrupt
 
+    removed, unlink = [], Path.unlink
+
+    def recorded(path, missing_ok=False):
+        removed.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
     with monkeypatch.context() as patched:
         patched.setattr("p3b.runs.folder.rename", killed)
+        patched.setattr(Path, "unlink", recorded)
         assert main(["finetune", *config(), "--output", str(tmp_path / "run")]) == 130
+    assert removed.index("run.json") < removed.index("state.pt")  # killed in between: complete, not to be trained again
     for left in ((), ("state.pt",), (".lock",)):
         output = tmp_path / f"run{len(left)}{''.join(left)}"
         folder = shutil.copytree(kept, output.with_name(output.name + ".unfinished"))

@@ -12,7 +12,7 @@ from timm.layers import GatedMlp, RmsNorm
 from torch import nn
 from toy import GATED, GATES, KINDS_OF_GATES, gated_images, gated_vit
 
-from p3b import Config, shrink
+from p3b import Config, load, save, shrink
 from p3b.models.description import build, describe
 from p3b.pruning import gated_layers
 from p3b.pruning.gates import attach, detach, sharpening
@@ -381,3 +381,32 @@ def test_head_gates_equal_scaled_heads_and_so_do_their_gradients():
         inner = block.slices()[2]
         grad, expected = gates.grad[inner].double(), meaning.values.grad[inner]
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model, "norm", model.blocks[1].norm2), "blocks.1.norm2 and norm are one module"),
+        (
+            lambda model: setattr(model.blocks[0], "drop_path1", nn.Linear(24, 24)),
+            "blocks.0.drop_path1 is of class Linear",
+        ),
+        (
+            lambda model: setattr(model.blocks[0].mlp, "drop1", nn.LayerNorm(96)),
+            "blocks.0.mlp.drop1 is of class LayerNorm",
+        ),
+    ],
+)
+def test_parts_beside_the_gates_are_checked_too(change, message):
+    model = gated_vit()
+    change(model)
+    with pytest.raises(NotImplementedError, match=message):
+        attach(model)
+
+
+def test_dropouts_may_be_identities(tmp_path):
+    """Their rate is 0."""
+    model = gated_vit()
+    model.head_drop = model.pos_drop = nn.Identity()
+    model.blocks[0].attn.proj_drop = model.blocks[0].attn.attn_drop = nn.Identity()
+    load(save(model, tmp_path))
