@@ -249,8 +249,8 @@ def _spreads(op: str, model: nn.Module, loader: Iterable, ppt: PPT) -> dict[int,
                     f"{op}: loader must give images or tuples that start with them, got {type(images).__name__}"
                 )
             model(images.to(parameter.device, parameter.dtype))
-    if not all(seen.values()):
-        raise ValueError(f"{op}: loader must give at least one batch of images, got none")
+    if not all(any(len(spread) for spread in spreads) for spreads in seen.values()):
+        raise ValueError(f"{op}: loader must give at least one image, got none")
     return {block: torch.cat(spreads) for block, spreads in seen.items()}
 
 

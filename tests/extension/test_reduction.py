@@ -211,7 +211,8 @@ def test_score_spreads():
     assert set(spreads) == {0, 2} and spreads[2].shape == (5,) and spreads[2].dtype == torch.float32
     for call, error, text in [
         (lambda: score_spreads(model, batches, ToMe()), TypeError, "score_spreads: ppt must be a PPT, got ToMe"),
-        (lambda: score_spreads(model, [], ppt), ValueError, "score_spreads: loader must give at least one batch"),
+        (lambda: score_spreads(model, [], ppt), ValueError, "score_spreads: loader must give at least one image"),
+        (lambda: score_spreads(model, [images(2)[:0]], ppt), ValueError, "loader must give at least one image"),
         (lambda: score_spreads(vit(), batches, ppt), ValueError, r"score_spreads: model must be patched .* got \[\]"),
         (
             lambda: score_spreads(model, batches, dataclasses.replace(ppt, blocks=(1, 2))),
@@ -349,7 +350,7 @@ def test_bad_targets():
         (lambda: at_cost(model, 0.01, TopK(blocks=(1,))), ValueError, r"at_cost: macs_ratio must be at least 0\.\d+"),
         (lambda: at_cost(model, 0.5, 13), TypeError, "at_cost: reduction must be ToMe, PPT, EViT or TopK, got int"),
         (lambda: calibrate(model, [images()], 0.5), ValueError, "calibrate: model must be patched with a PPT"),
-        (lambda: calibrate(ppt, [], 0.5), ValueError, "calibrate: loader must give at least one batch"),
+        (lambda: calibrate(ppt, [], 0.5), ValueError, "calibrate: loader must give at least one image"),
         (lambda: calibrate(ppt, iter([images()]), 0.5), TypeError, "loader must be an iterable that .* several times"),
         (lambda: calibrate(ppt, 5, 0.5), TypeError, "calibrate: loader must be an iterable .* got int"),
         (lambda: calibrate(ppt, [{"x": images()}], 0.5), TypeError, "calibrate: loader must give images .* got dict"),
