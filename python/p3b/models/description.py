@@ -41,12 +41,35 @@ MLPS = {
     "SwiGLU": timm.layers.SwiGLU,
 }
 DROPS = (nn.Identity, nn.Dropout, DropPath, PatchDropout)  # of no effect in eval mode
-TRAINING_ONLY = {
-    "training",
-    "inplace",
-    "fused_attn",
-    "init_values",
-}  # attributes that do not change logits in eval mode
+COMPARED = {
+    "eps",
+    "scale",
+    "num_heads",
+    "head_dim",
+    "attn_dim",
+    "normalized_shape",
+    "num_prefix_tokens",
+    "num_reg_tokens",
+}
+COMPARED |= {
+    "has_class_token",
+    "global_pool",
+    "pool_include_prefix",
+    "no_embed_class",
+    "dynamic_img_size",
+    "dynamic_img_pad",
+}
+COMPARED |= {
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "flatten",
+    "gate_last",
+    "approximate",
+    "num_classes",
+}
 WEIGHT_FIELDS = {
     "url",
     "file",
@@ -56,7 +79,6 @@ WEIGHT_FIELDS = {
     "hf_hub_filename",
     "source",
 }  # of pretrained_cfg
-PLAIN = (bool, int, float, str, tuple)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -164,7 +186,7 @@ def _is_json(value: object) -> bool:
 
 def difference(model: nn.Module, rebuilt: nn.Module) -> str:
     """The first module of a model that is not as in the model built from its description, in eval mode: of another
-    class, or with another value of an attribute; "" where there is none."""
+    class, or with another value of an attribute that logits depend on (COMPARED); "" where there is none."""
     modules, others = dict(model.named_modules()), dict(rebuilt.named_modules())
     for name, module in modules.items():
         where, other = name or "the model", others.get(name)
@@ -177,9 +199,9 @@ def difference(model: nn.Module, rebuilt: nn.Module) -> str:
         cls, expected = _unpatched_class(module), _unpatched_class(other)
         if cls is not expected:
             return f"{where} is a {cls.__name__}, where its description gives a {expected.__name__}"
-        for key in (vars(module).keys() & vars(other).keys()) - TRAINING_ONLY:
+        for key in vars(module).keys() & vars(other).keys() & COMPARED:
             value, wanted = vars(module)[key], vars(other)[key]
-            if not key.startswith("_") and isinstance(wanted, PLAIN) and value != wanted:
+            if value != wanted:
                 return f"{where} has {key}={value!r}, where its description gives {wanted!r}"
     return ""
 
