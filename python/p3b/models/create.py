@@ -63,7 +63,7 @@ def create_model(
     if 0 in model.patch_embed.grid_size:
         patch = " x ".join(str(edge) for edge in model.patch_embed.patch_size)
         size = " x ".join(str(edge) for edge in model.patch_embed.img_size)
-        raise ValueError(f"img_size: images must be one patch ({patch}) or more, got {size}")
+        raise ValueError(f"img_size: {size} pixels are less than one patch ({patch})")
     if checkpoint:
         load_weights(model, checkpoint)
     p3b_ext.patch(model)

@@ -299,12 +299,12 @@ def run_data(
     data = create_data(DataConfig(**settings, workers=workers, device=device))
     if data.num_classes != len(meta["class_names"]):
         count = len(meta["class_names"])
-        raise ValueError(f"data: classes must be the model's {count}, got {data.num_classes}")
+        raise ValueError(f"data: the model has {count} classes, the images have {data.num_classes}")
     names = [tuple(meta["class_names"]), data.class_names]
     numbered = tuple(str(i) for i in range(data.num_classes))  # names of classes in arrays without names
     if names[0] != names[1] and numbered not in names:
         expected, actual = (", ".join(part[:5]) + (", ..." if len(part) > 5 else "") for part in names)
-        raise ValueError(f"data: classes must be the model's ({expected}), got {actual}")
+        raise ValueError(f"data: the model's classes are {expected}, those of the images {actual}")
     return data.validated_in(batch_size)
 
 

@@ -91,9 +91,7 @@ def check_state(
         if key not in FREE and now[key] != then.get(key, now[key]):
             raise ValueError(f"resume: {key} must be the run's {then[key]!r}, got {now[key]!r}")
     if len(saved["random"]) != processes.world:
-        raise ValueError(
-            f"resume: processes must be as many as the run's {len(saved['random'])}, got {processes.world}"
-        )
+        raise ValueError(f"resume: the run had {len(saved['random'])} processes, now there are {processes.world}")
     before = saved.get("images") or {}
     for key, value in (images or {}).items():
         if before.get(key, value) != value:

@@ -87,7 +87,9 @@ def test_mistakes_in_bench(saved_run, tmp_path, capsys, flags, message):
 def test_bench_wants_images_of_the_models_classes(saved_run, tmp_path, capsys):
     x, y = np.zeros((10, 16, 16, 3), np.uint8), np.arange(10) % 5
     np.savez(tmp_path / "five.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    assert "classes must be the model's 2, got 5" in fails(capsys, "bench", saved_run, "--data", tmp_path / "five.npz")
+    assert "the model has 2 classes, the images have 5" in fails(
+        capsys, "bench", saved_run, "--data", tmp_path / "five.npz"
+    )
     error = fails(capsys, "bench", "vit_tiny_patch16_224", "--data", "digits")
     assert "images must have the 1000 classes of vit_tiny_patch16_224, got 10; p3b finetune" in error
 

@@ -50,7 +50,7 @@ def test_evaluate_on_other_images(saved_run, tmp_path, capsys):
     arrays = {name: rng.integers(0, 256, (10, 8, 8, 3), dtype=np.uint8) for name in ("x_train", "x_test")}
     np.savez(tmp_path / "five.npz", **arrays, y_train=np.arange(10) % 5, y_test=np.arange(10) % 5)
     assert main(["evaluate", str(saved_run), "--data", str(tmp_path / "five.npz")]) == 2  # it knows two
-    assert "classes must be" in capsys.readouterr().err
+    assert "the model has 2 classes, the images have 5" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_evaluate_wants_the_classes_of_the_model(config, tmp_path, capsys):
     run, pets = tmp_path / "run", config(data=str(tmp_path / "pets"), classes=None)
     assert main(["finetune", *pets, "--output", str(run)]) == 0
     error = fails(capsys, "evaluate", run, "--data", tmp_path / "birds")
-    assert "classes must be the model's (cat, dog), got heron, owl" in error
+    assert "the model's classes are cat, dog, those of the images heron, owl" in error
     assert main(["evaluate", str(run), "--data", str(tmp_path / "again")]) == 0
     (tmp_path / "pets" / "dog" / "3.png").write_bytes(b"no picture")
     for command in ("prune", "finetune"):

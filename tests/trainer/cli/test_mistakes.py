@@ -47,7 +47,7 @@ def test_toml_and_flags_agree_and_flags_win(tmp_path, capsys):
         ({"checkpoint": __file__}, "cannot be read: "),
         ({"model_kwargs": TINY | {"act_layer": "mish"}}, "save: activation must be one of GELU, "),
         ({"model": "vit_tiny_patch16_224.nonsense"}, "no pretrained weights 'vit_tiny_patch16_224.nonsense'; it has"),
-        ({"img_size": 3}, "images must be one patch (4 x 4) or more, got 3 x 3"),
+        ({"img_size": 3}, "3 x 3 pixels are less than one patch (4 x 4)"),
         ({"device": "cuda:77"}, "device: name must be a device of this machine"),
         ({"device": "meta"}, "device: name must be a device of this machine, got 'meta'"),
         ({"seed": 2**70}, "seed must be 0 or more and below 2^63"),

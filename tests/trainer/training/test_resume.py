@@ -112,7 +112,7 @@ def test_a_run_goes_on_with_as_many_processes(tmp_path):
         run(config(), 2, state_dir=tmp_path)
     state = torch.load(tmp_path / STATE, weights_only=True)
     torch.save(state | {"random": state["random"] * 2}, tmp_path / STATE)
-    with pytest.raises(ValueError, match="resume: processes must be as many as the run's 2, got 1"):
+    with pytest.raises(ValueError, match="resume: the run had 2 processes, now there are 1"):
         run(config(), state_dir=tmp_path, resume=True)
 
 

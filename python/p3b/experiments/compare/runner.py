@@ -159,7 +159,7 @@ def _checked(task: Task) -> tuple[Data, str]:
     channels = [data.in_chans for data in datasets]
     if len(set(channels)) > 1:
         raise ValueError(
-            f"compare: both stages must have images of the same number of channels, got {channels[0]} and {channels[1]}"
+            f"compare: the images of one stage have {channels[0]} channels, those of the other {channels[1]}"
         )
     check_model_name(task.model)
     target = datasets[-1]
