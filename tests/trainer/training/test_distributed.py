@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import toy
-from toy import batches, config, vit
+from toy import SETTINGS, batches, config, vit
 
 import p3b
 from p3b.training.distributed import Processes, processes
@@ -120,21 +120,7 @@ def test_one_process_needs_no_group():
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_the_command_line_under_torchrun(tmp_path):
-    settings = {
-        "model": "vit_tiny_patch16_224",
-        "model_kwargs": {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3},
-        "pretrained": False,
-        "data": "digits",
-        "img_size": 8,
-        "classes": [5, 6],
-        "batch_size": 32,
-        "start_epoch": 0,
-        "sparse_epoch": 1,
-        "final_epoch": 2,
-        "finetune_epochs": 1,
-        "device": "cpu",
-    }
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
 
     def start(name, *python):
         command = [*python, "-m", "p3b", "prune", "--config", "settings.json", "--output", name, "--threads", "1"]
