@@ -238,7 +238,7 @@ void sum_sizes(const AttentionArgs& args, const Tensor& size, A* to) {
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Attention& s, const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const Tensor& out, const OptionalTensor& key_mask, const OptionalTensor& token_size,
+                                            const Tensor& v, const OptionalTensor& key_mask, const OptionalTensor& token_size,
                                             const OptionalTensor& channel_gate, int64_t which) {
   const bool for_size = token_size && which & kTokenSize, for_gate = channel_gate && which & kChannelGate;
   const ScalarType acc = acc_dtype(q.scalar_type());
@@ -255,7 +255,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Attention& s, 
   const auto gate_partial = workspace(for_gate ? heads_count * (args.chunks + 1) * args.gate_row : 0);
   const auto size_partial = workspace(for_size ? tasks * s.N : 0);
   args.v = heads(v);
-  args.out = heads_of_tokens(out);
   args.grad_out = heads_of_tokens(grad_out);
   args.grad_q = heads_of_packed(grad_qkv, 0);
   args.grad_k = heads_of_packed(grad_qkv, 1);
@@ -329,9 +328,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
   const char* op = "masked_attention_backward";
   const Attention s = check_attention(op, q, k, &v, key_mask, token_size, channel_gate, scale);
   check_attention_grad(op, s, q, grad_out, out, lse);
-  const Tensor grad_rows = with_rows(grad_out), out_rows = with_rows(out);
-  if (q.scalar_type() == ScalarType::Double) return backward<double>(op, s, grad_rows, q, k, v, out_rows, key_mask, token_size, channel_gate, which);
-  return backward<float>(op, s, grad_rows, q, k, v, out_rows, key_mask, token_size, channel_gate, which);
+  const Tensor grad_rows = with_rows(grad_out);  // out and lse: for the CUDA kernels
+  if (q.scalar_type() == ScalarType::Double) return backward<double>(op, s, grad_rows, q, k, v, key_mask, token_size, channel_gate, which);
+  return backward<float>(op, s, grad_rows, q, k, v, key_mask, token_size, channel_gate, which);
 }
 
 std::tuple<Tensor, Tensor> attention_columns(Tensor q, Tensor k, Tensor lse, OptionalTensor key_mask, OptionalTensor token_size,

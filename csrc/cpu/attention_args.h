@@ -45,7 +45,6 @@ struct AttentionArgs {
 };
 
 struct AttentionKernels {
-  int tile_rows;  // query chunks begin at multiples of this
   size_t (*forward_scratch)(const AttentionArgs&);
   void (*forward)(const AttentionArgs&, int64_t task, void* scratch);
   size_t (*backward_scratch)(const AttentionArgs&);

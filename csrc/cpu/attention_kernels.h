@@ -32,8 +32,8 @@ struct Table {
   static void backward_finish(const AttentionArgs& a, int64_t head, void* scratch) { Backward<O, T>(a, scratch).finish(head); }
   static size_t columns_scratch(const AttentionArgs& a) { return ColumnSums<O, T>(a, nullptr).bytes; }
   static void columns(const AttentionArgs& a, int64_t task, void* scratch) { ColumnSums<O, T>(a, scratch).run(task); }
-  static constexpr AttentionKernels kernels = {O::V::kTileRows, &forward_scratch, &forward,         &backward_scratch,
-                                               &backward,       &backward_finish, &columns_scratch, &columns};
+  static constexpr AttentionKernels kernels = {&forward_scratch, &forward,         &backward_scratch, &backward,
+                                               &backward_finish, &columns_scratch, &columns};
 };
 
 }  // namespace

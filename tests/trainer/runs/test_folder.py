@@ -3,8 +3,9 @@
 import os
 
 import pytest
+from timm.data import resolve_model_data_config
 
-from p3b.runs.folder import new_run_folder
+from p3b.runs.folder import load_run, new_run_folder
 
 
 def test_a_run_folder_is_whole_or_absent(tmp_path):
@@ -24,3 +25,12 @@ def test_a_folder_left_by_a_killed_run_of_the_same_process_number(tmp_path):
     with new_run_folder(tmp_path / "run"):
         pass
     assert (tmp_path / "run").is_dir()
+
+
+def test_a_run_gives_timm_the_preprocessing_of_its_validation_images(tiny_run):
+    model, meta = load_run(tiny_run)
+    cfg = resolve_model_data_config(model)
+    assert cfg["mean"] == tuple(meta["data"]["mean"]) and cfg["std"] == tuple(meta["data"]["std"])
+    assert cfg["input_size"] == (3, 16, 16)
+    assert cfg["crop_pct"] == 1.0 and cfg["interpolation"] == "bicubic"  # arrays are resized whole
+    assert list(model.pretrained_cfg["label_names"]) == meta["class_names"]
